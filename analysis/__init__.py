@@ -1,0 +1,1 @@
+"""Questions asked of a store, a teacher or a Raptor."""

@@ -1,0 +1,1 @@
+"""Side-by-side measurements; results with machine and date under benchmarks/results/."""
