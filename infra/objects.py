@@ -1,0 +1,292 @@
+"""Named byte objects in a folder or in memory: get, ranged get, put, list, delete.
+
+Each verb has a protocol of its own, so that a function asks for what it uses: a reader takes `GetRange`, a writer `Put`.
+Keys are relative POSIX paths. One put makes one whole object appear at once, or none.
+"""
+
+import errno
+import os
+import secrets
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+Buffer = bytes | bytearray | memoryview
+
+_LEFTOVER_SUFFIX = ".put-tmp"
+
+
+class ObjectError(Exception):
+    """An object could not be read or written; `key` names it."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+    def __reduce__(self) -> tuple:  # keep both arguments when Ray or multiprocessing sends the error on
+        return type(self), (self.key, str(self))
+
+
+class ObjectMissingError(ObjectError):
+    """No object has this key."""
+
+
+class ShortObjectError(ObjectError):
+    """The object ends before the bytes asked for."""
+
+
+class ObjectAccessError(ObjectError):
+    """The back end refused or failed: permission, full disk, input/output error."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectInfo:
+    """One listed object."""
+
+    key: str
+    nbytes: int
+
+
+class Get(Protocol):
+    """Whole objects."""
+
+    def get(self, key: str) -> bytes: ...
+
+
+class GetRange(Protocol):
+    """Parts of objects, into memory that the caller owns."""
+
+    def read_into(self, key: str, start: int, buffer: memoryview) -> None: ...
+
+
+class Put(Protocol):
+    """Whole objects, at once or not at all."""
+
+    def put(self, key: str, data: Buffer | Sequence[Buffer]) -> None: ...
+
+
+class List(Protocol):
+    """Keys and sizes below a prefix."""
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]: ...
+
+
+class Delete(Protocol):
+    """Remove one object; removing a missing one is no error."""
+
+    def delete(self, key: str) -> None: ...
+
+
+class Objects(Get, GetRange, Put, List, Delete, Protocol):
+    """All verbs together, for code that owns a store."""
+
+    @property
+    def location(self) -> str: ...
+
+    def sweep(self) -> int: ...
+
+
+def check_key(key: str) -> str:
+    """Return the key, or raise ValueError for one that is empty, absolute or climbs out of the store."""
+    parts = key.split("/")
+    if not key or key.startswith("/") or "\\" in key or "\0" in key or any(p in ("", ".", "..") for p in parts):
+        raise ValueError(f"object key {key!r} is not a plain relative path such as 'layer_00/cls/c/0/0'")
+    return key
+
+
+class FolderObjects:
+    """Objects as files below a folder. The folder is made by the first put.
+
+    A put writes a temporary file beside the target and renames it, so readers see the old object or the new one. There
+    is no fsync: after a power cut a committed object may be short or empty, which checksums report and repair mends.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]) -> None:
+        self._root = Path(root)
+
+    @property
+    def location(self) -> str:
+        return str(self._root)
+
+    def __repr__(self) -> str:
+        return f"FolderObjects({self.location!r})"
+
+    def _path(self, key: str) -> Path:
+        return self._root / check_key(key)
+
+    def get(self, key: str) -> bytes:
+        """Read a whole object."""
+        try:
+            return self._path(key).read_bytes()
+        except OSError as error:
+            raise self._read_error(key, error) from error
+
+    def read_into(self, key: str, start: int, buffer: memoryview) -> None:
+        """Fill the whole buffer with the bytes from `start` on.
+
+        Raises:
+            ObjectMissingError: There is no such object.
+            ShortObjectError: The object ends first; names both sizes.
+        """
+        try:
+            descriptor = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise self._read_error(key, error) from error
+        try:
+            done = 0
+            while done < buffer.nbytes:
+                n = os.preadv(descriptor, [buffer[done:]], start + done)
+                if n == 0:
+                    raise ShortObjectError(
+                        key,
+                        f"{self.location}/{key}: bytes {start} to {start + buffer.nbytes} were asked for, "
+                        f"the object has {os.fstat(descriptor).st_size}",
+                    )
+                done += n
+        except OSError as error:
+            raise self._read_error(key, error) from error
+        finally:
+            os.close(descriptor)
+
+    def put(self, key: str, data: Buffer | Sequence[Buffer]) -> None:
+        """Write a whole object, replacing one of the same key.
+
+        Raises:
+            ObjectAccessError: The file could not be written (full disk, permission); nothing is left behind.
+        """
+        path = self._path(key)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{_LEFTOVER_SUFFIX}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                with open(temporary, "xb", buffering=0) as file:
+                    for piece in _pieces(data):
+                        view = memoryview(piece).cast("B")
+                        while view.nbytes:
+                            view = view[file.write(view) :]
+                os.replace(temporary, path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            reason = os.strerror(error.errno) if error.errno else str(error)
+            raise ObjectAccessError(key, f"{self.location}/{key} could not be written: {reason}") from error
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Objects whose key starts with `prefix`, in key order of each folder. Half-written files are not objects."""
+        base, _, _ = prefix.rpartition("/")
+        if base:
+            check_key(base)
+        yield from self._walk(self._root / base, f"{base}/" if base else "", prefix)
+
+    def _walk(self, folder: Path, folder_key: str, prefix: str) -> Iterator[ObjectInfo]:
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            raise self._read_error(folder_key.rstrip("/") or ".", error) from error
+        for entry in entries:
+            key = folder_key + entry.name
+            if entry.is_dir():
+                if f"{key}/".startswith(prefix) or prefix.startswith(f"{key}/"):
+                    yield from self._walk(Path(entry.path), f"{key}/", prefix)
+            elif key.startswith(prefix) and not entry.name.endswith(_LEFTOVER_SUFFIX):
+                try:
+                    yield ObjectInfo(key=key, nbytes=entry.stat().st_size)
+                except FileNotFoundError:  # deleted while we listed
+                    continue
+
+    def delete(self, key: str) -> None:
+        """Remove an object; no error if there is none."""
+        try:
+            self._path(key).unlink(missing_ok=True)
+        except OSError as error:
+            raise ObjectAccessError(key, f"{self.location}/{key} could not be deleted: {error}") from error
+
+    def sweep(self) -> int:
+        """Delete the files that interrupted puts left behind; returns how many. Call only while nobody else writes."""
+        n_swept = 0
+        for folder, _, names in os.walk(self._root):
+            for name in names:
+                if name.endswith(_LEFTOVER_SUFFIX):
+                    os.unlink(os.path.join(folder, name))
+                    n_swept += 1
+        return n_swept
+
+    def _read_error(self, key: str, error: OSError) -> ObjectError:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
+            return ObjectMissingError(key, f"{self.location}/{key} is missing")
+        return ObjectAccessError(key, f"{self.location}/{key} could not be read: {os.strerror(error.errno or 0)}")
+
+
+class MemoryObjects:
+    """Objects in this process's memory, with the behaviour of the others; for tests and small experiments."""
+
+    def __init__(self, location: str = "memory://") -> None:
+        self._objects: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+        self._location = location
+
+    @property
+    def location(self) -> str:
+        return self._location
+
+    def get(self, key: str) -> bytes:
+        with self._lock:
+            try:
+                return self._objects[check_key(key)]
+            except KeyError:
+                raise ObjectMissingError(key, f"{self.location}{key} is missing") from None
+
+    def read_into(self, key: str, start: int, buffer: memoryview) -> None:
+        data = self.get(key)
+        if start + buffer.nbytes > len(data):
+            raise ShortObjectError(
+                key,
+                f"{self.location}{key}: bytes {start} to {start + buffer.nbytes} were asked for, "
+                f"the object has {len(data)}",
+            )
+        buffer[:] = memoryview(data)[start : start + buffer.nbytes]
+
+    def put(self, key: str, data: Buffer | Sequence[Buffer]) -> None:
+        whole = b"".join(memoryview(piece).cast("B") for piece in _pieces(data))
+        with self._lock:
+            self._objects[check_key(key)] = whole
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        with self._lock:
+            found = [ObjectInfo(key=k, nbytes=len(v)) for k, v in sorted(self._objects.items()) if k.startswith(prefix)]
+        yield from found
+
+    def delete(self, key: str) -> None:
+        with self._lock:
+            self._objects.pop(check_key(key), None)
+
+    def sweep(self) -> int:
+        return 0
+
+
+def open_objects(location: str | os.PathLike[str]) -> Objects:
+    """The objects below a local path.
+
+    Raises:
+        ValueError: The location has a scheme that this version does not serve.
+    """
+    text = os.fspath(location)
+    if "://" in text:
+        raise ValueError(f"{text}: this version reads and writes local folders only; give a path without '://'")
+    return FolderObjects(text)
+
+
+def read_range(objects: GetRange, key: str, start: int, nbytes: int) -> bytearray:
+    """Read `nbytes` bytes of an object into new memory."""
+    data = bytearray(nbytes)
+    objects.read_into(key, start, memoryview(data))
+    return data
+
+
+def _pieces(data: Buffer | Sequence[Buffer]) -> Sequence[Buffer]:
+    return [data] if isinstance(data, bytes | bytearray | memoryview) else data

@@ -1,0 +1,82 @@
+"""Where things lie in a store: object keys and array paths, and back. Opens nothing."""
+
+import re
+from collections.abc import Iterator
+
+from storage_schemas.spec import HEAD_INPUT, StoreSpec
+
+STORE_KEY = "store.json"
+SAMPLES_KEY = "samples.parquet"
+INDEX_KEY = "index.parquet"
+STATISTICS = "statistics"
+COMMITS_PREFIX = "commits/"
+TEACHER_PREFIX = "teacher/"
+LOG_PREFIX = "log/"
+STATISTIC_NAMES = ("count", "mean", "M2", "min", "max")
+
+
+def layer_path(layer: int) -> str:
+    return f"layer_{layer:02d}"
+
+
+def array_path(layer: int, kind: str) -> str:
+    """Path of one (layer, kind) array, for example `layer_07/patches`."""
+    return f"{layer_path(layer)}/{kind}"
+
+
+def array_kind(path: str) -> str:
+    """The kind of an array path: `layer_07/patches` -> `patches`, `head_input` -> `head_input`."""
+    return path.rpartition("/")[2]
+
+
+def sharded_array_paths(spec: StoreSpec) -> list[str]:
+    """Every array of which a shard writes one object, in the format's order; statistics is not among them."""
+    paths = [array_path(layer, kind) for layer in spec.layers for kind in spec.token_kinds]
+    return [*paths, HEAD_INPUT] if spec.has_head_input else paths
+
+
+def shard_object_key(spec: StoreSpec, path: str, shard: int) -> str:
+    """Key of the object that holds one shard of an array."""
+    n_axes = 3 if array_kind(path) in ("registers", "patches") else 2
+    return f"{path}/c/{shard}" + "/0" * (n_axes - 1)
+
+
+def statistics_key(shard: int) -> str:
+    return f"{STATISTICS}/c/{shard}/0/0/0/0"
+
+
+def shard_object_keys(spec: StoreSpec, shard: int) -> list[str]:
+    """Every data object of a shard, statistics last."""
+    return [*(shard_object_key(spec, path, shard) for path in sharded_array_paths(spec)), statistics_key(shard)]
+
+
+def commit_key(shard: int) -> str:
+    return f"{COMMITS_PREFIX}{shard:06d}.json"
+
+
+def commit_shard(key: str) -> int | None:
+    """The shard of a commit's key, or None for another key."""
+    match = re.fullmatch(r"commits/(\d{6,})\.json", key)
+    return int(match[1]) if match and commit_key(int(match[1])) == key else None
+
+
+def zarr_json_keys(spec: StoreSpec) -> list[str]:
+    """Every zarr.json: the root group, one group a layer, every array."""
+    folders = ["", *(layer_path(layer) for layer in spec.layers), *sharded_array_paths(spec), STATISTICS]
+    return [f"{folder}/zarr.json" if folder else "zarr.json" for folder in folders]
+
+
+_OWNED = re.compile(
+    r"store\.json|samples\.parquet|index\.parquet|zarr\.json|commits/[^/]+\.json|teacher/[^/]+|log/.+"
+    r"|layer_\d\d/zarr\.json|(layer_\d\d/(cls|registers|patches|patch_mean)|head_input|statistics)/(zarr\.json|c/[\d/]+)"
+)
+
+
+def is_owned(key: str) -> bool:
+    """Whether a key is one that this format writes; nothing else is ever deleted."""
+    return _OWNED.fullmatch(key) is not None
+
+
+def expected_keys(spec: StoreSpec, shards: Iterator[int] | range) -> set[str]:
+    """Keys of data objects and commits of these shards."""
+    return {key for shard in shards for key in (*shard_object_keys(spec, shard), commit_key(shard))}

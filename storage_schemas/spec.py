@@ -1,0 +1,235 @@
+"""What a store is: its identity, token kinds, chunk arithmetic. Opens nothing."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from storage_schemas.errors import SchemaError
+
+FORMAT_VERSION = 1
+
+Kind = Literal["cls", "registers", "patches", "patch_mean"]
+KINDS: tuple[Kind, ...] = ("cls", "registers", "patches", "patch_mean")
+HEAD_INPUT = "head_input"
+
+BACKENDS = ("zarr",)
+PRECISIONS = ("float32", "float16")
+CODECS = ("none", "lz4", "zstd-1", "zstd-3")
+SHUFFLES = ("none", "byte", "bit")
+COMPUTE_PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Span:
+    """States `start` to `stop` of the depth, both ends included; `Span(0, 7)` is eight states.
+
+    A block trained on it takes state `start` and produces `start + 1` to `stop`.
+    """
+
+    start: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.stop:
+            raise SchemaError(
+                f"BLOCK={self.start}-{self.stop}",
+                ["a span is a-b with 0 <= a < b, both ends states; for example BLOCK=0-7"],
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> "Span":
+        """Read `"0-7"`."""
+        match = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", text)
+        if match is None:
+            raise SchemaError(f"BLOCK={text}", ["expected two layer numbers a-b with a < b; for example BLOCK=0-7"])
+        return cls(int(match[1]), int(match[2]))
+
+    @property
+    def n_states(self) -> int:
+        return self.stop - self.start + 1
+
+    @property
+    def states(self) -> range:
+        return range(self.start, self.stop + 1)
+
+    def __str__(self) -> str:
+        return f"{self.start}-{self.stop}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreSpec:
+    """Everything that must match for two runs to write the same store. Checks itself when built.
+
+    Attributes:
+        backend: How arrays are laid out as objects: "zarr".
+        layers: The teacher states stored, increasing; 0 is the state before the first teacher block.
+        dim: Channels per token.
+        has_cls: Whether the teacher has a CLS token.
+        n_registers: Further prefix tokens (registers, a distillation token); 0 for none.
+        grid: Patch rows and columns.
+        precision: How patch states are stored; the small kinds are always float32.
+        codec: How chunks are compressed; lossless.
+        shuffle: Byte or bit shuffle in front of the codec; "none" with codec "none".
+        n_samples: Samples in the plan, valid or not.
+        samples_per_shard: Samples of one shard, the unit of work, retry and commit; a multiple of samples_per_chunk.
+        samples_per_chunk: Samples of one chunk, what is coded, checked and decoded whole.
+        order_seed: Seed of the shuffle of the source listing.
+        teacher: The teacher's architecture name.
+        teacher_weights_digest: sha256 over its weights.
+        preprocessing: Bytes of an image file to pixels, as recorded by the pipeline.
+        compute: Arithmetic of the teacher's forward pass.
+        micro_batch: Images per forward pass; the last one of a shard is padded.
+        source_digest: sha256 over the sorted relative names and sizes of the whole source.
+    """
+
+    backend: str = "zarr"
+    layers: tuple[int, ...]
+    dim: int
+    has_cls: bool
+    n_registers: int
+    grid: tuple[int, int]
+    precision: str = "float16"
+    codec: str = "none"
+    shuffle: str = "none"
+    n_samples: int
+    samples_per_shard: int
+    samples_per_chunk: int
+    order_seed: int = 42
+    teacher: str
+    teacher_weights_digest: str
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    compute: str = "float32"
+    micro_batch: int
+    source_digest: str
+
+    def __post_init__(self) -> None:
+        problems = list(_spec_problems(self))
+        if problems:
+            raise SchemaError("store identity", problems)
+
+    @property
+    def n_patches(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in the teacher's order: CLS, registers, patches in row order."""
+        return int(self.has_cls) + self.n_registers + self.n_patches
+
+    @property
+    def token_kinds(self) -> tuple[Kind, ...]:
+        """The kinds this teacher has, in the format's order."""
+        absent = {"cls": not self.has_cls, "registers": self.n_registers == 0}
+        return tuple(kind for kind in KINDS if not absent.get(kind, False))
+
+    @property
+    def has_head_input(self) -> bool:
+        return self.has_cls
+
+    @property
+    def n_shards(self) -> int:
+        return -(-self.n_samples // self.samples_per_shard)
+
+    @property
+    def n_chunks(self) -> int:
+        """Chunks of one (layer, kind) in the whole store."""
+        return -(-self.n_samples // self.samples_per_chunk)
+
+    @property
+    def chunks_per_shard(self) -> int:
+        return self.samples_per_shard // self.samples_per_chunk
+
+    def shard_samples(self, shard: int) -> range:
+        """Sample indices of a shard; the last shard may be short."""
+        if not 0 <= shard < self.n_shards:
+            raise IndexError(f"shard {shard} is not in the store; it has shards 0 to {self.n_shards - 1}")
+        start = shard * self.samples_per_shard
+        return range(start, min(start + self.samples_per_shard, self.n_samples))
+
+    def shard_chunks(self, shard: int) -> range:
+        """Chunk indices of a shard that hold samples."""
+        samples = self.shard_samples(shard)
+        return range(samples.start // self.samples_per_chunk, -(-samples.stop // self.samples_per_chunk))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; `from_json` undoes it."""
+        return {**dataclasses.asdict(self), "layers": list(self.layers), "grid": list(self.grid)}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> "StoreSpec":
+        """Build from parsed JSON.
+
+        Raises:
+            SchemaError: Lists every unknown, missing or ill-typed field.
+        """
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        problems = [f"unknown field {name!r}" for name in document if name not in fields]
+        problems += [f"missing field {name!r}" for name in fields if name not in document]
+        if problems:
+            raise SchemaError("store identity", problems)
+        values = dict(document)
+        for name in ("layers", "grid"):
+            if not isinstance(values[name], list):
+                raise SchemaError("store identity", [f"{name} is {values[name]!r}, expected a list"])
+            values[name] = tuple(values[name])
+        return cls(**values)
+
+
+def differences(found: StoreSpec, asked: StoreSpec) -> list[str]:
+    """Field by field, how the identity in a store differs from the one asked for."""
+    return [
+        f"{f.name}: the store has {getattr(found, f.name)!r}, this run asks for {getattr(asked, f.name)!r}"
+        for f in dataclasses.fields(StoreSpec)
+        if getattr(found, f.name) != getattr(asked, f.name)
+    ]
+
+
+def _spec_problems(spec: StoreSpec) -> list[str]:
+    problems = []
+    for name, allowed in (
+        ("backend", BACKENDS),
+        ("precision", PRECISIONS),
+        ("codec", CODECS),
+        ("shuffle", SHUFFLES),
+        ("compute", COMPUTE_PRECISIONS),
+    ):
+        if getattr(spec, name) not in allowed:
+            problems.append(f"{name} is {getattr(spec, name)!r}, expected one of {', '.join(allowed)}")
+    for name, least in (
+        ("dim", 1),
+        ("n_registers", 0),
+        ("n_samples", 1),
+        ("samples_per_shard", 1),
+        ("samples_per_chunk", 1),
+        ("micro_batch", 1),
+    ):
+        value = getattr(spec, name)
+        if not _is_int(value) or value < least:
+            problems.append(f"{name} is {value!r}, expected an integer of at least {least}")
+    if not _is_int(spec.order_seed):
+        problems.append(f"order_seed is {spec.order_seed!r}, expected an integer")
+    if not isinstance(spec.has_cls, bool):
+        problems.append(f"has_cls is {spec.has_cls!r}, expected true or false")
+    for name in ("teacher", "teacher_weights_digest", "source_digest"):
+        if not isinstance(getattr(spec, name), str) or not getattr(spec, name):
+            problems.append(f"{name} is {getattr(spec, name)!r}, expected text")
+    if not isinstance(spec.preprocessing, Mapping):
+        problems.append(f"preprocessing is {spec.preprocessing!r}, expected an object")
+    layers = spec.layers
+    if not layers or not all(_is_int(x) and 0 <= x < 100 for x in layers) or list(layers) != sorted(set(layers)):
+        problems.append(f"layers are {list(layers)!r}, expected increasing numbers from 0 to 99")
+    if len(spec.grid) != 2 or not all(_is_int(x) and x >= 1 for x in spec.grid):
+        problems.append(f"grid is {spec.grid!r}, expected patch rows and columns")
+    if (spec.codec == "none") != (spec.shuffle == "none") and spec.codec in CODECS and spec.shuffle in SHUFFLES:
+        problems.append(f"shuffle is {spec.shuffle!r} with codec {spec.codec!r}; they come together or not at all")
+    if not problems and spec.samples_per_shard % spec.samples_per_chunk:
+        problems.append(
+            f"samples_per_shard {spec.samples_per_shard} is not a multiple of samples_per_chunk {spec.samples_per_chunk}"
+        )
+    return problems
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
