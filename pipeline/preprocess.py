@@ -1,0 +1,223 @@
+"""From the bytes of an image file to the pixels a teacher sees, exactly as PIL and torchvision do it.
+
+Two halves, because they run on different machines' parts: `decode_image` on CPU threads, where PIL lets go of the
+interpreter lock while it decodes and resizes; `normalise` on the teacher's device, on a quarter of the bytes.
+
+Nothing of PIL's global state is read or set by us: each file is opened by the class that its first bytes name, not by
+`Image.open`, whose size check warns instead of refusing, and which would hand an EPS named .jpg to Ghostscript.
+"""
+
+import io
+import threading
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32, UInt8
+from PIL import Image, ImageFile
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.PpmImagePlugin import PpmImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+#: Why an image has no row; stored in commits, so codes are only ever added.
+BAD_IMAGE_CODES = ("empty", "not_an_image", "truncated", "undecodable", "too_large")
+
+#: Declared pixels above which an image is refused unread. PIL itself warns of a bomb from here on.
+MAX_PIXELS = 89_478_485
+
+CROP_RATIO = 0.875
+
+_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+_CHANNELS = 3
+
+
+class BadImageError(Exception):
+    """The bytes arrived and are no usable image.
+
+    Attributes:
+        code: One of BAD_IMAGE_CODES. It goes into the commit; the message, which may hold anything, does not.
+    """
+
+    def __init__(self, code: str, detail: str = "") -> None:
+        assert code in BAD_IMAGE_CODES
+        super().__init__(code, detail)
+        self.code = code
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"bad image ({self.code}){': ' if self.detail else ''}{self.detail}"
+
+
+def resize_size_for(image_size: int) -> int:
+    """Short side in px before the centre crop, so that the crop keeps 7/8 of it: 256 for 224."""
+    return round(image_size / CROP_RATIO)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """How an image becomes pixels; part of a store's identity.
+
+    Attributes:
+        image_size: Side of the square centre crop, px.
+        resize_size: The short side is resized to this first, px; not under image_size.
+        mean: Of each RGB channel over [0, 1]; subtracted.
+        std: Of each RGB channel over [0, 1]; divided by.
+        interpolation: "bicubic" or "bilinear", both with antialiasing, as PIL resizes.
+    """
+
+    image_size: int
+    resize_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.image_size < 1:
+            problems.append(f"image_size is {self.image_size}, expected at least 1 px")
+        if self.resize_size < self.image_size:
+            problems.append(f"resize_size {self.resize_size} is under image_size {self.image_size}: the crop would pad")
+        if len(self.mean) != _CHANNELS or len(self.std) != _CHANNELS:
+            problems.append(f"mean and std have {len(self.mean)} and {len(self.std)} values, expected {_CHANNELS} each")
+        if not all(value > 0 for value in self.std):
+            problems.append(f"std is {self.std}, expected values above 0")
+        if self.interpolation not in _RESAMPLING:
+            problems.append(f"interpolation is {self.interpolation!r}, expected one of {sorted(_RESAMPLING)}")
+        if problems:
+            raise ValueError("preprocessing cannot be used: " + "; ".join(problems))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values: ints, strings and lists of floats."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Preprocessing":
+        """The inverse of to_dict.
+
+        Raises:
+            ValueError: A field is missing, unknown or out of range.
+        """
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ValueError(f"preprocessing cannot be used: {error}") from error
+
+
+class _QuietJpegFile(JpegImageFile):
+    """A JPEG without its EXIF resolution, which pixels do not need and whose damage PIL reports as a warning."""
+
+    def _read_dpi_from_exif(self) -> None:
+        pass
+
+
+# First bytes -> reader: what torchvision's ImageFolder accepts by extension, and GIF, which turns up under other names.
+_READERS: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
+    (b"\xff\xd8\xff", _QuietJpegFile),
+    (b"\x89PNG\r\n\x1a\n", PngImageFile),
+    (b"BM", BmpImageFile),
+    (b"GIF87a", GifImageFile),
+    (b"GIF89a", GifImageFile),
+    *((b"P%d" % kind, PpmImageFile) for kind in range(1, 7)),
+    (b"II*\x00", TiffImageFile),
+    (b"MM\x00*", TiffImageFile),
+    (b"RIFF", WebPImageFile),
+)
+
+_APNG_MARK = b"acTL"
+_warnings_lock = threading.Lock()
+
+
+def decode_image(data: bytes, preprocessing: Preprocessing) -> UInt8[np.ndarray, "3 image_size image_size"]:
+    """Decode, convert to RGB, resize the short side, crop the centre.
+
+    The values equal torchvision's `Resize(resize_size, BICUBIC)` and `CenterCrop(image_size)` on PIL's
+    `open(...).convert("RGB")`, bit for bit: grey, palette, CMYK and transparent images as PIL converts them, EXIF
+    rotation ignored, no draft mode. Safe to call from many threads.
+
+    Args:
+        data: A whole file: JPEG, PNG, BMP, PPM/PGM, TIFF, WebP or GIF (its first frame).
+        preprocessing: Sizes and interpolation; mean and std are `normalise`'s.
+
+    Raises:
+        BadImageError: The bytes are no usable image; its code says why. An image of more than MAX_PIXELS declared
+            pixels is refused before anything of it is decoded.
+    """
+    rgb = _crop(_resize(_read_rgb(data), preprocessing), preprocessing.image_size)
+    return np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1))
+
+
+def normalise(
+    pixels: UInt8[torch.Tensor, "batch 3 height width"], preprocessing: Preprocessing
+) -> Float32[torch.Tensor, "batch 3 height width"]:
+    """(pixels / 255 - mean) / std on the pixels' device, bit-equal to torchvision's ToTensor and Normalize."""
+    # Divisors are tensors on the device: CUDA turns division by a Python number into a product with its reciprocal.
+    scale = torch.tensor(255.0, device=pixels.device)
+    mean = torch.tensor(preprocessing.mean, device=pixels.device).view(-1, 1, 1)
+    std = torch.tensor(preprocessing.std, device=pixels.device).view(-1, 1, 1)
+    return pixels.to(torch.float32).div_(scale).sub_(mean).div_(std)
+
+
+def _read_rgb(data: bytes) -> Image.Image:
+    reader = _reader_for(data)
+    try:
+        image = _open(reader, data)
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise BadImageError("too_large", f"{width} x {height} px declared, at most {MAX_PIXELS} px are decoded")
+        image.load()
+        # Transparency never changes RGB values here, and PIL warns while it drops that of palettes.
+        image.info.pop("transparency", None)
+        return image.convert("RGB")
+    except (BadImageError, MemoryError):
+        raise
+    except Exception as error:  # hostile bytes make PIL's Python readers raise almost anything
+        detail = f"{type(error).__name__}: {error}"
+        raise BadImageError("truncated" if "truncat" in detail.lower() else "undecodable", detail) from error
+
+
+def _reader_for(data: bytes) -> type[ImageFile.ImageFile]:
+    if not data:
+        raise BadImageError("empty", "the file has no bytes")
+    for prefix, reader in _READERS:
+        if data.startswith(prefix):
+            return reader
+    raise BadImageError("not_an_image", f"it begins with {data[:8]!r}, which no supported format does")
+
+
+def _open(reader: type[ImageFile.ImageFile], data: bytes) -> ImageFile.ImageFile:
+    """Read the header. Readers that may warn are silenced one at a time: Python's filters belong to the process."""
+    may_warn = reader is TiffImageFile or (reader is PngImageFile and _APNG_MARK in data)
+    if not may_warn:
+        return reader(io.BytesIO(data))
+    with _warnings_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = reader(io.BytesIO(data))
+        if image.width * image.height <= MAX_PIXELS:
+            image.load()  # TIFF reads further directories while it decodes
+        return image
+
+
+def _resize(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    """As torchvision's Resize with one number: the long side is cut, not rounded, to whole px."""
+    width, height = image.size
+    short, long = sorted((width, height))
+    new_long = int(preprocessing.resize_size * long / short)
+    if short == preprocessing.resize_size and long == new_long:
+        return image
+    new_size = (preprocessing.resize_size, new_long) if width <= height else (new_long, preprocessing.resize_size)
+    return image.resize(new_size, _RESAMPLING[preprocessing.interpolation])
+
+
+def _crop(image: Image.Image, size: int) -> Image.Image:
+    """As torchvision's CenterCrop: offsets rounded half to even."""
+    left = round((image.width - size) / 2)
+    top = round((image.height - size) / 2)
+    return image.crop((left, top, left + size, top + size))

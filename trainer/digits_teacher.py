@@ -1,0 +1,172 @@
+"""Train digits_vit, the teacher that ships with the package: `make teacher`, minutes on two cores.
+
+Supervised on 80 % of scikit-learn's digits. Expect 97 % or more top-1 on the held-out 20 %: 60 epochs of 11 steps,
+about 7 minutes on two idle CPU cores. The recipe (AdamW 2e-3 one-cycle, stochastic depth 0.1 uniform over depth, small
+affine augmentation, bfloat16 autocast, no LayerScale) is the one that worked; LayerScale 0.1 learned far more slowly.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int64, UInt8
+from torch import nn
+from torch.nn import functional
+
+from pipeline.digits import (
+    DIGITS_PREPROCESSING,
+    N_CLASSES,
+    digits_split,
+    encode_pgm,
+    load_digit_arrays,
+    make_digits_vit,
+)
+from pipeline.preprocess import decode_image, normalise
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitsTeacherConfig:
+    """How digits_vit is trained.
+
+    Attributes:
+        n_epochs: Passes over the 1,438 training digits.
+        batch_size: Images a step; the rest of an epoch that fills no batch waits for the next shuffle.
+        peak_lr: Highest learning rate of the one-cycle schedule.
+        weight_decay: AdamW's, on every parameter.
+        drop_path: Chance that a residual branch is dropped, the same in all blocks.
+        max_rotation_deg: Augmentation: rotation up to this, either way.
+        max_shift: Augmentation: shift up to this share of the image side, along each axis.
+        max_scale: Augmentation: scale within 1 - this to 1 + this.
+        bfloat16: Autocast to bfloat16.
+        seed: Of the initial weights, the order and the augmentation.
+    """
+
+    n_epochs: int = 60
+    batch_size: int = 128
+    peak_lr: float = 2e-3
+    weight_decay: float = 0.05
+    drop_path: float = 0.1
+    max_rotation_deg: float = 10.0
+    max_shift: float = 0.06
+    max_scale: float = 0.1
+    bfloat16: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DigitsTeacherResult:
+    """A trained digits_vit in eval mode, its head, and the share of held-out digits it names rightly."""
+
+    model: nn.Module
+    head: nn.Linear
+    val_accuracy: float
+
+
+def train_digits_teacher(
+    config: DigitsTeacherConfig | None = None, *, report: Callable[[str], None] = print
+) -> DigitsTeacherResult:
+    """Train digits_vit with its linear head on [final-norm CLS; mean of final-norm patches].
+
+    The held-out digits are looked at once, at the end: no epoch is chosen by them.
+
+    Args:
+        config: The recipe; None is the shipped one.
+        report: Called with a line of progress every few epochs.
+    """
+    config = config or DigitsTeacherConfig()
+    generator = torch.Generator().manual_seed(config.seed)
+    with torch.random.fork_rng(devices=[]):  # initial weights and dropped branches draw from torch's global generator
+        torch.manual_seed(config.seed)
+        model, head = make_digits_vit(), nn.Linear(2 * 64, N_CLASSES)
+        _set_drop_path(model, config.drop_path)
+        images, labels = _load_split("train")
+        model.train()
+        n_steps = _fit(model, head, images, labels, config, generator, report)
+    _set_drop_path(model, 0.0)
+    model.eval()
+    accuracy = _accuracy(model, head, *_load_split("val"))
+    report(f"digits_vit: {n_steps} steps, held-out top-1 {100 * accuracy:.2f} %")
+    return DigitsTeacherResult(model=model, head=head, val_accuracy=accuracy)
+
+
+def _fit(
+    model: nn.Module,
+    head: nn.Linear,
+    images: UInt8[torch.Tensor, "image 3 height width"],
+    labels: Int64[torch.Tensor, "image"],
+    config: DigitsTeacherConfig,
+    generator: torch.Generator,
+    report: Callable[[str], None],
+) -> int:
+    parameters = [*model.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=config.peak_lr, weight_decay=config.weight_decay)
+    n_steps = config.n_epochs * (len(images) // config.batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=config.peak_lr, total_steps=n_steps)
+    autocast = torch.autocast("cpu", dtype=torch.bfloat16) if config.bfloat16 else nullcontext()
+    for epoch in range(config.n_epochs):
+        losses = []
+        for chosen in _batches(len(images), config.batch_size, generator):
+            pixels = augment(normalise(images[chosen], DIGITS_PREPROCESSING), config, generator)
+            with autocast:
+                loss = functional.cross_entropy(_logits(model, head, pixels), labels[chosen])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+        if epoch % 5 == 4 or epoch + 1 == config.n_epochs:
+            report(f"digits_vit: epoch {epoch + 1} of {config.n_epochs}, loss {sum(losses) / len(losses):.3f}")
+    return n_steps
+
+
+def augment(
+    pixels: Float32[torch.Tensor, "batch 3 height width"], config: DigitsTeacherConfig, generator: torch.Generator
+) -> Float32[torch.Tensor, "batch 3 height width"]:
+    """Rotate, scale and shift each image a little; what comes in from outside repeats the border."""
+    n_images = len(pixels)
+
+    def uniform(limit: float) -> Float32[torch.Tensor, "batch"]:
+        return (2 * torch.rand(n_images, generator=generator) - 1) * limit
+
+    angle = uniform(math.radians(config.max_rotation_deg))
+    scale = 1 + uniform(config.max_scale)
+    shift_x, shift_y = 2 * uniform(config.max_shift), 2 * uniform(config.max_shift)  # affine_grid's sides are 2 long
+    cos, sin = torch.cos(angle) * scale, torch.sin(angle) * scale
+    affine = torch.stack([torch.stack([cos, -sin, shift_x], 1), torch.stack([sin, cos, shift_y], 1)], 1)
+    grid = functional.affine_grid(affine, list(pixels.shape), align_corners=False)
+    return functional.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+
+
+def _logits(model: nn.Module, head: nn.Linear, pixels: torch.Tensor) -> torch.Tensor:
+    tokens = model.forward_features(pixels)  # final norm included
+    return head(torch.cat([tokens[:, 0], tokens[:, model.num_prefix_tokens :].mean(1)], dim=-1))
+
+
+@torch.inference_mode()
+def _accuracy(model: nn.Module, head: nn.Linear, images: torch.Tensor, labels: torch.Tensor) -> float:
+    predicted = _logits(model, head, normalise(images, DIGITS_PREPROCESSING)).argmax(-1)
+    return (predicted == labels).float().mean().item()
+
+
+def _load_split(split: str) -> tuple[UInt8[torch.Tensor, "image 3 height width"], Int64[torch.Tensor, "image"]]:
+    levels, labels = load_digit_arrays()
+    places = digits_split(split)
+    images = [decode_image(encode_pgm(levels[place]), DIGITS_PREPROCESSING) for place in places]
+    return torch.from_numpy(np.stack(images)), torch.from_numpy(labels[places].astype(np.int64))
+
+
+def _batches(n_images: int, batch_size: int, generator: torch.Generator) -> Iterator[Int64[torch.Tensor, "batch"]]:
+    order = torch.randperm(n_images, generator=generator)
+    for first in range(0, n_images - batch_size + 1, batch_size):
+        yield order[first : first + batch_size]
+
+
+def _set_drop_path(model: nn.Module, rate: float) -> None:
+    from timm.layers import DropPath
+
+    for block in model.blocks:
+        block.drop_path1 = DropPath(rate) if rate else nn.Identity()
+        block.drop_path2 = DropPath(rate) if rate else nn.Identity()
