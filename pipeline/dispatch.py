@@ -9,6 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 DEFAULT_DEPTH = 3  # shards in flight per worker: one reads, one is on the device, one writes
@@ -131,13 +132,13 @@ class Attempt:
     fatal: bool = False
 
 
-def attempt(runner: Runner, shard: int) -> Attempt:
-    """Run one shard once and turn whatever it raises into words.
+def attempt(work: Callable[[], Any]) -> Attempt:
+    """Do the work once and turn whatever it raises into words.
 
     Exceptions themselves do not travel: many of them cannot be unpickled on the other side.
     """
     try:
-        return Attempt(report=runner.run(shard))
+        return Attempt(report=work())
     except FatalError as error:
         return Attempt(cause=str(error), trace=traceback.format_exc(), fatal=True)
     except Exception as error:  # noqa: BLE001 - nothing is swallowed: the caller books, retries and reports each cause
@@ -190,23 +191,23 @@ class Ledger:
         """How many shards this worker has in flight."""
         return len(self._in_flight.get(worker, ()))
 
-    def feed(self, worker: Hashable) -> list[int]:
-        """Hand out what this worker should start now; often nothing.
+    def feed(self, worker: Hashable) -> int | None:
+        """Hand out the next shard that this worker should start now, or None; call it until it says None.
 
-        An idle worker takes one suspect before anything else, and gets no company until that suspect has ended.
+        An idle worker takes a suspect before anything else, and gets no company until that suspect has ended.
         """
         mine = self._in_flight.setdefault(worker, {})
-        if self._suspected.intersection(mine):
-            return []
-        if self._suspects and not mine:
-            given = [self._suspects.popleft()]
-        else:
-            given = [self._todo.popleft() for _ in range(min(self._depth - len(mine), len(self._todo)))]
-        self._attempts.update(given)
-        mine.update(dict.fromkeys(given, True))
+        if len(mine) >= self._depth or self._suspected.intersection(mine):
+            return None
+        queue = self._suspects if self._suspects and not mine else self._todo
+        if not queue:
+            return None
+        shard = queue.popleft()
+        self._attempts[shard] += 1
+        mine[shard] = True
         if len(mine) > 1:
             mine.update(dict.fromkeys(mine, False))
-        return given
+        return shard
 
     def finished(self, worker: Hashable, shard: int, report: Any) -> Outcome:
         """Book that the shard was done."""
@@ -295,8 +296,8 @@ def run_plain(
     with ThreadPoolExecutor(depth, thread_name_prefix="shard") as pool:
         in_flight: dict[Future[Attempt], int] = {}
         while True:
-            if not stop():
-                in_flight |= {pool.submit(attempt, runner, shard): shard for shard in ledger.feed(here)}
+            while not stop() and (shard := ledger.feed(here)) is not None:
+                in_flight[pool.submit(attempt, partial(runner.run, shard))] = shard
             if not in_flight:
                 return
             for future in wait(in_flight, return_when=FIRST_COMPLETED).done:
