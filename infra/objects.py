@@ -1,6 +1,6 @@
 """Named byte objects in a folder or in memory: get, ranged get, put, list, delete.
 
-Each verb has a protocol of its own, so that a function asks for what it uses: a reader takes `GetRange`, a writer `Put`.
+Each verb has a protocol of its own, so a function asks for what it uses: a reader takes `GetRange`, a writer `Put`.
 Keys are relative POSIX paths. One put makes one whole object appear at once, or none.
 """
 

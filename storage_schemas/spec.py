@@ -226,7 +226,8 @@ def _spec_problems(spec: StoreSpec) -> list[str]:
         problems.append(f"shuffle is {spec.shuffle!r} with codec {spec.codec!r}; they come together or not at all")
     if not problems and spec.samples_per_shard % spec.samples_per_chunk:
         problems.append(
-            f"samples_per_shard {spec.samples_per_shard} is not a multiple of samples_per_chunk {spec.samples_per_chunk}"
+            f"samples_per_shard {spec.samples_per_shard} is not a multiple of "
+            f"samples_per_chunk {spec.samples_per_chunk}"
         )
     return problems
 

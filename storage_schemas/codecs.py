@@ -1,0 +1,117 @@
+"""Chunks as bytes: dtypes, shapes, lossless codecs. Equal input gives equal bytes, in any thread."""
+
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+
+import numpy as np
+from numcodecs import blosc
+
+from storage_schemas.errors import StoreError
+from storage_schemas.keys import array_kind
+from storage_schemas.spec import HEAD_INPUT, StoreSpec
+
+_CNAMES = {"lz4": ("lz4", 5), "zstd-1": ("zstd", 1), "zstd-3": ("zstd", 3)}
+_SHUFFLES = {"byte": blosc.SHUFFLE, "bit": blosc.BITSHUFFLE}
+_SHUFFLE_NAMES = {"byte": "shuffle", "bit": "bitshuffle"}
+
+
+class DecodeError(StoreError):
+    """Bytes passed their checksum but are not a chunk of this codec and size."""
+
+
+def kind_dtype(spec: StoreSpec, kind: str) -> np.dtype:
+    """How values of a kind are stored: the spec's precision for patches, float32 for the small kinds."""
+    return np.dtype(spec.precision if kind == "patches" else "float32").newbyteorder("<")
+
+
+def kind_shape(spec: StoreSpec, kind: str) -> tuple[int, ...]:
+    """Shape of one sample of a kind, without the sample axis."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "cls": (spec.dim,),
+        "registers": (spec.n_registers, spec.dim),
+        "patches": (spec.n_patches, spec.dim),
+        "patch_mean": (spec.dim,),
+        HEAD_INPUT: (2 * spec.dim,),
+    }
+    return shapes[kind]
+
+
+def chunk_shape(spec: StoreSpec, kind: str) -> tuple[int, ...]:
+    """Shape of one chunk, samples first."""
+    return (spec.samples_per_chunk, *kind_shape(spec, kind))
+
+
+def raw_chunk_nbytes(spec: StoreSpec, kind: str) -> int:
+    """Bytes of one chunk before the codec; with codec "none" also its payload on disk."""
+    return int(np.prod(chunk_shape(spec, kind))) * kind_dtype(spec, kind).itemsize
+
+
+def encode_chunk(spec: StoreSpec, kind: str, raw: memoryview) -> memoryview | bytes:
+    """Compress one whole chunk; with codec "none" the input itself comes back."""
+    if spec.codec == "none":
+        return raw
+    return _encoder().submit(_blosc_compress, spec, kind, raw).result()
+
+
+def decode_chunk(spec: StoreSpec, kind: str, payload: bytes | bytearray | memoryview) -> np.ndarray:
+    """Undo `encode_chunk`.
+
+    Args:
+        spec: Of the store that the payload comes from.
+        kind: Token kind, or "head_input".
+        payload: Checked against its CRC32C already.
+
+    Returns:
+        (samples_per_chunk, ..., dim) in the stored dtype; a view of the payload with codec "none".
+
+    Raises:
+        DecodeError: The payload is not such a chunk.
+    """
+    shape, dtype, nbytes = chunk_shape(spec, kind), kind_dtype(spec, kind), raw_chunk_nbytes(spec, kind)
+    if spec.codec == "none":
+        if len(payload) != nbytes:
+            raise DecodeError(f"a {kind} chunk of {len(payload)} bytes; {nbytes} were expected")
+        return np.frombuffer(payload, dtype).reshape(shape)
+    out = np.empty(shape, dtype)
+    decoded_nbytes = _blosc_nbytes(payload)
+    if decoded_nbytes != nbytes:
+        raise DecodeError(f"a {kind} chunk that decodes to {decoded_nbytes} bytes; {nbytes} were expected")
+    try:
+        blosc.decompress(payload, out)
+    except (RuntimeError, ValueError) as error:
+        raise DecodeError(f"a {kind} chunk that {spec.codec} cannot decode: {error}") from error
+    return out
+
+
+def inner_codecs(spec: StoreSpec, path: str) -> list[dict]:
+    """The chunk codecs as zarr.json names them (Zarr v3 specification)."""
+    codecs: list[dict] = [{"name": "bytes", "configuration": {"endian": "little"}}]
+    if spec.codec != "none":
+        cname, level = _CNAMES[spec.codec]
+        configuration = {
+            "cname": cname,
+            "clevel": level,
+            "shuffle": _SHUFFLE_NAMES[spec.shuffle],
+            "typesize": kind_dtype(spec, array_kind(path)).itemsize,
+            "blocksize": 0,
+        }
+        codecs.append({"name": "blosc", "configuration": configuration})
+    return [*codecs, {"name": "crc32c"}]
+
+
+def _blosc_compress(spec: StoreSpec, kind: str, raw: memoryview) -> bytes:
+    cname, level = _CNAMES[spec.codec]
+    array = np.frombuffer(raw, kind_dtype(spec, kind))
+    return blosc.compress(array, cname.encode(), level, _SHUFFLES[spec.shuffle], blosc.AUTOBLOCKS)
+
+
+def _blosc_nbytes(payload: bytes | bytearray | memoryview) -> int:
+    """Decoded size from a Blosc 1 header: little-endian uint32 at byte 4."""
+    return int.from_bytes(bytes(payload[4:8]), "little") if len(payload) >= 16 else -1
+
+
+@cache
+def _encoder() -> ThreadPoolExecutor:
+    # numcodecs lets Blosc use its own threads when called from the main thread, and then blocks land in the chunk in
+    # the order they finish: other bytes each time. Called from any other thread it works alone and is deterministic.
+    return ThreadPoolExecutor(max_workers=4, thread_name_prefix="encode")

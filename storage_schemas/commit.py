@@ -1,0 +1,177 @@
+"""The document that makes a shard exist: sizes and checksums of its objects, and what is known of its samples."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from storage_schemas.codecs import raw_chunk_nbytes
+from storage_schemas.documents import seal, sha256, unseal
+from storage_schemas.errors import SchemaError
+from storage_schemas.keys import (
+    STATISTIC_NAMES,
+    array_kind,
+    commit_key,
+    shard_object_key,
+    sharded_array_paths,
+    statistics_key,
+)
+from storage_schemas.spec import FORMAT_VERSION, StoreSpec
+from storage_schemas.zarr_layout import CRC_NBYTES, index_nbytes
+
+BAD_IMAGE_CODES = ("empty", "not_an_image", "truncated", "undecodable", "too_large")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectRecord:
+    """One object as it was written.
+
+    Attributes:
+        nbytes: Size of the whole object.
+        crc32c: Of the whole object.
+        chunks: (chunk, 3) int64: offset, payload bytes and payload CRC32C of each chunk that holds samples.
+    """
+
+    nbytes: int
+    crc32c: int
+    chunks: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fidelity:
+    """Stored values against the teacher's float32 ones, over the valid samples of a shard, for one (layer, kind).
+
+    Attributes:
+        relative_mse: Sum of squared differences over sum of squares.
+        r2: 1 - sum of squared differences / sum of squared deviations from the channel means.
+        worst: Largest absolute difference.
+    """
+
+    relative_mse: float
+    r2: float
+    worst: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit:
+    """One finished shard.
+
+    Attributes:
+        shard: Which one.
+        store: Digest of the store.json that it belongs to.
+        bad_images: (sample_index, code) of images whose bytes did not decode; their rows are invalid.
+        objects: By key, every data object of the shard.
+        fidelity: By array path, only where rounding changed values.
+    """
+
+    shard: int
+    store: str
+    bad_images: tuple[tuple[int, str], ...]
+    objects: Mapping[str, ObjectRecord]
+    fidelity: Mapping[str, Fidelity]
+
+    def to_bytes(self) -> bytes:
+        """Canonical sealed JSON: equal commits give equal bytes."""
+        return seal(self._document())
+
+    @property
+    def digest(self) -> str:
+        return sha256(self.to_bytes())
+
+    def _document(self) -> dict[str, Any]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "shard": self.shard,
+            "store": self.store,
+            "bad_images": [list(bad) for bad in self.bad_images],
+            "objects": {
+                key: {"nbytes": o.nbytes, "crc32c": o.crc32c, "chunks": o.chunks.tolist()}
+                for key, o in self.objects.items()
+            },
+            "fidelity": {
+                path: {"relative_mse": f.relative_mse, "r2": f.r2, "worst": f.worst}
+                for path, f in self.fidelity.items()
+            },
+        }
+
+
+def read_commit(spec: StoreSpec, store: str, shard: int, data: bytes) -> Commit:
+    """Parse a commit and hold it against the store's identity.
+
+    Args:
+        spec: Identity of the store.
+        store: Digest of its store.json.
+        shard: The shard that the key names.
+        data: The commit's bytes.
+
+    Raises:
+        SchemaError: Every way in which it is not this shard's commit of this store.
+    """
+    key = commit_key(shard)
+    document = unseal(key, data)
+    try:
+        commit = Commit(
+            shard=document["shard"],
+            store=document["store"],
+            bad_images=tuple((index, code) for index, code in document["bad_images"]),
+            objects={
+                name: ObjectRecord(
+                    nbytes=record["nbytes"],
+                    crc32c=record["crc32c"],
+                    chunks=np.asarray(record["chunks"], np.int64).reshape(-1, 3),
+                )
+                for name, record in document["objects"].items()
+            },
+            fidelity={path: Fidelity(**values) for path, values in document["fidelity"].items()},
+        )
+        version = document["format_version"]
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise SchemaError(key, [f"not a commit of this format: {type(error).__name__}: {error}"]) from error
+    problems = [f"format version {version}, expected {FORMAT_VERSION}"] if version != FORMAT_VERSION else []
+    problems += commit_problems(spec, store, shard, commit)
+    if problems:
+        raise SchemaError(key, problems)
+    return commit
+
+
+def commit_problems(spec: StoreSpec, store: str, shard: int, commit: Commit) -> list[str]:
+    """Everything in a commit that contradicts the store's identity."""
+    if commit.store != store:
+        return [f"belongs to a store.json with digest {commit.store[:16]}, this store's is {store[:16]}"]
+    if commit.shard != shard:
+        return [f"is the commit of shard {commit.shard}, stored as that of shard {shard}"]
+    problems = []
+    samples = spec.shard_samples(shard)
+    for index, code in commit.bad_images:
+        if index not in samples or code not in BAD_IMAGE_CODES:
+            problems.append(f"bad image ({index!r}, {code!r}) is not of this shard or has an unknown code")
+    expected = {shard_object_key(spec, path, shard): path for path in sharded_array_paths(spec)}
+    missing = sorted({*expected, statistics_key(shard)} - set(commit.objects))
+    unknown = sorted(set(commit.objects) - {*expected, statistics_key(shard)})
+    problems += [f"does not list {key}" for key in missing] + [f"lists unknown {key}" for key in unknown]
+    for key, path in expected.items():
+        if key in commit.objects:
+            problems += [f"{key}: {p}" for p in _record_problems(spec, path, shard, commit.objects[key])]
+    if not missing and commit.objects[statistics_key(shard)].nbytes != statistics_nbytes(spec) + CRC_NBYTES:
+        problems.append(f"{statistics_key(shard)}: wrong size")
+    return problems
+
+
+def statistics_nbytes(spec: StoreSpec) -> int:
+    """Payload bytes of one shard's statistics."""
+    return len(spec.layers) * len(spec.token_kinds) * len(STATISTIC_NAMES) * spec.dim * 8
+
+
+def _record_problems(spec: StoreSpec, path: str, shard: int, record: ObjectRecord) -> list[str]:
+    n_chunks = len(spec.shard_chunks(shard))
+    if len(record.chunks) != n_chunks:
+        return [f"{len(record.chunks)} chunks, expected {n_chunks}"]
+    offsets, nbytes = record.chunks[:, 0], record.chunks[:, 1]
+    ends = offsets + nbytes + CRC_NBYTES
+    starts = np.concatenate([[0], ends[:-1]])
+    if (nbytes <= 0).any() or (offsets != starts).any() or ends[-1] + index_nbytes(spec) != record.nbytes:
+        return ["chunks do not lie end to end in the object"]
+    if spec.codec == "none" and (nbytes != raw_chunk_nbytes(spec, array_kind(path))).any():
+        return ["chunks have a wrong size"]
+    return []

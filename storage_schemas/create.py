@@ -1,0 +1,103 @@
+"""Begin a store: its documents, the identity last; and the record that holds their digests."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from infra.objects import Get, ObjectMissingError, Put
+from storage_schemas.documents import seal, sha256, unseal
+from storage_schemas.errors import NotAStoreError, SchemaError
+from storage_schemas.keys import SAMPLES_KEY, STORE_KEY, TEACHER_PREFIX, is_owned, zarr_json_keys
+from storage_schemas.samples import Sample, samples_to_bytes
+from storage_schemas.spec import FORMAT_VERSION, StoreSpec
+from storage_schemas.zarr_layout import zarr_documents
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreDocument:
+    """Content of store.json.
+
+    Attributes:
+        spec: The store's identity.
+        documents: sha256 of samples.parquet, of every zarr.json and of every file under teacher/, by key.
+    """
+
+    spec: StoreSpec
+    documents: Mapping[str, str]
+
+    def to_bytes(self) -> bytes:
+        """Canonical sealed JSON."""
+        return seal({"format_version": FORMAT_VERSION, "spec": self.spec.to_json(), "documents": dict(self.documents)})
+
+    @property
+    def digest(self) -> str:
+        """What every commit names as its store."""
+        return sha256(self.to_bytes())
+
+
+def plan_documents(
+    spec: StoreSpec, samples: Sequence[Sample], teacher_files: Mapping[str, bytes]
+) -> tuple[StoreDocument, dict[str, bytes]]:
+    """Everything a store begins with, as a pure function: store.json's content and the other documents by key."""
+    assert len(samples) == spec.n_samples
+    documents = zarr_documents(spec)
+    documents[SAMPLES_KEY] = samples_to_bytes(samples)
+    documents |= {f"{TEACHER_PREFIX}{name}": data for name, data in teacher_files.items()}
+    digests = {key: sha256(data) for key, data in documents.items()}
+    return StoreDocument(spec=spec, documents=digests), documents
+
+
+def create_store(
+    objects: Put, spec: StoreSpec, samples: Sequence[Sample], teacher_files: Mapping[str, bytes]
+) -> StoreDocument:
+    """Write all documents of a new store, store.json last; interrupted, it is simply done again.
+
+    Args:
+        objects: Where the store will be.
+        spec: Its identity.
+        samples: In store order.
+        teacher_files: Weights, config and head of the teacher, by name under teacher/.
+    """
+    document, documents = plan_documents(spec, samples, teacher_files)
+    for key, data in documents.items():
+        objects.put(key, data)
+    objects.put(STORE_KEY, document.to_bytes())
+    return document
+
+
+def read_store_document(objects: Get, location: str) -> StoreDocument:
+    """Read and check store.json.
+
+    Raises:
+        NotAStoreError: There is none.
+        SchemaError: It was changed, or this version does not know its format; lists every problem.
+    """
+    try:
+        data = objects.get(STORE_KEY)
+    except ObjectMissingError as error:
+        raise NotAStoreError(
+            f"{location} is not a store: it has no {STORE_KEY}. Give the path of a store, or make one: make extract"
+        ) from error
+    return parse_store_document(data, f"{location}/{STORE_KEY}")
+
+
+def parse_store_document(data: bytes, place: str) -> StoreDocument:
+    """Parse store.json; `place` names it in errors."""
+    document = unseal(place, data)
+    if document.get("format_version") != FORMAT_VERSION:
+        raise SchemaError(
+            place, [f"format version {document.get('format_version')!r}; this version reads {FORMAT_VERSION}"]
+        )
+    spec_json, digests = document.get("spec"), document.get("documents")
+    if not isinstance(spec_json, dict) or not isinstance(digests, dict):
+        raise SchemaError(place, ["expected 'spec' and 'documents'"])
+    spec = StoreSpec.from_json(spec_json)
+    needed = {SAMPLES_KEY, *zarr_json_keys(spec)}
+    problems = [f"names no digest of {key}" for key in sorted(needed - set(digests))]
+    problems += [
+        f"names {key!r}, which this format does not have"
+        for key in sorted(set(digests) - needed)
+        if not (key.startswith(TEACHER_PREFIX) and is_owned(key))
+    ]
+    if problems:
+        raise SchemaError(place, problems)
+    return StoreDocument(spec=spec, documents=digests)

@@ -1,0 +1,119 @@
+"""Make a store from states that are already in memory: other frameworks' activations, tests, benchmarks."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float32
+
+from infra.objects import Objects
+from storage_schemas.codecs import kind_dtype
+from storage_schemas.commit import Commit, Fidelity
+from storage_schemas.create import create_store
+from storage_schemas.errors import SchemaError
+from storage_schemas.index import index_to_bytes
+from storage_schemas.keys import INDEX_KEY, array_path, commit_key
+from storage_schemas.samples import Sample
+from storage_schemas.shard_buffers import ShardBuffers, write_shard
+from storage_schemas.spec import HEAD_INPUT, StoreSpec
+from storage_schemas.statistics import Statistics
+
+_F16_MAX = float(np.finfo(np.float16).max)
+
+
+def write_store(
+    objects: Objects,
+    spec: StoreSpec,
+    samples: Sequence[Sample],
+    states_of: Callable[[range], Float32[np.ndarray, "sample layer token dim"]],
+    *,
+    bad_images: Mapping[int, str] | None = None,
+    teacher_files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write a whole store from arrays, shard by shard.
+
+    Args:
+        objects: Where it goes.
+        spec: Its identity.
+        samples: In store order.
+        states_of: Gives float32 states of a range of sample indices, layers as in `spec.layers`, tokens in order.
+        bad_images: Code by index of samples without states; what `states_of` gives for them is ignored.
+        teacher_files: As for `create_store`. Without a teacher, head_input is written as zeros.
+
+    Raises:
+        SchemaError: A state that is not finite, or that the precision cannot hold; names the place.
+    """
+    document = create_store(objects, spec, samples, teacher_files or {})
+    buffers = ShardBuffers(spec)
+    commits = []
+    for shard in range(spec.n_shards):
+        rows = spec.shard_samples(shard)
+        bad = {index: code for index, code in (bad_images or {}).items() if index in rows}
+        states = states_of(rows)
+        buffers.begin(shard)
+        statistics, fidelity = _fill(buffers, spec, states, [i for i in range(len(rows)) if rows[i] not in bad])
+        for index in bad:
+            buffers.invalidate(index - rows.start)
+        commit = Commit(
+            shard=shard,
+            store=document.digest,
+            bad_images=tuple(sorted(bad.items())),
+            objects=write_shard(objects.put, buffers, shard, statistics.to_array()),
+            fidelity=fidelity,
+        )
+        objects.put(commit_key(shard), commit.to_bytes())
+        commits.append(commit)
+    objects.put(INDEX_KEY, index_to_bytes(spec, document.digest, commits))
+
+
+def split_kinds(
+    spec: StoreSpec, states: Float32[np.ndarray, "*batch token dim"]
+) -> dict[str, Float32[np.ndarray, "..."]]:
+    """Tokens in the teacher's order to the kinds of the format; patch_mean is reduced in float64."""
+    first_register, first_patch = int(spec.has_cls), int(spec.has_cls) + spec.n_registers
+    patches = states[..., first_patch:, :]
+    every = {
+        "cls": states[..., 0, :],
+        "registers": states[..., first_register:first_patch, :],
+        "patches": patches,
+        "patch_mean": patches.mean(axis=-2, dtype=np.float64).astype(np.float32),
+    }
+    return {kind: every[kind] for kind in spec.token_kinds}
+
+
+def _fill(
+    buffers: ShardBuffers, spec: StoreSpec, states: np.ndarray, valid: list[int]
+) -> tuple[Statistics, dict[str, Fidelity]]:
+    shape = (len(spec.layers), len(spec.token_kinds), spec.dim)
+    moments, fidelity = Statistics.empty(shape), {}
+    for i, layer in enumerate(spec.layers):
+        for j, (kind, values) in enumerate(split_kinds(spec, states[:, i]).items()):
+            seen = values[valid].reshape(-1, spec.dim).astype(np.float64)
+            if not np.isfinite(seen).all():
+                raise SchemaError(array_path(layer, kind), ["holds a state that is NaN or infinite"])
+            dtype = kind_dtype(spec, kind)
+            if dtype == np.float16 and len(seen) and np.abs(seen).max() > _F16_MAX:
+                raise SchemaError(array_path(layer, kind), [f"{np.abs(seen).max():g} does not fit float16"])
+            stored = values.astype(dtype)
+            buffers.assign(array_path(layer, kind), 0, stored)
+            if len(seen):
+                mean = seen.mean(axis=0)
+                m2 = ((seen - mean) ** 2).sum(axis=0)
+                moments.count[i, j], moments.mean[i, j], moments.m2[i, j] = len(seen), mean, m2
+                moments.min[i, j], moments.max[i, j] = seen.min(axis=0), seen.max(axis=0)
+                if dtype != np.float32:
+                    error = stored[valid].reshape(-1, spec.dim).astype(np.float64) - seen
+                    fidelity[array_path(layer, kind)] = make_fidelity(
+                        float((error**2).sum()), float((seen**2).sum()), float(m2.sum()), float(np.abs(error).max())
+                    )
+    if spec.has_head_input:
+        buffers.assign(HEAD_INPUT, 0, np.zeros((len(states), 2 * spec.dim), np.float32))
+    return moments, fidelity
+
+
+def make_fidelity(squared_error: float, squares: float, deviations: float, worst: float) -> Fidelity:
+    """Fidelity from its sums; exact values have relative error 0 and R2 1 even where all values are equal."""
+    return Fidelity(
+        relative_mse=squared_error / squares if squares else 0.0,
+        r2=1 - squared_error / deviations if deviations else float(squared_error == 0),
+        worst=worst,
+    )

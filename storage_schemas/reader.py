@@ -1,0 +1,387 @@
+"""Open a store and read from it. Offsets, sizes and checksums come from commits, never from the objects."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from typing import cast
+
+import numpy as np
+import pyarrow as pa
+from crc32c import crc32c
+from jaxtyping import Float32
+
+from infra.objects import ObjectError, Objects, open_objects, read_range
+from storage_schemas.codecs import decode_chunk, kind_shape
+from storage_schemas.commit import Commit, read_commit
+from storage_schemas.commit_table import CommitTable, make_commit_table
+from storage_schemas.create import StoreDocument, read_store_document
+from storage_schemas.documents import sha256
+from storage_schemas.errors import ChecksumError, NotCommittedError, Problem, SchemaError
+from storage_schemas.index import commits_from_index
+from storage_schemas.keys import (
+    COMMITS_PREFIX,
+    INDEX_KEY,
+    SAMPLES_KEY,
+    TEACHER_PREFIX,
+    array_kind,
+    array_path,
+    commit_key,
+    commit_shard,
+    shard_object_key,
+    statistics_key,
+)
+from storage_schemas.samples import samples_from_bytes
+from storage_schemas.spec import HEAD_INPUT, StoreSpec
+from storage_schemas.statistics import Statistics, merge
+
+_N_READ_THREADS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkLocation:
+    """Where the stored bytes of one chunk lie, and what they must sum to."""
+
+    key: str
+    offset: int
+    nbytes: int
+    crc32c: int
+
+
+class Store:
+    """A store, read-only. Made by `open_store`."""
+
+    def __init__(
+        self, objects: Objects, document: StoreDocument, table: CommitTable, damaged_commits: dict[str, str]
+    ) -> None:
+        self.objects = objects
+        self.document = document
+        self.table = table
+        self.damaged_commits = damaged_commits
+
+    def __repr__(self) -> str:
+        return (
+            f"<Store {self.location}: {self.n_valid:,} valid of {self.n_samples:,} samples, "
+            f"layers {self.layers[0]} to {self.layers[-1]} of {self.spec.teacher}, {self.spec.precision}>"
+        )
+
+    @property
+    def location(self) -> str:
+        return self.objects.location
+
+    @property
+    def spec(self) -> StoreSpec:
+        return self.document.spec
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return self.spec.layers
+
+    @property
+    def n_samples(self) -> int:
+        """Samples in the plan."""
+        return self.spec.n_samples
+
+    @property
+    def n_committed(self) -> int:
+        """Samples in committed shards."""
+        return sum(len(self.spec.shard_samples(int(shard))) for shard in np.flatnonzero(self.committed))
+
+    @property
+    def n_valid(self) -> int:
+        """Samples that can be read."""
+        return int(self.valid.sum())
+
+    @property
+    def is_complete(self) -> bool:
+        return bool(self.committed.all())
+
+    @property
+    def committed(self) -> np.ndarray:
+        """(shard,) bool."""
+        return self.table.committed
+
+    @property
+    def valid(self) -> np.ndarray:
+        """(sample,) bool; False where the shard has no commit or the image was bad."""
+        return self.table.valid
+
+    @cached_property
+    def samples(self) -> pa.Table:
+        """sample_index, sample_id, label, class_name, nbytes, valid; row i is sample i.
+
+        Raises:
+            ChecksumError: samples.parquet is not the one that store.json names.
+        """
+        table = samples_from_bytes(self.read_document(SAMPLES_KEY), self.n_samples)
+        return table.append_column("valid", pa.array(self.valid))
+
+    def read_document(self, key: str) -> bytes:
+        """A document named by store.json, checked against its digest."""
+        data = self.objects.get(key)
+        if sha256(data) != self.document.documents[key]:
+            raise ChecksumError(
+                key,
+                f"{self.location}/{key}: sha256 {sha256(data)[:16]}, "
+                f"store.json says {self.document.documents[key][:16]}. {self._repair_hint()}",
+            )
+        return data
+
+    def read_teacher_files(self) -> dict[str, bytes]:
+        """The teacher's config, weights and head, by name; checked."""
+        keys = [key for key in self.document.documents if key.startswith(TEACHER_PREFIX)]
+        return {key.removeprefix(TEACHER_PREFIX): self.read_document(key) for key in keys}
+
+    def chunk(self, layer: int, kind: str, chunk: int) -> ChunkLocation:
+        """Where chunk `sample_index // samples_per_chunk` of one (layer, kind) lies.
+
+        Raises:
+            SchemaError: The store has no such layer or kind; names those it has.
+            IndexError: No such chunk.
+            NotCommittedError: Its shard has no commit.
+        """
+        self._check_request((layer,), (kind,))
+        return self._location(array_path(layer, kind), chunk)
+
+    def read(
+        self,
+        layers: Sequence[int] | None = None,
+        samples: Sequence[int] | np.ndarray | None = None,
+        tokens: str = "all",
+    ) -> Float32[np.ndarray, "sample layer token dim"]:
+        """Read states of some samples at some layers.
+
+        Fetches only the chunks that hold the request; one shared by several samples is fetched and decoded once.
+
+        Args:
+            layers: Layer numbers, order and repeats kept; None for all.
+            samples: Sample indices in [0, n_samples), order and repeats kept; None for every valid one.
+            tokens: "all" for every token in the teacher's order, or one kind: "cls", "registers", "patches",
+                "patch_mean". Always four axes: token has length 1 for cls and patch_mean.
+
+        Returns:
+            Residual-stream values as the teacher made them, not normalised, within the store's precision. 10.4 MB a
+            sample for all of ViT-B/14.
+
+        Raises:
+            SchemaError: A layer or kind that the store lacks.
+            IndexError: A sample outside the store; names the first and the valid range.
+            NotCommittedError: A sample whose shard is not committed, or whose image was bad.
+            ChecksumError: Fetched bytes differ from the commit.
+        """
+        layers = self.layers if layers is None else [int(layer) for layer in layers]
+        rows = np.flatnonzero(self.valid) if samples is None else np.asarray(samples, dtype=np.int64).reshape(-1)
+        kinds = [k for k in self.spec.token_kinds if k != "patch_mean"] if tokens == "all" else [tokens]
+        self._check_request(layers, kinds)
+        self._check_rows(rows)
+        sizes = [_n_tokens(self.spec, kind) for kind in kinds]
+        out = np.empty((len(rows), len(layers), sum(sizes), self.spec.dim), np.float32)
+        starts = np.cumsum([0, *sizes])
+        work = [
+            (array_path(layer, kind), out[:, i, starts[j] : starts[j + 1]])
+            for i, layer in enumerate(layers)
+            for j, kind in enumerate(kinds)
+        ]
+        self._fill(work, rows)
+        return out
+
+    def read_head_input(self, samples: Sequence[int] | np.ndarray | None = None) -> Float32[np.ndarray, "sample dim2"]:
+        """What linear heads read, [final-norm CLS; mean of final-norm patches], (sample, 2 dim); as `read` for rows."""
+        rows = np.flatnonzero(self.valid) if samples is None else np.asarray(samples, dtype=np.int64).reshape(-1)
+        if not self.spec.has_head_input:
+            raise SchemaError(self.location, ["this teacher has no CLS token, so the store has no head_input"])
+        self._check_rows(rows)
+        out = np.empty((len(rows), 2 * self.spec.dim), np.float32)
+        self._fill([(HEAD_INPUT, out)], rows)
+        return out
+
+    @cached_property
+    def statistics(self) -> Statistics:
+        """Moments per layer, kind and channel, (layer, kind, dim) in the order of `layers` and `spec.token_kinds`.
+
+        Of the valid samples of all committed shards, merged in shard order, so the order of work cannot show.
+        """
+        shape = (len(self.layers), len(self.spec.token_kinds), self.spec.dim)
+        total = Statistics.empty(shape)
+        for shard in np.flatnonzero(self.committed):
+            total = merge(total, self.shard_statistics(int(shard)))
+        return total
+
+    def shard_statistics(self, shard: int) -> Statistics:
+        """Moments of one committed shard."""
+        offset, nbytes, crc = self.table.statistics[shard].tolist()
+        payload = self.fetch(ChunkLocation(statistics_key(shard), offset, nbytes, crc))
+        shape = (len(self.layers), len(self.spec.token_kinds), -1, self.spec.dim)
+        return Statistics.from_array(np.frombuffer(payload, "<f8").reshape(shape))
+
+    def fetch(self, location: ChunkLocation) -> bytearray:
+        """The payload bytes of a chunk.
+
+        Raises:
+            ObjectMissingError, ShortObjectError: The object is not there or ends early.
+            ChecksumError: The bytes are not those that were committed.
+        """
+        payload = read_range(self.objects, location.key, location.offset, location.nbytes)
+        check_payload(self.location, location, payload)
+        return payload
+
+    def verify(self, *, progress: Callable[[int, int], None] | None = None, threads: int = 4) -> list[Problem]:
+        """Re-read and check every object; see `storage_schemas.verify.verify_store`."""
+        from storage_schemas.verify import verify_store  # the two modules need each other
+
+        return verify_store(self.objects, progress=progress, threads=threads)
+
+    def _location(self, path: str, chunk: int) -> ChunkLocation:
+        if not 0 <= chunk < self.spec.n_chunks:
+            raise IndexError(f"chunk {chunk} is not in the store; it has chunks 0 to {self.spec.n_chunks - 1}")
+        offset, nbytes, crc = self.table.chunks[path][chunk].tolist()
+        shard = chunk // self.spec.chunks_per_shard
+        if offset < 0:
+            raise NotCommittedError(self._uncommitted(shard))
+        return ChunkLocation(shard_object_key(self.spec, path, shard), offset, nbytes, crc)
+
+    def _uncommitted(self, shard: int) -> str:
+        damage = self.damaged_commits.get(commit_key(shard))
+        if damage:
+            return f"{self.location}: the commit of shard {shard} is damaged: {damage}. {self._repair_hint()}"
+        return (
+            f"{self.location}: shard {shard} is not committed yet; {int(self.committed.sum())} of "
+            f"{self.spec.n_shards} shards are. Run the same make extract again to finish it"
+        )
+
+    def _repair_hint(self) -> str:
+        return f"Mend it: make verify STORE={self.location} IMAGES=<as extracted> REPAIR=1"
+
+    def _check_request(self, layers: Sequence[int], kinds: Sequence[str]) -> None:
+        problems = [
+            f"layer {layer} is not stored; the store has {', '.join(map(str, self.layers))}"
+            for layer in dict.fromkeys(layers)
+            if layer not in self.layers
+        ]
+        problems += [
+            f"token kind {kind!r} is not stored; the store has {', '.join(self.spec.token_kinds)}, or 'all'"
+            for kind in kinds
+            if kind not in self.spec.token_kinds
+        ]
+        if problems:
+            raise SchemaError(self.location, problems)
+
+    def _check_rows(self, rows: np.ndarray) -> None:
+        outside = rows[(rows < 0) | (rows >= self.n_samples)]
+        if len(outside):
+            raise IndexError(f"sample {outside[0]} is not in the store; it has samples 0 to {self.n_samples - 1}")
+        invalid = rows[~self.valid[rows]]
+        if len(invalid):
+            first = int(invalid[0])
+            code = self.table.bad_images.get(first)
+            if code is None:
+                raise NotCommittedError(self._uncommitted(first // self.spec.samples_per_shard))
+            name = self.samples["sample_id"][first].as_py()
+            raise NotCommittedError(
+                f"{self.location}: sample {first} ({name}) has no states, its image was bad: {code}. "
+                f"{len(invalid)} such samples were asked for; store.valid says which rows can be read"
+            )
+
+    def _fill(self, work: list[tuple[str, np.ndarray]], rows: np.ndarray) -> None:
+        chunk_of, place_of = np.divmod(rows, self.spec.samples_per_chunk)
+        wanted = np.unique(chunk_of)
+        takers = [(int(c), np.flatnonzero(chunk_of == c)) for c in wanted]
+
+        def one(path: str, out: np.ndarray, chunk: int, at: np.ndarray) -> None:
+            values = self._chunk_values(path, chunk)[place_of[at]]
+            out[at] = values if values.ndim == out.ndim else values[:, None]
+
+        jobs = [(path, out, chunk, at) for path, out in work for chunk, at in takers]
+        if len(jobs) == 1:
+            one(*jobs[0])
+            return
+        with ThreadPoolExecutor(min(_N_READ_THREADS, len(jobs) or 1)) as pool:
+            for done in [pool.submit(one, *job) for job in jobs]:
+                done.result()
+
+    def _chunk_values(self, path: str, chunk: int) -> np.ndarray:
+        return decode_chunk(self.spec, array_kind(path), self.fetch(self._location(path, chunk)))
+
+
+def check_payload(location: str, chunk: ChunkLocation, payload: bytes | bytearray | memoryview) -> None:
+    """Raise ChecksumError unless the payload is the committed one."""
+    found = crc32c(payload)
+    if found != chunk.crc32c:
+        raise ChecksumError(
+            chunk.key,
+            f"{location}/{chunk.key}: bytes {chunk.offset} to {chunk.offset + chunk.nbytes} have crc32c {found:08x}, "
+            f"the commit says {chunk.crc32c:08x}. Find all such places: make verify STORE={location}",
+        )
+
+
+def open_store(location: str | os.PathLike[str] | Objects | Sequence[str | os.PathLike[str] | Objects]) -> Store:
+    """Open a store for reading.
+
+    Args:
+        location: Path of a store, or its objects; a list of stores of the same samples and settings presents the
+            union of their layers.
+
+    Returns:
+        The store, finished or not: `n_committed` and `valid` say what is there.
+
+    Raises:
+        NotAStoreError: There is no store.json at the place.
+        SchemaError: store.json was changed, or stores of a list do not belong together; lists every problem.
+    """
+    if isinstance(location, list | tuple):
+        from storage_schemas.union import open_union  # it builds on this module
+
+        return open_union([open_store(part) for part in location])
+    objects = open_objects(location) if isinstance(location, str | os.PathLike) else cast(Objects, location)
+    document = read_store_document(objects, objects.location)
+    commits, damaged = read_commits(objects, document)
+    return Store(objects, document, make_commit_table(document.spec, commits), damaged)
+
+
+def read_commits(objects: Objects, document: StoreDocument) -> tuple[list[Commit], dict[str, str]]:
+    """All commits of a store, from its index if that is whole, else one by one; and what is wrong with the others.
+
+    Returns:
+        Sound commits in shard order, and the message of each damaged one by key.
+    """
+    listed = list_commits(objects)
+    shards = {shard for shard in listed.values() if shard is not None and shard < document.spec.n_shards}
+    if shards == set(range(document.spec.n_shards)):
+        try:
+            return commits_from_index(document.spec, document.digest, objects.get(INDEX_KEY)), {}
+        except (SchemaError, ObjectError):
+            pass  # the index only saves reading the commits; verify reports what is wrong with it
+    commits, damaged = [], {}
+    for key, commit in load_commits(objects, document, sorted(shards)):
+        if isinstance(commit, Commit):
+            commits.append(commit)
+        else:
+            damaged[key] = commit
+    return commits, damaged
+
+
+def list_commits(objects: Objects) -> dict[str, int | None]:
+    """Keys under commits/ and the shard that each names, None for a strange key."""
+    return {info.key: commit_shard(info.key) for info in objects.list(COMMITS_PREFIX)}
+
+
+def load_commits(
+    objects: Objects, document: StoreDocument, shards: Sequence[int]
+) -> Iterator[tuple[str, Commit | str]]:
+    """(key, commit) of each shard in order; for a damaged one (key, what is wrong with it)."""
+
+    def one(shard: int) -> tuple[str, Commit | str]:
+        key = commit_key(shard)
+        try:
+            return key, read_commit(document.spec, document.digest, shard, objects.get(key))
+        except (SchemaError, ObjectError) as error:
+            return key, "; ".join(error.problems) if isinstance(error, SchemaError) else str(error)
+
+    with ThreadPoolExecutor(_N_READ_THREADS) as pool:
+        yield from pool.map(one, shards)
+
+
+def _n_tokens(spec: StoreSpec, kind: str) -> int:
+    shape = kind_shape(spec, kind) if kind in spec.token_kinds else ()
+    return shape[0] if len(shape) == 2 else 1

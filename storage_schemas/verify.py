@@ -1,0 +1,175 @@
+"""Re-read every object of a store and report each that is not what was committed. Never raises for a bad store."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from crc32c import crc32c
+
+from infra.objects import ObjectError, ObjectMissingError, Objects
+from storage_schemas.commit import Commit, ObjectRecord
+from storage_schemas.create import StoreDocument, read_store_document
+from storage_schemas.documents import sha256
+from storage_schemas.errors import NotAStoreError, Problem, SchemaError
+from storage_schemas.index import index_to_bytes
+from storage_schemas.keys import INDEX_KEY, LOG_PREFIX, STORE_KEY, commit_key, expected_keys, is_owned
+from storage_schemas.reader import list_commits, load_commits
+
+ProgressCallback = Callable[[int, int], None]
+
+
+def verify_store(objects: Objects, *, progress: ProgressCallback | None = None, threads: int = 4) -> list[Problem]:
+    """Check a store from end to end.
+
+    Identity, documents, every commit, every byte of every object that a commit names, the index, and keys that belong
+    to nothing. Memory: `threads` whole objects.
+
+    Args:
+        objects: Of the store.
+        progress: Called with (bytes checked, bytes in all) after each object.
+        threads: Objects read at once.
+
+    Returns:
+        Every problem found, in key order; empty when the store is sound.
+    """
+    try:
+        document = read_store_document(objects, objects.location)
+    except (NotAStoreError, ObjectError) as error:
+        return [Problem(key=STORE_KEY, what="missing or unreadable", expected="a store.json", found=str(error))]
+    except SchemaError as error:
+        return [Problem(key=STORE_KEY, what="damaged", expected="as written", found="; ".join(error.problems))]
+    problems = list(_document_problems(objects, document))
+    commits, commit_problems = _check_commits(objects, document)
+    problems += commit_problems
+    problems += _object_problems(objects, commits, progress, threads)
+    problems += _index_problems(objects, document, commits)
+    problems += _stray_problems(objects, document, commits)
+    return sorted(problems, key=lambda p: (p.key, p.what))
+
+
+def _document_problems(objects: Objects, document: StoreDocument) -> Iterator[Problem]:
+    for key, digest in document.documents.items():
+        try:
+            found = sha256(objects.get(key))
+        except ObjectError as error:
+            yield Problem(key=key, what="missing or unreadable", expected=f"sha256 {digest[:16]}", found=str(error))
+            continue
+        if found != digest:
+            yield Problem(key=key, what="changed", expected=f"sha256 {digest[:16]}", found=f"sha256 {found[:16]}")
+
+
+def _check_commits(objects: Objects, document: StoreDocument) -> tuple[list[Commit], list[Problem]]:
+    listed = list_commits(objects)
+    n_shards = document.spec.n_shards
+    strange = [key for key, shard in listed.items() if shard is None or shard >= n_shards]
+    problems = [
+        Problem(key=key, what="not a commit of this store", expected=f"shards 0 to {n_shards - 1}", found=key)
+        for key in strange
+    ]
+    present = sorted(shard for shard in listed.values() if shard is not None and shard < n_shards)
+    commits = []
+    for shard, (key, commit) in zip(present, load_commits(objects, document, present)):
+        if isinstance(commit, Commit):
+            commits.append(commit)
+        else:
+            problems.append(Problem(key=key, what="damaged commit", expected="as written", found=commit, shard=shard))
+    if _has_index(objects):  # the index is written when the last shard is committed, so none may be missing now
+        problems += [
+            Problem(
+                key=commit_key(shard),
+                what="commit is missing",
+                expected="one, since the store was finished",
+                found="none",
+                shard=shard,
+            )
+            for shard in sorted(set(range(n_shards)) - set(present))
+        ]
+    return commits, problems
+
+
+def _object_problems(
+    objects: Objects, commits: list[Commit], progress: ProgressCallback | None, threads: int
+) -> Iterator[Problem]:
+    work = [(commit.shard, key, record) for commit in commits for key, record in commit.objects.items()]
+    total = sum(record.nbytes for _, _, record in work)
+    done = 0
+    with ThreadPoolExecutor(threads) as pool:
+        # a bounded window, so that at most `threads` objects are in memory
+        for start in range(0, len(work), 16 * threads):
+            window = work[start : start + 16 * threads]
+            for (_, _, record), found in zip(window, pool.map(lambda item: _check_object(objects, *item), window)):
+                yield from found
+                done += record.nbytes
+                if progress is not None:
+                    progress(done, total)
+
+
+def _check_object(objects: Objects, shard: int, key: str, record: ObjectRecord) -> list[Problem]:
+    try:
+        data = memoryview(objects.get(key))
+    except ObjectMissingError:
+        return [
+            Problem(
+                key=key, what="object is missing", expected=f"{record.nbytes:,} bytes", found="nothing", shard=shard
+            )
+        ]
+    except ObjectError as error:
+        return [Problem(key=key, what="unreadable", expected=f"{record.nbytes:,} bytes", found=str(error), shard=shard)]
+    if data.nbytes != record.nbytes:
+        return [
+            Problem(
+                key=key,
+                what="object has the wrong size",
+                expected=f"{record.nbytes:,} bytes",
+                found=f"{data.nbytes:,} bytes",
+                shard=shard,
+            )
+        ]
+    if crc32c(data) == record.crc32c:
+        return []
+    bad = [
+        Problem(key=key, what=f"chunk {i}", expected=f"crc32c {crc:08x}", found=f"crc32c {found:08x}", shard=shard)
+        for i, (offset, nbytes, crc) in enumerate(record.chunks.tolist())
+        if (found := crc32c(data[offset : offset + nbytes])) != crc
+    ]
+    return bad or [
+        Problem(
+            key=key,
+            what="sharding index or chunk trailer",
+            expected=f"crc32c {record.crc32c:08x}",
+            found=f"crc32c {crc32c(data):08x}",
+            shard=shard,
+        )
+    ]
+
+
+def _has_index(objects: Objects) -> bool:
+    return any(info.key == INDEX_KEY for info in objects.list(INDEX_KEY))
+
+
+def _index_problems(objects: Objects, document: StoreDocument, commits: list[Commit]) -> Iterator[Problem]:
+    if len(commits) < document.spec.n_shards:
+        return
+    expected = index_to_bytes(document.spec, document.digest, commits)
+    try:
+        found = objects.get(INDEX_KEY)
+    except ObjectError as error:
+        yield Problem(key=INDEX_KEY, what="missing or unreadable", expected="an index", found=str(error))
+        return
+    if found != expected:
+        yield Problem(
+            key=INDEX_KEY,
+            what="is not the index of these commits",
+            expected=f"sha256 {sha256(expected)[:16]}",
+            found=f"sha256 {sha256(found)[:16]}",
+        )
+
+
+def _stray_problems(objects: Objects, document: StoreDocument, commits: list[Commit]) -> Iterator[Problem]:
+    """Objects that no commit names. While shards are missing they may be work in progress."""
+    if len(commits) < document.spec.n_shards:
+        return
+    known = {STORE_KEY, INDEX_KEY, *document.documents, *expected_keys(document.spec, range(document.spec.n_shards))}
+    for info in objects.list():
+        if info.key not in known and not info.key.startswith(LOG_PREFIX):
+            what = "no commit names this object" if is_owned(info.key) else "not an object of this format"
+            yield Problem(key=info.key, what=what, expected="nothing here", found=f"{info.nbytes:,} bytes")

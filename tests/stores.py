@@ -1,0 +1,56 @@
+"""Small stores with planted states, for tests of everything that reads one."""
+
+from typing import Any
+
+import numpy as np
+
+from infra.objects import Objects
+from storage_schemas.from_arrays import write_store
+from storage_schemas.samples import Sample
+from storage_schemas.spec import StoreSpec
+
+
+def make_spec(**changes: Any) -> StoreSpec:
+    """A tiny teacher's store: 3 layers, CLS + 2 registers + 2 x 3 patches, 8 channels, 21 samples in 3 shards."""
+    values: dict[str, Any] = {
+        "layers": (0, 1, 2),
+        "dim": 8,
+        "has_cls": True,
+        "n_registers": 2,
+        "grid": (2, 3),
+        "precision": "float16",
+        "n_samples": 21,
+        "samples_per_shard": 8,
+        "samples_per_chunk": 4,
+        "teacher": "fake",
+        "teacher_weights_digest": "0" * 64,
+        "preprocessing": {"image_size": 32},
+        "micro_batch": 4,
+        "source_digest": "1" * 64,
+    }
+    return StoreSpec(**(values | changes))
+
+
+def make_samples(n: int) -> list[Sample]:
+    return [
+        Sample(sample_id=f"class{i % 3}/{i:04d}.png", label=i % 3, class_name=f"class{i % 3}", nbytes=100 + i)
+        for i in range(n)
+    ]
+
+
+def planted_states(spec: StoreSpec, rows: range, seed: int = 0) -> np.ndarray:
+    """(sample, layer, token, dim) float32 that float16 holds exactly; a function of the sample index alone."""
+    out = np.empty((len(rows), len(spec.layers), spec.n_tokens, spec.dim), np.float32)
+    for i, row in enumerate(rows):
+        out[i] = np.random.default_rng((seed, row)).integers(-1000, 1000, out.shape[1:]) / 64
+    return out
+
+
+def write_planted(objects: Objects, spec: StoreSpec, bad_images: dict[int, str] | None = None, seed: int = 0) -> None:
+    write_store(
+        objects,
+        spec,
+        make_samples(spec.n_samples),
+        lambda rows: planted_states(spec, rows, seed),
+        bad_images=bad_images,
+    )
