@@ -186,6 +186,7 @@ class _Pool:
     failed_boots: int = 0  # in a row
     boot_failure: str = ""  # the last one
     next_drain_poll: float = 0.0
+    last_told: WorkersReady | None = None
 
     def feed(self) -> None:
         """Give work to the workers, one shard each in turn; send home who is not needed; ask for who is missing."""
@@ -301,8 +302,10 @@ class _Pool:
                 worker.leaving |= worker.node_id in draining
 
     def _tell_ready(self) -> None:
-        ready = sum(worker.ready for worker in self.workers)
-        self.on_event(WorkersReady(ready=ready, total=self.n_actors))
+        now = WorkersReady(ready=sum(worker.ready for worker in self.workers), total=self.n_actors)
+        if now != self.last_told:
+            self.last_told = now
+            self.on_event(now)
 
 
 def _result(ref: ray.ObjectRef) -> Any:
@@ -316,10 +319,12 @@ def _result(ref: ray.ObjectRef) -> Any:
 
 
 def _why(error: RayError) -> str:
-    """Ray's explanation without its ids, on one line."""
+    """Ray's explanation on one line, without its ids and its list of guesses."""
     lines = [line for line in str(error).splitlines() if line and not line.startswith("\t")]
-    hint = "; fewer shards in flight (depth) or smaller shards need less" if isinstance(error, OutOfMemoryError) else ""
-    return " ".join(lines) + hint
+    text = " ".join(lines).split(" Some common causes")[0].removeprefix(ray.exceptions.ActorDiedError.BASE_ERROR_MSG)
+    if isinstance(error, OutOfMemoryError) or "low on memory" in text:
+        text += " Fewer shards in flight (depth) or smaller shards need less memory."
+    return text.strip()
 
 
 def _draining_nodes() -> set[str]:
