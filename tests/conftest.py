@@ -1,0 +1,22 @@
+"""What several test packages share: the hypothesis profile and one embedded Ray cluster for the whole session."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "here", deadline=None, database=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("here")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """Ray on this machine with four logical CPUs. Starting it costs seconds, so all tests share it; mark them `ray`."""
+    from infra.cluster import connected
+
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # the default would write a token into the home of whoever runs the tests
+    with connected("local", n_cpus=4, dashboard=False):
+        yield
