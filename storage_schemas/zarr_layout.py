@@ -21,7 +21,7 @@ _AXES = {
     "registers": ["sample", "register", "dim"],
     "patches": ["sample", "patch", "dim"],
     "patch_mean": ["sample", "dim"],
-    HEAD_INPUT: ["sample", "dim"],
+    HEAD_INPUT: ["sample", "dim2"],  # a name of its own: xarray refuses a group where one name has two lengths
 }
 
 
