@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 Buffer = bytes | bytearray | memoryview
 
@@ -49,37 +49,49 @@ class ObjectInfo:
     nbytes: int
 
 
+@runtime_checkable
 class Get(Protocol):
     """Whole objects."""
 
     def get(self, key: str) -> bytes: ...
 
 
+@runtime_checkable
 class GetRange(Protocol):
     """Parts of objects, into memory that the caller owns."""
 
     def read_into(self, key: str, start: int, buffer: memoryview) -> None: ...
 
 
+class GetParts(Protocol):
+    """One part of an object, into several pieces of memory."""
+
+    def read_parts(self, key: str, start: int, buffers: Sequence[memoryview]) -> Iterator[memoryview]: ...
+
+
+@runtime_checkable
 class Put(Protocol):
     """Whole objects, at once or not at all."""
 
     def put(self, key: str, data: Buffer | Sequence[Buffer]) -> None: ...
 
 
+@runtime_checkable
 class List(Protocol):
     """Keys and sizes below a prefix."""
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]: ...
 
 
+@runtime_checkable
 class Delete(Protocol):
     """Remove one object; removing a missing one is no error."""
 
     def delete(self, key: str) -> None: ...
 
 
-class Objects(Get, GetRange, Put, List, Delete, Protocol):
+@runtime_checkable
+class Objects(Get, GetRange, GetParts, Put, List, Delete, Protocol):
     """All verbs together, for code that owns a store."""
 
     @property
@@ -130,23 +142,35 @@ class FolderObjects:
             ObjectMissingError: There is no such object.
             ShortObjectError: The object ends first; names both sizes.
         """
+        for _ in self.read_parts(key, start, [buffer]):
+            pass
+
+    def read_parts(self, key: str, start: int, buffers: Sequence[memoryview]) -> Iterator[memoryview]:
+        """Fill buffers one after another with the bytes from `start` on; yields each when it is full.
+
+        The caller can checksum a buffer while it is still in the processor's cache. Errors are those of `read_into`.
+        """
         try:
             descriptor = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise self._read_error(key, error) from error
         try:
-            done = 0
-            while done < buffer.nbytes:
-                n = os.preadv(descriptor, [buffer[done:]], start + done)
-                if n == 0:
-                    raise ShortObjectError(
-                        key,
-                        f"{self.location}/{key}: bytes {start} to {start + buffer.nbytes} were asked for, "
-                        f"the object has {os.fstat(descriptor).st_size}",
-                    )
-                done += n
-        except OSError as error:
-            raise self._read_error(key, error) from error
+            place = start
+            for buffer in buffers:
+                left = buffer
+                while left.nbytes:
+                    try:
+                        n = os.preadv(descriptor, [left], place)
+                    except OSError as error:
+                        raise self._read_error(key, error) from error
+                    if n == 0:
+                        raise ShortObjectError(
+                            key,
+                            f"{self.location}/{key}: bytes {start} to {start + sum(b.nbytes for b in buffers)} were "
+                            f"asked for, the object has {os.fstat(descriptor).st_size}",
+                        )
+                    left, place = left[n:], place + n
+                yield buffer
         finally:
             os.close(descriptor)
 
@@ -242,14 +266,20 @@ class MemoryObjects:
                 raise ObjectMissingError(key, f"{self.location}{key} is missing") from None
 
     def read_into(self, key: str, start: int, buffer: memoryview) -> None:
-        data = self.get(key)
-        if start + buffer.nbytes > len(data):
+        for _ in self.read_parts(key, start, [buffer]):
+            pass
+
+    def read_parts(self, key: str, start: int, buffers: Sequence[memoryview]) -> Iterator[memoryview]:
+        data, nbytes = memoryview(self.get(key)), sum(buffer.nbytes for buffer in buffers)
+        if start + nbytes > len(data):
             raise ShortObjectError(
                 key,
-                f"{self.location}{key}: bytes {start} to {start + buffer.nbytes} were asked for, "
-                f"the object has {len(data)}",
+                f"{self.location}{key}: bytes {start} to {start + nbytes} were asked for, the object has {len(data)}",
             )
-        buffer[:] = memoryview(data)[start : start + buffer.nbytes]
+        for buffer in buffers:
+            buffer[:] = data[start : start + buffer.nbytes]
+            start += buffer.nbytes
+            yield buffer
 
     def put(self, key: str, data: Buffer | Sequence[Buffer]) -> None:
         whole = b"".join(memoryview(piece).cast("B") for piece in _pieces(data))

@@ -53,13 +53,16 @@ def encode_chunk(spec: StoreSpec, kind: str, raw: memoryview) -> memoryview | by
     return _encoder().submit(_blosc_compress, spec, kind, raw).result()
 
 
-def decode_chunk(spec: StoreSpec, kind: str, payload: bytes | bytearray | memoryview) -> np.ndarray:
+def decode_chunk(
+    spec: StoreSpec, kind: str, payload: bytes | bytearray | memoryview, out: np.ndarray | None = None
+) -> np.ndarray:
     """Undo `encode_chunk`.
 
     Args:
         spec: Of the store that the payload comes from.
         kind: Token kind, or "head_input".
         payload: Checked against its CRC32C already.
+        out: Memory to decode into, at least a raw chunk of bytes; saves making new memory for each. Unused by "none".
 
     Returns:
         (samples_per_chunk, ..., dim) in the stored dtype; a view of the payload with codec "none".
@@ -72,15 +75,15 @@ def decode_chunk(spec: StoreSpec, kind: str, payload: bytes | bytearray | memory
         if len(payload) != nbytes:
             raise DecodeError(f"a {kind} chunk of {len(payload)} bytes; {nbytes} were expected")
         return np.frombuffer(payload, dtype).reshape(shape)
-    out = np.empty(shape, dtype)
+    decoded = np.empty(nbytes, np.uint8) if out is None else out[:nbytes]
     decoded_nbytes = _blosc_nbytes(payload)
     if decoded_nbytes != nbytes:
         raise DecodeError(f"a {kind} chunk that decodes to {decoded_nbytes} bytes; {nbytes} were expected")
     try:
-        blosc.decompress(payload, out)
+        blosc.decompress(payload, decoded)
     except (RuntimeError, ValueError) as error:
         raise DecodeError(f"a {kind} chunk that {spec.codec} cannot decode: {error}") from error
-    return out
+    return decoded.view(dtype).reshape(shape)
 
 
 def inner_codecs(spec: StoreSpec, path: str) -> list[dict]:

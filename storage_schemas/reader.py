@@ -306,7 +306,11 @@ class Store:
 
 def check_payload(location: str, chunk: ChunkLocation, payload: bytes | bytearray | memoryview) -> None:
     """Raise ChecksumError unless the payload is the committed one."""
-    found = crc32c(payload)
+    check_crc(location, chunk, crc32c(payload))
+
+
+def check_crc(location: str, chunk: ChunkLocation, found: int) -> None:
+    """Raise ChecksumError unless the CRC32C computed from a chunk's bytes is the committed one."""
     if found != chunk.crc32c:
         raise ChecksumError(
             chunk.key,

@@ -73,6 +73,9 @@ class _RoutedObjects:
     def read_into(self, key: str, start: int, buffer: memoryview) -> None:
         self._owner(key).read_into(key, start, buffer)
 
+    def read_parts(self, key: str, start: int, buffers: Sequence[memoryview]) -> Iterator[memoryview]:
+        return self._owner(key).read_parts(key, start, buffers)
+
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         yield from self._owner(prefix).list(prefix)
 
