@@ -103,7 +103,8 @@ class Objects(Get, GetRange, GetParts, Put, List, Delete, Protocol):
 def check_key(key: str) -> str:
     """Return the key, or raise ValueError for one that is empty, absolute or climbs out of the store."""
     parts = key.split("/")
-    if not key or key.startswith("/") or "\\" in key or "\0" in key or any(p in ("", ".", "..") for p in parts):
+    plain = key.isprintable() and "\\" not in key and not any(part in ("", ".", "..") for part in parts)
+    if not plain or key.endswith(_LEFTOVER_SUFFIX):
         raise ValueError(f"object key {key!r} is not a plain relative path such as 'layer_00/cls/c/0/0'")
     return key
 
@@ -111,8 +112,10 @@ def check_key(key: str) -> str:
 class FolderObjects:
     """Objects as files below a folder. The folder is made by the first put.
 
-    A put writes a temporary file beside the target and renames it, so readers see the old object or the new one. There
-    is no fsync: after a power cut a committed object may be short or empty, which checksums report and repair mends.
+    Links inside the folder are read through, but never listed: what lies elsewhere is never deleted with a store. A put
+    writes a temporary file beside the target and renames it, so readers see the old object or the new one.
+    There is no fsync: after a power cut a committed object may be short or empty, which checksums report and repair
+    mends.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -157,7 +160,7 @@ class FolderObjects:
         try:
             place = start
             for buffer in buffers:
-                left = buffer
+                left = buffer.cast("B")  # slices of it are bytes, whatever the caller's items are
                 while left.nbytes:
                     try:
                         n = os.preadv(descriptor, [left], place)
@@ -195,25 +198,29 @@ class FolderObjects:
                 temporary.unlink(missing_ok=True)
                 raise
         except OSError as error:
-            reason = os.strerror(error.errno) if error.errno else str(error)
-            raise ObjectAccessError(key, f"{self.location}/{key} could not be written: {reason}") from error
+            raise ObjectAccessError(key, f"{self.location}/{key} could not be written: {_reason(error)}") from error
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        """Objects whose key starts with `prefix`, in key order of each folder. Half-written files are not objects."""
-        base, _, _ = prefix.rpartition("/")
-        if base:
-            check_key(base)
-        yield from self._walk(self._root / base, f"{base}/" if base else "", prefix)
+        """Objects whose key starts with `prefix`, in key order. Half-written files are not objects.
+
+        Raises:
+            ValueError: The prefix climbs out of the folder.
+        """
+        _check_prefix(prefix)
+        yield from self._walk(self._root, "", prefix)
 
     def _walk(self, folder: Path, folder_key: str, prefix: str) -> Iterator[ObjectInfo]:
         try:
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            with os.scandir(folder) as scanned:
+                entries = sorted(scanned, key=_key_order)
         except (FileNotFoundError, NotADirectoryError):
             return
         except OSError as error:
             raise self._read_error(folder_key.rstrip("/") or ".", error) from error
         for entry in entries:
             key = folder_key + entry.name
+            if entry.is_symlink():
+                continue
             if entry.is_dir():
                 if f"{key}/".startswith(prefix) or prefix.startswith(f"{key}/"):
                     yield from self._walk(Path(entry.path), f"{key}/", prefix)
@@ -227,23 +234,34 @@ class FolderObjects:
         """Remove an object; no error if there is none."""
         try:
             self._path(key).unlink(missing_ok=True)
+        except (NotADirectoryError, IsADirectoryError):  # an object above, or a folder: no object has this key
+            return
         except OSError as error:
-            raise ObjectAccessError(key, f"{self.location}/{key} could not be deleted: {error}") from error
+            raise ObjectAccessError(key, f"{self.location}/{key} could not be deleted: {_reason(error)}") from error
 
     def sweep(self) -> int:
-        """Delete the files that interrupted puts left behind; returns how many. Call only while nobody else writes."""
+        """Delete the files that interrupted puts left behind; returns how many. Call only while nobody else writes.
+
+        Raises:
+            ObjectAccessError: One could not be deleted.
+        """
         n_swept = 0
         for folder, _, names in os.walk(self._root):
             for name in names:
                 if name.endswith(_LEFTOVER_SUFFIX):
-                    os.unlink(os.path.join(folder, name))
+                    path = Path(folder, name)
+                    try:
+                        path.unlink(missing_ok=True)
+                    except OSError as error:
+                        key = path.relative_to(self._root).as_posix()
+                        raise ObjectAccessError(key, f"{path} could not be deleted: {_reason(error)}") from error
                     n_swept += 1
         return n_swept
 
     def _read_error(self, key: str, error: OSError) -> ObjectError:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):
             return ObjectMissingError(key, f"{self.location}/{key} is missing")
-        return ObjectAccessError(key, f"{self.location}/{key} could not be read: {os.strerror(error.errno or 0)}")
+        return ObjectAccessError(key, f"{self.location}/{key} could not be read: {_reason(error)}")
 
 
 class MemoryObjects:
@@ -271,22 +289,24 @@ class MemoryObjects:
 
     def read_parts(self, key: str, start: int, buffers: Sequence[memoryview]) -> Iterator[memoryview]:
         data, nbytes = memoryview(self.get(key)), sum(buffer.nbytes for buffer in buffers)
-        if start + nbytes > len(data):
+        if nbytes and start + nbytes > len(data):
             raise ShortObjectError(
                 key,
                 f"{self.location}{key}: bytes {start} to {start + nbytes} were asked for, the object has {len(data)}",
             )
         for buffer in buffers:
-            buffer[:] = data[start : start + buffer.nbytes]
+            buffer.cast("B")[:] = data[start : start + buffer.nbytes]
             start += buffer.nbytes
             yield buffer
 
     def put(self, key: str, data: Buffer | Sequence[Buffer]) -> None:
+        check_key(key)
         whole = b"".join(memoryview(piece).cast("B") for piece in _pieces(data))
         with self._lock:
-            self._objects[check_key(key)] = whole
+            self._objects[key] = whole
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        _check_prefix(prefix)
         with self._lock:
             found = [ObjectInfo(key=k, nbytes=len(v)) for k, v in sorted(self._objects.items()) if k.startswith(prefix)]
         yield from found
@@ -320,3 +340,18 @@ def read_range(objects: GetRange, key: str, start: int, nbytes: int) -> bytearra
 
 def _pieces(data: Buffer | Sequence[Buffer]) -> Sequence[Buffer]:
     return [data] if isinstance(data, bytes | bytearray | memoryview) else data
+
+
+def _check_prefix(prefix: str) -> None:
+    """Raise ValueError if the folder part of a listing's prefix is no plain path."""
+    if "/" in prefix:
+        check_key(prefix.rpartition("/")[0])
+
+
+def _key_order(entry: os.DirEntry[str]) -> str:
+    """Sorts a folder's entries as the keys below them sort."""
+    return f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name
+
+
+def _reason(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno else str(error)
