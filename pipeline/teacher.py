@@ -1,0 +1,556 @@
+"""The teacher: a frozen vision transformer and every state of its residual stream.
+
+Any timm ViT works: states are taken by hooks on its blocks, so that whatever comes before them (registers, CLIP's norm,
+DeiT's distillation token, absent CLS tokens) is as timm has it. Layer 0 is what enters the first block, layer l what
+leaves block l; the final norm belongs to no layer (FORMAT.md, "Layers").
+
+Weights come from timm, from a file in timm's or in Meta's naming, or from a seed. timm's own checkpoint filter converts
+names and resamples position embeddings to the teacher's grid (bicubic, antialiased, as Meta's models with registers).
+"""
+
+import difflib
+import functools
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from jaxtyping import Float32, UInt8
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import load_file as load_safetensors_file
+from safetensors.torch import save as save_safetensors
+from torch import nn
+
+from infra.console import UserError
+from pipeline.checkpoints import WeightsError, explain_mismatch, make_linear, read_linear_head, read_state_dict
+from pipeline.digits import DIGITS_PREPROCESSING, make_digits_vit
+from pipeline.fake import FAKE_PREPROCESSING, make_fake_vit
+from pipeline.preprocess import Preprocessing, resize_size_for
+
+#: What the blocks compute in. States leave as float32 whatever it is; in the half precisions the residual stream
+#: itself stays float32 (autocast), only products are rounded.
+COMPUTES = ("float32", "tf32", "bfloat16", "float16")
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "weights.safetensors"
+HEAD_FILE = "head.safetensors"
+
+SHIPPED = Path(__file__).parent / "weights"
+
+_HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_FILES_VERSION = 1
+
+# A timm ViT. As an nn.Module, each of its attributes would be "Tensor | Module" to a type checker.
+Model = Any
+
+# DINOv2 ends its training at 518 px; the reference, and Meta's linear heads, use it at 224.
+_DEFAULT_SIZES = {518: 224}
+
+
+class TeacherError(UserError):
+    """A teacher cannot be made as asked: unknown name, not a ViT, wrong size, unreachable or unfitting weights."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BuiltIn:
+    """An architecture of our own, made with random weights; its images have one size."""
+
+    make: Callable[[], Model]
+    preprocessing: Preprocessing
+
+
+_BUILT_IN: Mapping[str, _BuiltIn] = {
+    "digits_vit": _BuiltIn(make=make_digits_vit, preprocessing=DIGITS_PREPROCESSING),
+    "fake_vit": _BuiltIn(make=make_fake_vit, preprocessing=FAKE_PREPROCESSING),
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Teacher:
+    """A frozen ViT in eval mode. Its methods may be called from several threads; forward passes then take turns.
+
+    Attributes:
+        name: timm's name, with its tag if it was given with one, or a built-in name.
+        model: The ViT without classifier.
+        head: Linear classifier of [final-norm CLS; mean of final-norm patches], if there is one.
+        preprocessing: How images become the pixels it expects.
+        compute: One of COMPUTES.
+        device: Where it runs.
+        dim: Channels of the residual stream.
+        n_heads: Attention heads of a block.
+        grid: Rows and columns of patches.
+        has_cls: Whether token 0 is a CLS token.
+        n_registers: Further tokens before the patches: registers, or DeiT's distillation token.
+    """
+
+    name: str
+    model: Model
+    head: nn.Linear | None
+    preprocessing: Preprocessing
+    compute: str
+    device: torch.device
+    dim: int
+    n_heads: int
+    grid: tuple[int, int]
+    has_cls: bool
+    n_registers: int
+    _block_extras: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...] = field(repr=False)
+    _lock: Any = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images it sees, px."""
+        return self.preprocessing.image_size
+
+    @property
+    def n_layers(self) -> int:
+        """States of the residual stream: one more than there are teacher blocks."""
+        return len(self._block_extras) + 1
+
+    @property
+    def n_patches(self) -> int:
+        """Patch tokens: rows times columns."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def n_prefix(self) -> int:
+        """Tokens before the first patch."""
+        return int(self.has_cls) + self.n_registers
+
+    @functools.cached_property
+    def weights_digest(self) -> str:
+        """sha256, in hex, over sorted names, dtypes, shapes and bytes of all weights, the head's included."""
+        state = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        if self.head is not None:
+            state |= {f"head.{name}": tensor for name, tensor in self.head.state_dict().items()}
+        return _digest(state)
+
+    def layer_states(
+        self, pixels: Float32[torch.Tensor, "batch 3 height width"]
+    ) -> Float32[torch.Tensor, "batch layer token dim"]:
+        """All states of the residual stream, stacked; see layer_states_list, which copies less."""
+        return torch.stack(self.layer_states_list(pixels), dim=1)
+
+    def layer_states_list(
+        self, pixels: Float32[torch.Tensor, "batch 3 height width"]
+    ) -> list[Float32[torch.Tensor, "batch token dim"]]:
+        """All states of the residual stream, layer 0 first, each float32 on the teacher's device.
+
+        Made without gradients, and not in inference mode, so that a trainer may feed them to a graph.
+
+        Args:
+            pixels: Normalised (pipeline.preprocess.normalise), of the teacher's image size; moved to its device.
+
+        Raises:
+            ValueError: The pixels have another size.
+        """
+        if pixels.shape[2:] != (self.image_size, self.image_size):
+            raise ValueError(
+                f"pixels are {list(pixels.shape[2:])}, expected {self.image_size} px squares for {self.name}"
+            )
+        with self._lock, torch.no_grad(), self._precision(), _recording(self.model) as record:
+            self.model.forward_features(pixels.to(self.device, non_blocking=True))
+        return [state.float() for state in record.states]
+
+    def run_blocks(
+        self, x: Float32[torch.Tensor, "batch token dim"], start: int, stop: int
+    ) -> Float32[torch.Tensor, "batch token dim"]:
+        """State `stop` from state `start`, by teacher blocks start + 1 to stop. Gradients flow to x if it wants them.
+
+        Raises:
+            ValueError: Not 0 <= start <= stop < n_layers.
+        """
+        if not 0 <= start <= stop < self.n_layers:
+            raise ValueError(
+                f"cannot run from state {start} to {stop}; {self.name} has states 0 to {self.n_layers - 1}"
+            )
+        with self._precision():
+            for block, (args, kwargs) in list(zip(self.model.blocks, self._block_extras))[start:stop]:
+                x = block(x, *args, **kwargs)
+        return x.float()
+
+    def final_norm(self, x: Float32[torch.Tensor, "batch token dim"]) -> Float32[torch.Tensor, "batch token dim"]:
+        """The norm after the last block, which belongs to no layer."""
+        return self.model.norm(x).float()
+
+    def head_input(self, normed: Float32[torch.Tensor, "batch token dim"]) -> Float32[torch.Tensor, "batch features"]:
+        """[final-norm CLS; mean of final-norm patches], 2 dim values: what the linear heads read.
+
+        Args:
+            normed: Tokens after final_norm.
+
+        Raises:
+            ValueError: The teacher has no CLS token.
+        """
+        if not self.has_cls:
+            raise ValueError(f"{self.name} has no CLS token, so it has no head input")
+        return torch.cat([normed[:, 0], normed[:, self.n_prefix :].mean(dim=1)], dim=-1)
+
+    def logits(self, last: Float32[torch.Tensor, "batch token dim"]) -> Float32[torch.Tensor, "batch class"]:
+        """Class scores from the state of the last layer, before the final norm.
+
+        Raises:
+            ValueError: The teacher has no head.
+        """
+        if self.head is None:
+            raise ValueError(f"{self.name} was loaded without a head; give HEAD=file")
+        return self.head(self.head_input(self.final_norm(last)))
+
+    def to_files(self) -> dict[str, bytes]:
+        """Everything needed to make this teacher again, as small files: a pure function of its weights and settings."""
+        config = {
+            "format_version": _FILES_VERSION,
+            "name": self.name,
+            "compute": self.compute,
+            "preprocessing": self.preprocessing.to_dict(),
+            "weights_digest": self.weights_digest,
+        }
+        files = {
+            CONFIG_FILE: json.dumps(config, sort_keys=True, separators=(",", ":")).encode(),
+            WEIGHTS_FILE: _save(self.model),
+        }
+        if self.head is not None:
+            files[HEAD_FILE] = _save(self.head)
+        return files
+
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        half = _HALF.get(self.compute)
+        autocast = torch.autocast(self.device.type, dtype=half) if half is not None else nullcontext()
+        with autocast, _cuda_tf32(self.compute == "tf32") if self.device.type == "cuda" else nullcontext():
+            yield
+
+
+def load_teacher(
+    name: str,
+    weights: str | None = None,
+    image_size: int | None = None,
+    head: str | None = None,
+    device: str | torch.device = "cpu",
+    compute: str = "float32",
+) -> Teacher:
+    """Make a teacher.
+
+    Args:
+        name: A timm ViT, such as "vit_base_patch14_reg4_dinov2.lvd142m", or the built-in "digits_vit".
+        weights: None for timm's pretrained ones (for digits_vit: the shipped ones, with their head); "random:<seed>";
+            or a local .safetensors, .pth, .pt or .bin file in timm's or Meta's naming.
+        image_size: px, a multiple of the patch side; None is the model's own size, except 224 where that is 518.
+        head: A file with a linear classifier of 2 dim values.
+        device: For example "cpu" or "cuda:0".
+        compute: One of COMPUTES.
+
+    Raises:
+        TeacherError: Unknown name (the nearest are listed), not a ViT, an unusable size or compute, or pretrained
+            weights that could not be fetched.
+        WeightsError: The weights or head file cannot be used; names what does not fit.
+    """
+    if compute not in COMPUTES:
+        raise TeacherError(f"compute is {compute!r}; expected one of {', '.join(COMPUTES)}")
+    model, preprocessing = _load_model(name, weights, image_size)
+    linear = read_linear_head(head, 2 * model.embed_dim) if head is not None else None
+    if linear is None and name == "digits_vit" and weights is None:
+        linear = make_linear(**load_safetensors_file(SHIPPED / "digits_vit_head.safetensors"))
+    return _assemble(name, model, linear, preprocessing, device, compute)
+
+
+def teacher_from_files(
+    files: Mapping[str, bytes], device: str | torch.device = "cpu", compute: str | None = None
+) -> Teacher:
+    """The teacher that `Teacher.to_files` described: the same weights to the bit, with no network.
+
+    Args:
+        files: By name; others than the three are left alone.
+        device: Where it shall run.
+        compute: Overrides the recorded one.
+
+    Raises:
+        TeacherError: A file is missing or damaged, or the weights are not the ones the config names.
+    """
+    try:
+        config = json.loads(files[CONFIG_FILE])
+        if config["format_version"] != _FILES_VERSION:
+            raise TeacherError(
+                f"teacher files have format {config['format_version']}, this code reads {_FILES_VERSION}"
+            )
+        preprocessing = Preprocessing.from_dict(config["preprocessing"])
+        name, recorded = config["name"], config["compute"]
+        model = _make_skeleton(name, preprocessing.image_size)
+        model.load_state_dict(load_safetensors(files[WEIGHTS_FILE]))
+        head = make_linear(**load_safetensors(files[HEAD_FILE])) if HEAD_FILE in files else None
+        expected = config["weights_digest"]
+    except (KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
+        raise TeacherError(f"the teacher's files cannot be used: {type(error).__name__}: {error}") from error
+    teacher = _assemble(name, model, head, preprocessing, device, compute or recorded)
+    if teacher.weights_digest != expected:
+        raise TeacherError(f"the teacher's weights have digest {teacher.weights_digest}, its config says {expected}")
+    return teacher
+
+
+def _load_model(name: str, weights: str | None, image_size: int | None) -> tuple[Model, Preprocessing]:
+    if name in _BUILT_IN:
+        return _load_built_in(name, weights, image_size)
+    empty = _make_empty(name)
+    _require_vit(name, empty)
+    config = empty.pretrained_cfg
+    preprocessing = _preprocessing_of(name, empty, image_size)
+    options: dict[str, Any] = {"num_classes": 0, "img_size": preprocessing.image_size}
+    if weights is None:
+        return _fetch_pretrained(name, options), preprocessing
+    seed = _random_seed(weights)
+    if seed is not None:
+        return _with_seed(seed, lambda: timm.create_model(name, **options)), preprocessing
+    state = _drop_classifier(read_state_dict(weights), config.get("classifier"))
+    _require_patch_size(weights, state, empty)
+    # timm lets a checkpoint with another number of classes be incomplete; without a classifier to adapt it is strict.
+    overlay = {"state_dict": state, "classifier": None, "source": "", "custom_load": False}
+    try:
+        model: Model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError, AssertionError) as error:
+        raise WeightsError(
+            f"weights {weights} do not fit {name}: {explain_mismatch(error)}. They belong to another model: name "
+            "theirs with TEACHER=, or give other WEIGHTS"
+        ) from error
+    model.pretrained_cfg.pop("state_dict", None)  # else the file's tensors live as long as the teacher
+    return model, preprocessing
+
+
+def _load_built_in(name: str, weights: str | None, image_size: int | None) -> tuple[Model, Preprocessing]:
+    built_in = _BUILT_IN[name]
+    size = built_in.preprocessing.image_size
+    if image_size not in (None, size):
+        raise TeacherError(f"{name} sees images of {size} px only, not {image_size}")
+    seed = _random_seed(weights) if weights is not None else None
+    if weights is None and name == "fake_vit":
+        seed = 0
+    if seed is not None:
+        return _with_seed(seed, built_in.make), built_in.preprocessing
+    path = weights if weights is not None else str(SHIPPED / f"{name}.safetensors")
+    model = built_in.make()
+    try:
+        model.load_state_dict(read_state_dict(path))
+    except RuntimeError as error:
+        raise WeightsError(f"weights {path} do not fit {name}: {explain_mismatch(error)}") from error
+    return model, built_in.preprocessing
+
+
+def _make_skeleton(name: str, image_size: int) -> Model:
+    """The architecture, its values to be overwritten."""
+    if name in _BUILT_IN:
+        return _BUILT_IN[name].make()
+    _require_known(name)
+    return timm.create_model(name, num_classes=0, img_size=image_size)
+
+
+def _make_empty(name: str) -> Model:
+    """The architecture without memory or values, to look at before anything is fetched."""
+    _require_known(name)
+    with torch.device("meta"):
+        return timm.create_model(name, num_classes=0)
+
+
+def _require_known(name: str) -> None:
+    if timm.is_model(name) and (name.count(".") == 0 or name in timm.list_models(pretrained=True)):
+        return
+    names = [*_BUILT_IN, *timm.list_models(), *timm.list_models(pretrained=True)]
+    close = difflib.get_close_matches(name, names, n=5, cutoff=0.5)
+    hint = f"the nearest names are {', '.join(close)}" if close else "timm.list_models() has the names"
+    raise TeacherError(f"there is no teacher {name!r}; {hint}")
+
+
+def _require_vit(name: str, model: Model) -> None:
+    lacks = [
+        what
+        for what, there in {
+            "blocks": isinstance(getattr(model, "blocks", None), nn.Sequential | nn.ModuleList),
+            "a patch grid": hasattr(getattr(model, "patch_embed", None), "grid_size"),
+            "a count of prefix tokens": hasattr(model, "num_prefix_tokens"),
+            "a final norm": hasattr(model, "norm"),
+            "attention heads": _heads_of(model) is not None,
+        }.items()
+        if not there
+    ]
+    if lacks:
+        raise TeacherError(
+            f"{name} ({type(model).__name__}) is not a plain vision transformer: it lacks {', '.join(lacks)}. "
+            "Expected one whose blocks all carry the same tokens, such as vit_small_patch14_reg4_dinov2"
+        )
+
+
+def _require_patch_size(path: str, state: Mapping[str, torch.Tensor], model: Model) -> None:
+    """timm would stretch the patch embedding of a model with other patches, and say nothing."""
+    expected = tuple(model.patch_embed.patch_size)
+    for name, tensor in state.items():
+        if name.endswith("patch_embed.proj.weight") and tensor.ndim == 4 and tuple(tensor.shape[2:]) != expected:
+            raise WeightsError(
+                f"weights {path} have patches of {list(tensor.shape[2:])} px, the teacher {list(expected)}"
+            )
+
+
+def _heads_of(model: Model) -> int | None:
+    blocks = getattr(model, "blocks", None) or [None]
+    return getattr(getattr(blocks[0], "attn", None), "num_heads", None)
+
+
+def _preprocessing_of(name: str, model: Model, image_size: int | None) -> Preprocessing:
+    config = model.pretrained_cfg
+    if image_size is None:
+        own = config["input_size"][-1]
+        image_size = _DEFAULT_SIZES.get(own, own)
+    patch = model.patch_embed.patch_size[0]
+    if image_size < patch or image_size % patch:
+        nearest = max(patch, round(image_size / patch) * patch)
+        raise TeacherError(f"image size {image_size} px is no multiple of {name}'s {patch} px patches; try {nearest}")
+    return Preprocessing(
+        image_size=image_size,
+        resize_size=resize_size_for(image_size),
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+    )
+
+
+def _fetch_pretrained(name: str, options: dict[str, Any]) -> Model:
+    config = timm.models.get_pretrained_cfg(name)
+    if config is None or not config.has_weights:
+        raise TeacherError(f"timm has no pretrained weights for {name}; give WEIGHTS=file or WEIGHTS=random:0")
+    try:
+        return timm.create_model(name, pretrained=True, **options)
+    except Exception as error:  # a dozen libraries' network errors, which share no base class
+        raise TeacherError(
+            f"the pretrained weights of {name} could not be fetched ({type(error).__name__}: {error}). Give "
+            "WEIGHTS=file with weights in timm's or Meta's naming, or WEIGHTS=random:0 to go on with random ones"
+        ) from error
+
+
+def _drop_classifier(
+    state: dict[str, torch.Tensor], classifier: str | tuple[str, ...] | None
+) -> dict[str, torch.Tensor]:
+    names = (classifier,) if isinstance(classifier, str) else classifier or ()
+    kept = {k: v for k, v in state.items() if not any(k in (f"{name}.weight", f"{name}.bias") for name in names)}
+    if "register_tokens" in kept and "mask_token" not in kept:
+        kept["mask_token"] = torch.zeros(0)  # the mark by which timm knows Meta's naming; it drops the token itself
+    return kept
+
+
+def _random_seed(weights: str) -> int | None:
+    if not weights.startswith("random"):
+        return None
+    found = re.fullmatch(r"random:(\d+)", weights)
+    if not found:
+        raise WeightsError(f"weights {weights!r} name no seed; random weights are asked for as random:0")
+    return int(found[1])
+
+
+def _with_seed(seed: int, make: Callable[[], Model]) -> Model:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
+
+
+def _assemble(
+    name: str,
+    model: Model,
+    head: nn.Linear | None,
+    preprocessing: Preprocessing,
+    device: str | torch.device,
+    compute: str,
+) -> Teacher:
+    """Freeze, move, and look at one forward pass: what the blocks are given, and that all states have one shape."""
+    device = torch.device(device)
+    model = model.requires_grad_(False).eval().to(device)
+    size = preprocessing.image_size
+    with torch.no_grad(), _recording(model) as record:
+        model.forward_features(torch.zeros(1, 3, size, size, device=device))
+    has_cls = getattr(model, "cls_token", None) is not None
+    grid = tuple(int(side) for side in model.patch_embed.grid_size)
+    n_prefix = int(model.num_prefix_tokens)
+    shapes = {tuple(getattr(state, "shape", ())) for state in record.states}
+    expected = (1, n_prefix + grid[0] * grid[1], model.embed_dim)
+    if shapes != {expected} or len(record.extras) != len(model.blocks):
+        raise TeacherError(
+            f"{name} is not a plain vision transformer: its blocks carry {sorted(shapes)}, expected {expected} "
+            "(batch, token, dim) after every one"
+        )
+    n_heads = _heads_of(model)
+    assert n_heads is not None
+    return Teacher(
+        name=name,
+        model=model,
+        head=head.to(device) if head is not None else None,
+        preprocessing=preprocessing,
+        compute=compute,
+        device=device,
+        dim=expected[-1],
+        n_heads=n_heads,
+        grid=(grid[0], grid[1]),
+        has_cls=has_cls,
+        n_registers=n_prefix - int(has_cls),
+        _block_extras=tuple(record.extras),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Record:
+    """What one forward pass showed: the states, and what each block was given beside its tokens (rotary tables)."""
+
+    states: list[Any] = field(default_factory=list)
+    extras: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+
+@contextmanager
+def _recording(model: Model) -> Iterator[_Record]:
+    record = _Record()
+    blocks = list(model.blocks)
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not record.states:
+            record.states.append(args[0])
+        record.extras.append((args[1:], kwargs))
+
+    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        record.states.append(output)
+
+    handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
+    handles += [block.register_forward_hook(after) for block in blocks]
+    try:
+        yield record
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _cuda_tf32(allowed: bool) -> Iterator[None]:
+    """Products in TF32 or in true float32, for a while. cuDNN's convolutions use TF32 unless they are told not to."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = (matmul.allow_tf32, cudnn.allow_tf32)
+    matmul.allow_tf32, cudnn.allow_tf32 = allowed, allowed
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def _save(module: nn.Module) -> bytes:
+    return save_safetensors({name: tensor.contiguous().cpu() for name, tensor in module.state_dict().items()})
+
+
+def _digest(state: Mapping[str, torch.Tensor]) -> str:
+    sha = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        sha.update(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode())
+        sha.update(_bytes_of(tensor).numpy().data)
+    return sha.hexdigest()
+
+
+def _bytes_of(tensor: torch.Tensor) -> UInt8[torch.Tensor, "byte"]:
+    return tensor.reshape(-1).view(torch.uint8)
