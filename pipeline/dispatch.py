@@ -39,7 +39,7 @@ class Outcome:
         ok: True when the runner returned; False when the shard was quarantined.
         report: What the runner returned, None when quarantined.
         cause: Empty when ok, else one line: the last error.
-        attempts: How often the shard was started, the last time included.
+        attempts: How often the shard was handed to a worker, the last time included.
         trace: The last traceback, where there was one.
     """
 

@@ -91,7 +91,7 @@ class _Call:
     worker: _Worker
     since: float
     shard: int | None = None
-    timeout_s: float | None = None
+    timeout_s: int | float | None = None
 
 
 def run_on_ray(
@@ -99,12 +99,12 @@ def run_on_ray(
     make_runner: Callable[[], Runner],
     *,
     n_actors: int,
-    num_cpus: float,
-    num_gpus: float = 0,
+    num_cpus: int | float,
+    num_gpus: int | float = 0,
     depth: int = DEFAULT_DEPTH,
     tries: int = DEFAULT_TRIES,
     boot_tries: int = 5,
-    shard_timeout_s: float | None = None,
+    shard_timeout_s: int | float | None = None,
     stop: Callable[[], bool] = never,
     on_event: OnEvent = ignore,
     name: str = "extract",
@@ -178,7 +178,7 @@ class _Pool:
     n_actors: int
     depth: int
     boot_tries: int
-    shard_timeout_s: float | None
+    shard_timeout_s: int | float | None
     on_event: OnEvent
     call_name: str
     workers: list[_Worker] = field(default_factory=list)

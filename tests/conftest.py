@@ -13,10 +13,20 @@ settings.load_profile("here")
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[None]:
+def _ray_ends() -> Iterator[None]:
+    yield
+    import ray
+
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def ray_cluster(_ray_ends: None) -> None:
     """Ray on this machine with four logical CPUs. Starting it costs seconds, so all tests share it; mark them `ray`."""
-    from infra.cluster import connected
+    import ray
+
+    from infra.cluster import connect
 
     os.environ["RAY_AUTH_MODE"] = "disabled"  # the default would write a token into the home of whoever runs the tests
-    with connected("local", n_cpus=4, dashboard=False):
-        yield
+    if not ray.is_initialized():
+        connect("local", n_cpus=4, dashboard=False)

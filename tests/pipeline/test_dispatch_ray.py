@@ -1,0 +1,236 @@
+"""The Ray dispatcher on real Ray: killed, hanging, raising and failing workers, and what is left behind (nothing)."""
+
+import os
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.dispatch import (
+    DispatchError,
+    Event,
+    FatalError,
+    Outcome,
+    ShardRetried,
+    ShardSuspected,
+    WorkerLost,
+    WorkersReady,
+)
+
+pytestmark = pytest.mark.ray
+
+
+class PickyError(Exception):
+    """Cannot be unpickled: as many of our errors it takes other arguments than its message."""
+
+    def __init__(self, key: str, expected: int) -> None:
+        super().__init__(f"{key} has not {expected} bytes")
+
+
+@dataclass(frozen=True)
+class Behaviour:
+    """A runner whose shards misbehave as listed. Picklable, and its own factory. Every run leaves a line in `log`."""
+
+    log: Path
+    kills: tuple[int, ...] = ()
+    hangs: tuple[int, ...] = ()
+    raises: tuple[int, ...] = ()
+    fatal: tuple[int, ...] = ()
+    kills_once: tuple[int, ...] = ()
+    seconds: float = 0.0
+    bad_starts: int = 0
+
+    def __call__(self) -> "Behaviour":
+        if note(self.log, "start") <= self.bad_starts:
+            raise RuntimeError("the weights are not there")
+        return self
+
+    def run(self, shard: int) -> dict:
+        nth = note(self.log, f"shard-{shard}")
+        time.sleep(self.seconds)
+        if shard in self.kills or (shard in self.kills_once and nth == 1):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if shard in self.hangs:
+            time.sleep(3600)
+        if shard in self.fatal:
+            raise FatalError("no space left on device")
+        if shard in self.raises:
+            raise PickyError(f"shard {shard}", 7)
+        return {"shard": shard, "pid": os.getpid(), "omp": os.environ.get("OMP_NUM_THREADS")}
+
+
+def note(log: Path, what: str) -> int:
+    """Count something across processes; returns how often it has happened, this time included."""
+    path = log / what
+    with path.open("ab") as file:
+        file.write(b".")
+    return path.stat().st_size
+
+
+def runs(log: Path) -> dict[int, int]:
+    """How often each shard was started."""
+    return {int(path.name[6:]): path.stat().st_size for path in log.glob("shard-*")}
+
+
+def assert_never_run_more_than_booked(outcomes: Iterable[Outcome], log: Path) -> None:
+    """A shard may be handed to a worker that is already dying, so fewer runs than attempts are possible."""
+    for outcome in outcomes:
+        assert 1 <= runs(log)[outcome.shard] <= outcome.attempts
+
+
+@pytest.fixture
+def start(ray_cluster: None, tmp_path: Path) -> Iterator:
+    """Call it to run shards; afterwards no actor of ours may be alive."""
+    from pipeline.dispatch_ray import run_on_ray
+
+    events: list[Event] = []
+
+    def start_(shards: range, behaviour: Behaviour | None = None, **settings: object) -> Iterator[Outcome]:
+        make_runner = replace(behaviour, log=tmp_path) if behaviour else Behaviour(tmp_path)
+        defaults = {"n_actors": 2, "num_cpus": 1, "on_event": events.append}
+        return run_on_ray(shards, make_runner, **(defaults | settings))
+
+    start_.events = events  # type: ignore[attr-defined]
+    yield start_
+    assert living_actors() == []
+
+
+def living_actors() -> list[str]:
+    """Names of the dispatcher's actors that Ray still knows, given a moment to notice a kill."""
+    import ray
+
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        names = [name for name in ray.util.list_named_actors() if name.startswith("extract-")]
+        if not names:
+            return []
+        time.sleep(0.1)
+    return names
+
+
+HERE = Path()  # replaced by the fixture
+
+
+def test_all_shards_are_done_and_the_workers_are_announced(start) -> None:
+    outcomes = list(start(range(20), num_cpus=2))
+    assert sorted(o.shard for o in outcomes) == list(range(20))
+    assert all(o.ok and o.attempts == 1 and o.report["shard"] == o.shard for o in outcomes)
+    assert {o.report["omp"] for o in outcomes} == {"2"}  # Ray gives a worker as many OpenMP threads as CPUs
+    ready = [str(event) for event in start.events if isinstance(event, WorkersReady)]
+    assert ready[:2] == ["0 of 2 workers ready", "1 of 2 workers ready"]
+
+
+def test_killer_hanger_and_raiser_are_quarantined_and_nobody_else(start, tmp_path) -> None:
+    behaviour = Behaviour(HERE, kills=(4,), hangs=(9,), raises=(12,), seconds=0.02)
+    outcomes = {o.shard: o for o in start(range(24), behaviour, shard_timeout_s=2, tries=2)}
+    assert sorted(outcomes) == list(range(24))
+    assert [shard for shard, o in sorted(outcomes.items()) if not o.ok] == [4, 9, 12]
+    assert "process has died" in outcomes[4].cause
+    assert "shard 9 was not done after 2 s" in outcomes[9].cause
+    assert outcomes[12].cause == "PickyError: shard 12 has not 7 bytes"
+    assert "in run" in outcomes[12].trace
+    assert all(2 <= outcomes[bad].attempts <= 4 for bad in (4, 9, 12))
+    assert_never_run_more_than_booked(outcomes.values(), tmp_path)
+
+
+def test_a_worker_killed_from_outside_costs_a_rerun_and_nothing_else(start, tmp_path) -> None:
+    pids, outcomes = set(), []
+    for outcome in start(range(30), Behaviour(HERE, seconds=0.05)):
+        outcomes.append(outcome)
+        if outcome.report["pid"] not in pids and len(pids) < 3:
+            pids.add(outcome.report["pid"])
+            os.kill(outcome.report["pid"], signal.SIGKILL)
+    assert sorted(o.shard for o in outcomes) == list(range(30))
+    assert all(o.ok for o in outcomes)
+    assert sum(isinstance(event, WorkerLost) for event in start.events) == 3
+    assert_never_run_more_than_booked(outcomes, tmp_path)
+    assert any(isinstance(event, ShardSuspected | ShardRetried) for event in start.events)
+
+
+def test_a_slow_shard_under_a_generous_deadline_is_left_alone(start) -> None:
+    # Twelve shards of 0.5 s, three in flight: every single one is under the deadline, the whole job is not.
+    outcomes = list(start(range(12), Behaviour(HERE, seconds=0.5), n_actors=1, shard_timeout_s=1.9))
+    assert all(o.ok and o.attempts == 1 for o in outcomes)
+    assert not any(isinstance(event, WorkerLost) for event in start.events)
+
+
+def test_depth_shards_run_at_once_in_one_worker(start) -> None:
+    first = None
+    for outcome in start(range(9), Behaviour(HERE, seconds=0.5), n_actors=1, depth=3):
+        first = first or time.monotonic()
+        assert outcome.ok
+    assert time.monotonic() - first < 3.0  # two more rounds of 0.5 s; one after the other would take 4 s
+
+
+def test_workers_that_cannot_start_are_bounded(start, tmp_path) -> None:
+    behaviour = Behaviour(HERE, bad_starts=1000)
+    with pytest.raises(DispatchError, match="the weights are not there"):
+        list(start(range(4), behaviour, n_actors=1, boot_tries=2))
+    assert (tmp_path / "start").stat().st_size == 2
+    assert runs(tmp_path) == {}
+
+
+def test_a_worker_that_starts_at_the_second_try_is_welcome(start) -> None:
+    outcomes = list(start(range(4), Behaviour(HERE, bad_starts=1), n_actors=1, boot_tries=2))
+    assert all(o.ok for o in outcomes)
+    assert len(outcomes) == 4
+
+
+def test_a_fatal_error_ends_the_job(start, tmp_path) -> None:
+    with pytest.raises(FatalError, match="no space left on device"):
+        list(start(range(200), Behaviour(HERE, fatal=(3,), seconds=0.02)))
+    assert len(runs(tmp_path)) < 100
+
+
+def test_stop_finishes_what_is_in_flight(start, tmp_path) -> None:
+    seen = []
+    for outcome in start(range(200), Behaviour(HERE, seconds=0.05), stop=lambda: len(seen) >= 5):
+        assert outcome.ok
+        seen.append(outcome.shard)
+    assert 5 <= len(seen) <= 5 + 2 * 3
+    assert sorted(runs(tmp_path)) == sorted(seen)  # nothing was started and dropped
+
+
+def test_closed_early_it_leaves_no_actor(start) -> None:
+    outcomes = start(range(200), Behaviour(HERE, seconds=0.02))
+    assert next(outcomes).ok
+    outcomes.close()  # the fixture looks for survivors
+
+
+def test_a_poisoned_process_is_replaced_before_it_gets_innocents_quarantined(start, tmp_path) -> None:
+    outcomes = list(start(range(12), PoisonedFactory(tmp_path), n_actors=1))
+    assert sorted(o.shard for o in outcomes) == list(range(12))
+    assert all(o.ok for o in outcomes)
+
+
+@dataclass(frozen=True)
+class PoisonedFactory:
+    """Its first process works for two shards and then raises for ever, as after a CUDA error."""
+
+    log: Path
+
+    def __call__(self) -> "PoisonedFactory":
+        note(self.log, "start")
+        return self
+
+    def run(self, shard: int) -> None:
+        nth = note(self.log, f"pid-{os.getpid()}")
+        if nth > 2 and (self.log / "start").stat().st_size == 1:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_a_worker_no_machine_here_can_hold_is_refused(ray_cluster: None) -> None:
+    import ray
+
+    from infra.cluster import Connection, check_fits
+    from infra.console import UserError
+
+    here = Connection(
+        address=ray.get_runtime_context().gcs_address, embedded=True, owned=False, dashboard_url="", needs_token=False
+    )
+    check_fits(num_cpus=4, num_gpus=0, connection=here)
+    with pytest.raises(UserError, match="needs 5 CPUs and 0 GPUs, but this machine has 4 CPUs"):
+        check_fits(num_cpus=5, num_gpus=0, connection=here)
