@@ -1,5 +1,6 @@
 """Chunks as bytes: dtypes, shapes, lossless codecs. Equal input gives equal bytes, in any thread."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -10,6 +11,7 @@ from storage_schemas.errors import StoreError
 from storage_schemas.keys import array_kind
 from storage_schemas.spec import HEAD_INPUT, StoreSpec
 
+BLOSC_OVERHEAD = 16  # bytes by which Blosc may exceed what it cannot compress; also the size of its header
 _CNAMES = {"lz4": ("lz4", 5), "zstd-1": ("zstd", 1), "zstd-3": ("zstd", 3)}
 _SHUFFLES = {"byte": blosc.SHUFFLE, "bit": blosc.BITSHUFFLE}
 _SHUFFLE_NAMES = {"byte": "shuffle", "bit": "bitshuffle"}
@@ -50,7 +52,9 @@ def encode_chunk(spec: StoreSpec, kind: str, raw: memoryview) -> memoryview | by
     """Compress one whole chunk; with codec "none" the input itself comes back."""
     if spec.codec == "none":
         return raw
-    return _encoder().submit(_blosc_compress, spec, kind, raw).result()
+    if threading.current_thread() is threading.main_thread():
+        return _helper().submit(_blosc_compress, spec, kind, raw).result()
+    return _blosc_compress(spec, kind, raw)
 
 
 def decode_chunk(
@@ -76,9 +80,15 @@ def decode_chunk(
             raise DecodeError(f"a {kind} chunk of {len(payload)} bytes; {nbytes} were expected")
         return np.frombuffer(payload, dtype).reshape(shape)
     decoded = np.empty(nbytes, np.uint8) if out is None else out[:nbytes]
-    decoded_nbytes = _blosc_nbytes(payload)
-    if decoded_nbytes != nbytes:
-        raise DecodeError(f"a {kind} chunk that decodes to {decoded_nbytes} bytes; {nbytes} were expected")
+    if len(payload) < BLOSC_OVERHEAD:
+        raise DecodeError(f"a {kind} chunk of {len(payload)} bytes, too short for {spec.codec}")
+    # Blosc believes both sizes of its header: at byte 4 the decoded one, at byte 12 its own
+    decoded_nbytes, own_nbytes = (int.from_bytes(bytes(payload[i : i + 4]), "little") for i in (4, 12))
+    if (decoded_nbytes, own_nbytes) != (nbytes, len(payload)):
+        raise DecodeError(
+            f"a {kind} chunk of {own_nbytes} bytes that decodes to {decoded_nbytes}; "
+            f"{len(payload)} that decode to {nbytes} were expected"
+        )
     try:
         blosc.decompress(payload, decoded)
     except (RuntimeError, ValueError) as error:
@@ -108,13 +118,8 @@ def _blosc_compress(spec: StoreSpec, kind: str, raw: memoryview) -> bytes:
     return blosc.compress(array, cname.encode(), level, _SHUFFLES[spec.shuffle], blosc.AUTOBLOCKS)
 
 
-def _blosc_nbytes(payload: bytes | bytearray | memoryview) -> int:
-    """Decoded size from a Blosc 1 header: little-endian uint32 at byte 4."""
-    return int.from_bytes(bytes(payload[4:8]), "little") if len(payload) >= 16 else -1
-
-
 @cache
-def _encoder() -> ThreadPoolExecutor:
+def _helper() -> ThreadPoolExecutor:
     # numcodecs lets Blosc use its own threads when called from the main thread, and then blocks land in the chunk in
     # the order they finish: other bytes each time. Called from any other thread it works alone and is deterministic.
-    return ThreadPoolExecutor(max_workers=4, thread_name_prefix="encode")
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="encode")

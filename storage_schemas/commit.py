@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from storage_schemas.codecs import raw_chunk_nbytes
+from storage_schemas.codecs import BLOSC_OVERHEAD, raw_chunk_nbytes
 from storage_schemas.documents import seal, sha256, unseal
 from storage_schemas.errors import SchemaError
 from storage_schemas.keys import (
@@ -110,29 +110,40 @@ def read_commit(spec: StoreSpec, store: str, shard: int, data: bytes) -> Commit:
     """
     key = commit_key(shard)
     document = unseal(key, data)
+    if document.get("format_version") != FORMAT_VERSION:
+        version = document.get("format_version")
+        raise SchemaError(key, [f"format version {version!r}; this version reads {FORMAT_VERSION}"])
     try:
-        commit = Commit(
-            shard=document["shard"],
-            store=document["store"],
-            bad_images=tuple((index, code) for index, code in document["bad_images"]),
-            objects={
-                name: ObjectRecord(
-                    nbytes=record["nbytes"],
-                    crc32c=record["crc32c"],
-                    chunks=np.asarray(record["chunks"], np.int64).reshape(-1, 3),
-                )
-                for name, record in document["objects"].items()
-            },
-            fidelity={path: Fidelity(**values) for path, values in document["fidelity"].items()},
-        )
-        version = document["format_version"]
+        commit = _parse(document)
+        exact = commit.to_bytes() == data
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise SchemaError(key, [f"not a commit of this format: {type(error).__name__}: {error}"]) from error
-    problems = [f"format version {version}, expected {FORMAT_VERSION}"] if version != FORMAT_VERSION else []
-    problems += commit_problems(spec, store, shard, commit)
+    if not exact:  # a value of another type, or a field that we do not know
+        raise SchemaError(key, ["not a commit of this format: it holds more or other than the fields of one"])
+    problems = commit_problems(spec, store, shard, commit)
     if problems:
         raise SchemaError(key, problems)
     return commit
+
+
+def _parse(document: Mapping[str, Any]) -> Commit:
+    return Commit(
+        shard=int(document["shard"]),
+        store=str(document["store"]),
+        bad_images=tuple((int(index), str(code)) for index, code in document["bad_images"]),
+        objects={
+            name: ObjectRecord(
+                nbytes=int(record["nbytes"]),
+                crc32c=int(record["crc32c"]),
+                chunks=np.asarray(record["chunks"], np.int64).reshape(-1, 3),
+            )
+            for name, record in document["objects"].items()
+        },
+        fidelity={
+            path: Fidelity(**{name: float(value) for name, value in values.items()})
+            for path, values in document["fidelity"].items()
+        },
+    )
 
 
 def commit_problems(spec: StoreSpec, store: str, shard: int, commit: Commit) -> list[str]:
@@ -146,21 +157,35 @@ def commit_problems(spec: StoreSpec, store: str, shard: int, commit: Commit) -> 
     for index, code in commit.bad_images:
         if index not in samples or code not in BAD_IMAGE_CODES:
             problems.append(f"bad image ({index!r}, {code!r}) is not of this shard or has an unknown code")
-    expected = {shard_object_key(spec, path, shard): path for path in sharded_array_paths(spec)}
-    missing = sorted({*expected, statistics_key(shard)} - set(commit.objects))
-    unknown = sorted(set(commit.objects) - {*expected, statistics_key(shard)})
-    problems += [f"does not list {key}" for key in missing] + [f"lists unknown {key}" for key in unknown]
+    indices = [index for index, _ in commit.bad_images]
+    if indices != sorted(set(indices)):
+        problems.append("bad images are not in order of sample_index, each once")
+    paths = sharded_array_paths(spec)
+    problems += [f"fidelity of {path!r}, which is no array here" for path in sorted(set(commit.fidelity) - set(paths))]
+    expected: dict[str, str | None] = {shard_object_key(spec, path, shard): path for path in paths}
+    expected[statistics_key(shard)] = None
+    problems += [f"does not list {key}" for key in sorted(set(expected) - set(commit.objects))]
+    problems += [f"lists unknown {key}" for key in sorted(set(commit.objects) - set(expected))]
     for key, path in expected.items():
         if key in commit.objects:
-            problems += [f"{key}: {p}" for p in _record_problems(spec, path, shard, commit.objects[key])]
-    if not missing and commit.objects[statistics_key(shard)].nbytes != statistics_nbytes(spec) + CRC_NBYTES:
-        problems.append(f"{statistics_key(shard)}: wrong size")
+            record = commit.objects[key]
+            if not all(0 <= crc < 2**32 for crc in (record.crc32c, *record.chunks[:, 2].tolist())):
+                problems.append(f"{key}: a crc32c is not in 0 to 2**32 - 1")
+            check = _statistics_problems(spec, record) if path is None else _record_problems(spec, path, shard, record)
+            problems += [f"{key}: {problem}" for problem in check]
     return problems
 
 
 def statistics_nbytes(spec: StoreSpec) -> int:
     """Payload bytes of one shard's statistics."""
     return len(spec.layers) * len(spec.token_kinds) * len(STATISTIC_NAMES) * spec.dim * 8
+
+
+def _statistics_problems(spec: StoreSpec, record: ObjectRecord) -> list[str]:
+    nbytes = statistics_nbytes(spec)
+    if record.chunks[:, :2].tolist() != [[0, nbytes]] or record.nbytes != nbytes + CRC_NBYTES:
+        return [f"is not one chunk of {nbytes} bytes and its checksum"]
+    return []
 
 
 def _record_problems(spec: StoreSpec, path: str, shard: int, record: ObjectRecord) -> list[str]:
@@ -172,6 +197,7 @@ def _record_problems(spec: StoreSpec, path: str, shard: int, record: ObjectRecor
     starts = np.concatenate([[0], ends[:-1]])
     if (nbytes <= 0).any() or (offsets != starts).any() or ends[-1] + index_nbytes(spec) != record.nbytes:
         return ["chunks do not lie end to end in the object"]
-    if spec.codec == "none" and (nbytes != raw_chunk_nbytes(spec, array_kind(path))).any():
+    raw = raw_chunk_nbytes(spec, array_kind(path))
+    if (nbytes != raw).any() if spec.codec == "none" else (nbytes > raw + BLOSC_OVERHEAD).any():
         return ["chunks have a wrong size"]
     return []

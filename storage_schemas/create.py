@@ -1,12 +1,13 @@
 """Begin a store: its documents, the identity last; and the record that holds their digests."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from infra.objects import Get, ObjectMissingError, Put
 from storage_schemas.documents import seal, sha256, unseal
 from storage_schemas.errors import NotAStoreError, SchemaError
-from storage_schemas.keys import SAMPLES_KEY, STORE_KEY, TEACHER_PREFIX, is_owned, zarr_json_keys
+from storage_schemas.keys import SAMPLES_KEY, STORE_KEY, TEACHER_PREFIX, is_teacher_key, zarr_json_keys
 from storage_schemas.samples import Sample, samples_to_bytes
 from storage_schemas.spec import FORMAT_VERSION, StoreSpec
 from storage_schemas.zarr_layout import zarr_documents
@@ -39,6 +40,9 @@ def plan_documents(
 ) -> tuple[StoreDocument, dict[str, bytes]]:
     """Everything a store begins with, as a pure function: store.json's content and the other documents by key."""
     assert len(samples) == spec.n_samples
+    unfit = [f"{TEACHER_PREFIX}{name}" for name in teacher_files if not is_teacher_key(f"{TEACHER_PREFIX}{name}")]
+    if unfit:
+        raise SchemaError("teacher files", [f"{key!r} is not a plain name below {TEACHER_PREFIX}" for key in unfit])
     documents = zarr_documents(spec)
     documents[SAMPLES_KEY] = samples_to_bytes(samples)
     documents |= {f"{TEACHER_PREFIX}{name}": data for name, data in teacher_files.items()}
@@ -90,14 +94,23 @@ def parse_store_document(data: bytes, place: str) -> StoreDocument:
     spec_json, digests = document.get("spec"), document.get("documents")
     if not isinstance(spec_json, dict) or not isinstance(digests, dict):
         raise SchemaError(place, ["expected 'spec' and 'documents'"])
-    spec = StoreSpec.from_json(spec_json)
+    try:
+        spec = StoreSpec.from_json(spec_json)
+    except SchemaError as error:
+        raise SchemaError(place, error.problems) from error
     needed = {SAMPLES_KEY, *zarr_json_keys(spec)}
     problems = [f"names no digest of {key}" for key in sorted(needed - set(digests))]
     problems += [
         f"names {key!r}, which this format does not have"
         for key in sorted(set(digests) - needed)
-        if not (key.startswith(TEACHER_PREFIX) and is_owned(key))
+        if not is_teacher_key(key)
     ]
+    problems += [
+        f"the digest of {key!r} is {digest!r}, expected 64 hexadecimal digits"
+        for key, digest in sorted(digests.items())
+        if not (isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest))
+    ]
+    problems += [f"unknown field {name!r}" for name in sorted(set(document) - {"format_version", "spec", "documents"})]
     if problems:
         raise SchemaError(place, problems)
     return StoreDocument(spec=spec, documents=digests)

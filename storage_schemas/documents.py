@@ -44,8 +44,8 @@ def unseal(key: str, data: bytes) -> dict[str, Any]:
     try:
         actual = sha256(canonical_json(document))
         spelled = seal(document)
-    except ValueError as error:
-        raise SchemaError(key, [f"not a document of this format: {error}"]) from error
+    except (ValueError, RecursionError) as error:
+        raise SchemaError(key, [f"not a document of this format: {type(error).__name__}: {error}"]) from error
     if actual != written:
         raise SchemaError(key, [f"content digest is {actual[:16]}, the document says {written[:16]}: it was changed"])
     if spelled != data:

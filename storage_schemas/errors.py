@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from infra.console import ExitCode, UserError
 
-class StoreError(Exception):
-    """Base of everything this package raises about a store."""
+
+class StoreError(UserError):
+    """Base of everything this package raises about a store; a door prints its message without a traceback."""
 
 
 class SchemaError(StoreError):
@@ -22,6 +24,8 @@ class SchemaError(StoreError):
 
 class ChecksumError(StoreError):
     """Bytes differ from what the commit says; `key` names the object."""
+
+    exit_code = ExitCode.PROBLEMS
 
     def __init__(self, key: str, message: str) -> None:
         super().__init__(message)

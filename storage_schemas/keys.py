@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 
-from storage_schemas.spec import HEAD_INPUT, StoreSpec
+from storage_schemas.spec import HEAD_INPUT, KINDS, StoreSpec
 
 STORE_KEY = "store.json"
 SAMPLES_KEY = "samples.parquet"
@@ -66,15 +66,22 @@ def zarr_json_keys(spec: StoreSpec) -> list[str]:
     return [f"{folder}/zarr.json" if folder else "zarr.json" for folder in folders]
 
 
+_NAME = r"[A-Za-z0-9_-][A-Za-z0-9._-]*"  # never "..", never hidden
+_ARRAY = rf"layer_[0-9]{{2}}/(?:{'|'.join(KINDS)})|{HEAD_INPUT}|{STATISTICS}"
 _OWNED = re.compile(
-    r"store\.json|samples\.parquet|index\.parquet|zarr\.json|commits/[^/]+\.json|teacher/[^/]+|log/.+"
-    r"|layer_\d\d/zarr\.json|(layer_\d\d/(cls|registers|patches|patch_mean)|head_input|statistics)/(zarr\.json|c/[\d/]+)"
+    rf"store\.json|samples\.parquet|index\.parquet|zarr\.json|commits/[0-9]{{6,}}\.json"
+    rf"|teacher/{_NAME}|log(?:/{_NAME})+|layer_[0-9]{{2}}/zarr\.json|(?:{_ARRAY})/(?:zarr\.json|c(?:/[0-9]+)+)"
 )
 
 
 def is_owned(key: str) -> bool:
     """Whether a key is one that this format writes; nothing else is ever deleted."""
     return _OWNED.fullmatch(key) is not None
+
+
+def is_teacher_key(key: str) -> bool:
+    """Whether a key is that of a file below teacher/; such a key is a plain path."""
+    return key.startswith(TEACHER_PREFIX) and is_owned(key)
 
 
 def expected_keys(spec: StoreSpec, shards: Iterator[int] | range) -> set[str]:

@@ -1,8 +1,9 @@
 """What a store is: its identity, token kinds, chunk arithmetic. Opens nothing."""
 
 import dataclasses
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,6 +20,12 @@ PRECISIONS = ("float32", "float16")
 CODECS = ("none", "lz4", "zstd-1", "zstd-3")
 SHUFFLES = ("none", "byte", "bit")
 COMPUTE_PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
+PRECISION_NBYTES = {"float32": 4, "float16": 2}
+
+# Limits that no real store meets; they keep a hostile store.json from claiming all memory before anything is read.
+MAX_SAMPLES = 2**31 - 1
+MAX_CHUNKS = 2**28  # of all arrays together
+MAX_CHUNK_NBYTES = 2**31 - 17  # before the codec; what Blosc takes
 
 
 @dataclass(frozen=True)
@@ -215,8 +222,8 @@ def _spec_problems(spec: StoreSpec) -> list[str]:
     for name in ("teacher", "teacher_weights_digest", "source_digest"):
         if not isinstance(getattr(spec, name), str) or not getattr(spec, name):
             problems.append(f"{name} is {getattr(spec, name)!r}, expected text")
-    if not isinstance(spec.preprocessing, Mapping):
-        problems.append(f"preprocessing is {spec.preprocessing!r}, expected an object")
+    if not isinstance(spec.preprocessing, Mapping) or not _is_plain_json(spec.preprocessing):
+        problems.append(f"preprocessing is {spec.preprocessing!r}, expected an object of plain JSON values, no tuples")
     layers = spec.layers
     if not layers or not all(_is_int(x) and 0 <= x < 100 for x in layers) or list(layers) != sorted(set(layers)):
         problems.append(f"layers are {list(layers)!r}, expected increasing numbers from 0 to 99")
@@ -229,7 +236,29 @@ def _spec_problems(spec: StoreSpec) -> list[str]:
             f"samples_per_shard {spec.samples_per_shard} is not a multiple of "
             f"samples_per_chunk {spec.samples_per_chunk}"
         )
-    return problems
+    return problems or list(_size_problems(spec))
+
+
+def _size_problems(spec: StoreSpec) -> Iterator[str]:
+    if spec.n_samples > MAX_SAMPLES:
+        yield f"n_samples is {spec.n_samples}, at most {MAX_SAMPLES:,} are supported"
+    n_chunks = len(spec.layers) * len(spec.token_kinds) * max(spec.n_chunks, spec.chunks_per_shard)
+    if n_chunks > MAX_CHUNKS:
+        yield f"{n_chunks} chunks in all, at most {MAX_CHUNKS:,} are supported; take more samples_per_chunk"
+    per_sample = max(spec.n_patches * PRECISION_NBYTES[spec.precision], 4 * spec.n_registers, 8) * spec.dim
+    if spec.samples_per_chunk * per_sample > MAX_CHUNK_NBYTES:
+        yield (
+            f"a chunk has {spec.samples_per_chunk * per_sample} bytes, at most {MAX_CHUNK_NBYTES:,} are supported; "
+            "take fewer samples_per_chunk"
+        )
+
+
+def _is_plain_json(value: object) -> bool:
+    """Whether JSON gives back what it was given: no tuples, no NaN, no keys but text."""
+    try:
+        return json.loads(json.dumps(value, allow_nan=False)) == value
+    except (TypeError, ValueError, RecursionError):
+        return False
 
 
 def _is_int(value: object) -> bool:

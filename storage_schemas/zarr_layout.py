@@ -12,7 +12,7 @@ from crc32c import crc32c
 
 from storage_schemas.codecs import chunk_shape, inner_codecs, kind_dtype, kind_shape
 from storage_schemas.keys import STATISTIC_NAMES, STATISTICS, array_kind, layer_path, sharded_array_paths
-from storage_schemas.spec import HEAD_INPUT, StoreSpec
+from storage_schemas.spec import FORMAT_VERSION, HEAD_INPUT, StoreSpec
 
 CRC_NBYTES = 4
 _ABSENT = 2**64 - 1
@@ -27,7 +27,9 @@ _AXES = {
 
 def zarr_documents(spec: StoreSpec) -> dict[str, bytes]:
     """Every zarr.json of a store, by key."""
-    documents = {"zarr.json": _group({"format_version": 1, "grid": list(spec.grid), "teacher": spec.teacher})}
+    documents = {
+        "zarr.json": _group({"format_version": FORMAT_VERSION, "grid": list(spec.grid), "teacher": spec.teacher})
+    }
     for layer in spec.layers:
         documents[f"{layer_path(layer)}/zarr.json"] = _group({"layer": layer})
     for path in sharded_array_paths(spec):
