@@ -45,7 +45,7 @@ class Block(nn.Module):
         self,
         dim: int,
         n_heads: int,
-        mlp_ratio: float = 4.0,
+        mlp_ratio: float | int = 4.0,
         layer_scale_init: float = 1e-5,
         depth_scaling: bool = True,
         swiglu: bool = True,
@@ -114,13 +114,14 @@ class Attention(nn.Module):
         super().__init__()
         self.n_heads = n_heads
         self.out = nn.Linear(dim, dim)
-        self.qkv = nn.utils.skip_init(nn.Linear, dim, 3 * dim)
-        nn.init.xavier_uniform_(self.qkv.weight)
-        nn.init.zeros_(self.qkv.bias)
+        self.qkv_weight = nn.Parameter(torch.empty(3 * dim, dim))
+        self.qkv_bias = nn.Parameter(torch.zeros(3 * dim))
+        nn.init.xavier_uniform_(self.qkv_weight)
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch token dim"]:
-        heads = self.qkv(x).unflatten(-1, (3, self.n_heads, -1))  # batch token 3 head channel
+        packed = F.linear(x, self.qkv_weight, self.qkv_bias)
+        heads = packed.unflatten(-1, (3, self.n_heads, -1))  # batch token 3 head channel
         query, key, value = heads.permute(2, 0, 3, 1, 4)
         mixed = F.scaled_dot_product_attention(query, key, value)
         return self.out(mixed.transpose(1, 2).flatten(2))

@@ -93,8 +93,8 @@ def _value_problems(state_dict: Mapping) -> list[str]:
 REFERENCE_NAMES = {
     "norm1.weight": "attention_norm.weight",
     "norm1.bias": "attention_norm.bias",
-    "attn.in_proj_weight": "attention.qkv.weight",
-    "attn.in_proj_bias": "attention.qkv.bias",
+    "attn.in_proj_weight": "attention.qkv_weight",
+    "attn.in_proj_bias": "attention.qkv_bias",
     "attn.out_proj.weight": "attention.out.weight",
     "attn.out_proj.bias": "attention.out.bias",
     "ls1.gamma": "attention_scale",

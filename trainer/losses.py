@@ -35,7 +35,7 @@ def mse_cosine(pred: Float[Tensor, "batch token dim"], target: Float[Tensor, "ba
 
 
 def token_weighted(
-    *, cls: float, registers: float, patches: float, n_registers: int = 4, has_cls: bool = True
+    *, cls: float | int, registers: float | int, patches: float | int, n_registers: int = 4, has_cls: bool = True
 ) -> "TokenWeighted":
     """A weighted sum of the mean squared errors of CLS, register and patch tokens.
 
@@ -52,7 +52,13 @@ def token_weighted(
     Raises:
         ValueError: A weight or count is negative.
     """
-    return TokenWeighted(cls=cls, registers=registers, patches=patches, n_registers=n_registers, has_cls=has_cls)
+    return TokenWeighted(
+        cls=float(cls),
+        registers=float(registers),
+        patches=float(patches),
+        n_registers=n_registers,
+        has_cls=has_cls,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ def teacher_forced_loss(
     states: States,
     start: int,
     loss: Loss,
-    noise: float = 0.0,
+    noise: float | int = 0.0,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, ""]:
     """Mean loss of predicting each state from the teacher's true one before it.
@@ -48,7 +48,7 @@ def rollout_loss(
     states: States,
     start: int,
     loss: Loss,
-    noise: float = 0.0,
+    noise: float | int = 0.0,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, ""]:
     """Mean loss of all states that the model predicts from its own predictions, beginning at the teacher's first.
@@ -65,8 +65,8 @@ def annealed_loss(
     states: States,
     start: int,
     loss: Loss,
-    teacher_forcing: float,
-    noise: float = 0.0,
+    teacher_forcing: float | int,
+    noise: float | int = 0.0,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, ""]:
     """teacher_forcing * teacher-forced loss + (1 - teacher_forcing) * roll-out loss.
@@ -121,7 +121,7 @@ def brh_error(
 class _Noise:
     """Gaussian noise on a model's input. Standard deviation 0 hands the input through and draws nothing."""
 
-    def __init__(self, std: float, generator: torch.Generator | None) -> None:
+    def __init__(self, std: float | int, generator: torch.Generator | None) -> None:
         if std < 0:
             raise ValueError(f"noise is {std}, expected a standard deviation of 0 or more")
         self.std = std

@@ -102,7 +102,7 @@ class Raptor(nn.Module):
         self, x: Float[Tensor, "batch token dim"], layer: Num[Tensor, " batch"]
     ) -> Float[Tensor, "batch token dim"]:
         """Each sample by the block of its own layer; every sample is computed once."""
-        routes = [self.block_index(target) for target in layer.tolist()]
+        routes = [self.block_index(int(target)) for target in layer.tolist()]
         if len(set(routes)) == 1:
             return self.blocks[routes[0]](x, layer)
         rows = _rows_by_route(routes, len(self.blocks), x.device)
