@@ -274,8 +274,8 @@ class Progress:
                 percent = 100 * self._done / self._total if self._total else 100.0
                 print(f"{self._label} {percent:.0f}%: {self.line()}", file=self._stream, flush=True)
                 return
-            text = self.line().replace("{", "{{").replace("}", "}}")
-            self._bar.bar_format = f"{self._label} {{percentage:3.0f}}% |{{bar}}| {text}"
+            label, text = (part.replace("{", "{{").replace("}", "}}") for part in (self._label, self.line()))
+            self._bar.bar_format = f"{label} {{percentage:3.0f}}% |{{bar}}| {text}"
             self._bar.n = self._done
             self._bar.refresh()
 
