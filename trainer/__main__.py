@@ -1,0 +1,126 @@
+"""`python -m trainer`: the door to training. It puts together what was typed, recipe, data, run, loop and report."""
+
+import os
+import sys
+import time
+from pathlib import PurePath
+
+import tyro
+
+from infra.console import ExitCode, UserError, human_duration, run_door, stop_on_signals
+from infra.objects import Objects, open_objects
+from trainer.data import TrainingData, open_training_data
+from trainer.machine import Machine
+from trainer.recipes import RECIPES, recipe_for
+from trainer.report import finished_report, start_report
+from trainer.run_files import RunFiles
+from trainer.train import TrainConfig, train
+
+DEFAULT_STORE = "data/stores/digits"
+DEFAULT_RUNS = "data/runs"
+
+
+def train_command(
+    *,
+    block: str = "",
+    store: str = DEFAULT_STORE,
+    run: str = "",
+    recipe: str = "",
+    steps: int | None = None,
+    seed: int = 0,
+    head: str | None = None,
+    partial: bool = False,
+    device: str | None = None,
+) -> int:
+    """Train one block of a Raptor on the states of a span (stage 1). The same command again resumes.
+
+    Args:
+        block: Span a-b: the block takes state a and produces states a+1 to b. For example 0-7.
+        store: A store, or a folder with the stores train and val.
+        run: Folder for checkpoints, metrics and weights; empty: data/runs/<store>/<block>-seed<seed>.
+        recipe: digits_stage1 or imagenet_stage1; empty: the one that fits the store's teacher.
+        steps: Optimizer steps; warm-up and teacher forcing scale with them. None: the recipe's own number.
+        seed: Of initial weights, order of samples and noise.
+        head: File with a linear classifier of 2 dim values, in the place of the teacher's own, for accuracy.
+        partial: Train on an unfinished store, with the shards that it has now.
+        device: For example cpu or cuda:0. None: the GPU if there is one.
+    """
+    machine = Machine.found(device)
+    location = run or default_run(store, block, seed)
+    run_files = RunFiles(_open_run(location))
+    data = open_training_data(
+        store,
+        block,
+        head=head,
+        partial=partial,
+        frozen_shards=_frozen_shards(run_files) if partial else None,
+        device=machine.device,
+    )
+    config = make_config(data, recipe, steps, seed)
+    run_files.claim({"train": config.to_json(), "data": data.identity})
+    if (result := run_files.read_result()) is not None:
+        print(finished_report(config, data, run_files, result))
+        print(f"\nThis run is finished; there is nothing to do. To train anew give another RUN, or delete {location}")
+        return ExitCode.OK
+    print(start_report(config, data, run_files, machine), file=sys.stderr)
+    began = time.monotonic()
+    with stop_on_signals() as stop:
+        done = train(config, data, run_files, machine=machine, stop=stop)
+    if done is None:
+        print(f"stopped; everything is saved in {location}. The same command goes on", file=sys.stderr)
+        return ExitCode.INTERRUPTED
+    result = run_files.read_result()
+    assert result is not None
+    print(finished_report(config, data, run_files, result))
+    print(f"\nThis command took {human_duration(time.monotonic() - began)}.")
+    return ExitCode.OK
+
+
+def make_config(data: TrainingData, recipe: str, steps: int | None, seed: int) -> TrainConfig:
+    """The config of a recipe for a store; an empty recipe is the one that fits it.
+
+    Raises:
+        UserError: There is no such recipe, or the numbers do not fit.
+    """
+    spec = data.train.spec
+    name = recipe or recipe_for(spec)
+    if name not in RECIPES:
+        raise UserError(f"RECIPE={name} is unknown; there are {', '.join(RECIPES)}")
+    last_layer = data.teacher.n_layers - 1 if data.teacher is not None else data.train.layers[-1]
+    chosen = {} if steps is None else {"n_steps": steps}
+    return RECIPES[name](data.span, spec, last_layer, seed=seed, **chosen)
+
+
+def default_run(store: str, block: str, seed: int) -> str:
+    """data/runs/<store>/<block>-seed<seed>; a store called train or val is named with its folder."""
+    path = PurePath(os.path.normpath(store))
+    name = f"{path.parent.name}-{path.name}" if path.name in ("train", "val") and path.parent.name else path.name
+    return f"{DEFAULT_RUNS}/{name}/{block.strip()}-seed{seed}"
+
+
+def _open_run(location: str) -> Objects:
+    try:
+        return open_objects(location)
+    except ValueError as error:
+        raise UserError(f"RUN={error}") from error
+
+
+def _frozen_shards(run: RunFiles) -> list[int] | None:
+    """The shards that an earlier start of this run found, so that it goes on with the same."""
+    config = run.read_config()
+    if config is None or config["data"]["shards"] == "all":
+        return None
+    return list(config["data"]["shards"])
+
+
+def main() -> int:
+    """Read the command line and do it."""
+    return tyro.extras.subcommand_cli_from_dict(
+        {"train": train_command},
+        prog="python -m trainer",
+        description="Train Raptors on the states in a store.",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_door(main))

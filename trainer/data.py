@@ -1,0 +1,247 @@
+"""From STORE and BLOCK, as a person types them, to stores that can be trained on, or a message that lists all that is
+wrong with them.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+
+from infra.console import UserError
+from infra.objects import ObjectError, open_objects
+from pipeline.checkpoints import read_linear_head
+from pipeline.teacher import Teacher, teacher_from_files
+from storage_schemas import Span, Store, open_store
+from storage_schemas.errors import SchemaError, StoreError
+from storage_schemas.keys import STORE_KEY
+from storage_schemas.spec import differences
+from trainer.order import random64
+
+TRAIN, VAL = "train", "val"
+HOLD_OUT_SHARE = 0.02
+# The same hold-out for every seed and span, so that blocks of one store can be compared and joined without leakage.
+_HOLD_OUT_KEY = 20_260
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """What one run reads.
+
+    Attributes:
+        span: States to train on.
+        train: Its valid samples are trained on.
+        validation: Its valid samples, and no others, are validated on.
+        teacher: From the store's own files; None where it has none.
+        validated_on: In words: "val", or "a hold-out of 2 % of the chunks".
+        identity: What of this belongs to the run's config, as JSON values.
+    """
+
+    span: Span
+    train: Store
+    validation: Store
+    teacher: Teacher | None
+    validated_on: str
+    identity: dict[str, Any]
+
+
+def open_training_data(
+    location: str,
+    block: str,
+    *,
+    head: str | None = None,
+    partial: bool = False,
+    frozen_shards: Sequence[int] | None = None,
+    device: torch.device | str = "cpu",
+) -> TrainingData:
+    """Open STORE and check that BLOCK can be trained on it.
+
+    Args:
+        location: A store, or a folder with stores train and val.
+        block: Such as "0-7"; both ends are states.
+        head: File with a linear classifier, in the place of the teacher's own.
+        partial: Train on an unfinished store, with the shards that are there.
+        frozen_shards: With partial, exactly these shards: those that the run began with.
+        device: Of the teacher.
+
+    Raises:
+        UserError: Lists every problem, each with the valid range or the next step.
+    """
+    problems: list[str] = []
+    train, val = _open_stores(location, problems)
+    teacher = _load_teacher(train, head, device, problems) if train else None
+    span = _parse_span(block, train, teacher, problems)
+    if train is not None:
+        problems += _unfinished(train, partial, frozen_shards) + (_unfinished(val, partial, None) if val else [])
+    if train is not None and val is not None:
+        problems += _foreign_val(train, val)
+    if problems or train is None or span is None:
+        raise UserError("\n  ".join(["make train cannot start:", *problems]))
+    shards = _frozen(train, frozen_shards) if partial else None
+    usable = train.valid & _in_shards(train, shards)
+    if val is not None:
+        validation, taking, validated_on = val, usable, VAL
+    else:
+        taking, held = split_hold_out(train, usable)
+        validation, validated_on = with_samples(train, held), f"a hold-out of {HOLD_OUT_SHARE:.0%} of the chunks"
+    identity = {
+        "train": train.document.digest,
+        "validation": val.document.digest if val is not None else validated_on,
+        "shards": "all" if shards is None else list(shards),
+        "teacher": "none" if teacher is None else teacher.weights_digest,  # with the head's
+    }
+    return TrainingData(
+        span=span,
+        train=with_samples(train, taking),
+        validation=validation,
+        teacher=teacher,
+        validated_on=validated_on,
+        identity=identity,
+    )
+
+
+def with_samples(store: Store, chosen: Bool[np.ndarray, " sample"]) -> Store:
+    """The same store with only the chosen ones of its valid samples."""
+    table = dataclasses.replace(store.table, valid=store.valid & chosen)
+    return Store(store.objects, store.document, table, store.damaged_commits)
+
+
+def first_samples(store: Store, n: int) -> Store:
+    """The same store with only its first n valid samples; a random choice, as stores are in shuffled order."""
+    chosen = np.zeros(store.n_samples, bool)
+    chosen[np.flatnonzero(store.valid)[:n]] = True
+    return with_samples(store, chosen)
+
+
+def split_hold_out(
+    store: Store, usable: Bool[np.ndarray, " sample"]
+) -> tuple[Bool[np.ndarray, " sample"], Bool[np.ndarray, " sample"]]:
+    """Samples to train on and samples held out: 2 % of the chunks, at least one, drawn once and for all.
+
+    Whole chunks, because a chunk is fetched whole: validation then reads no byte of the training set.
+
+    Raises:
+        UserError: Fewer than two chunks have usable samples.
+    """
+    per_chunk = store.spec.samples_per_chunk
+    chunks = np.unique(np.flatnonzero(usable) // per_chunk)
+    if len(chunks) < 2:
+        raise UserError(
+            f"{store.location} has {len(chunks)} chunk with samples, so none can be held out for validation: "
+            "give a folder with stores train and val, or a store with more samples"
+        )
+    n_held = max(1, round(HOLD_OUT_SHARE * len(chunks)))
+    drawn = chunks[np.argsort(random64(_HOLD_OUT_KEY, chunks), kind="stable")[:n_held]]
+    held = usable & np.isin(np.arange(store.n_samples) // per_chunk, drawn)
+    return usable & ~held, held
+
+
+def _open_stores(location: str, problems: list[str]) -> tuple[Store | None, Store | None]:
+    """The store itself, or train and val below it; a problem for each that cannot be opened."""
+    try:
+        objects = open_objects(location)
+        names = {info.key.partition("/")[0] for info in objects.list(STORE_KEY)}
+        if STORE_KEY in names:
+            return open_store(location), None
+        found = [name for name in (TRAIN, VAL) if any(True for _ in objects.list(f"{name}/{STORE_KEY}"))]
+        if TRAIN not in found:
+            problems.append(
+                f"STORE={location} is not a store: it has no {STORE_KEY}, nor stores {TRAIN} and {VAL} below it. "
+                "Give the path of one, or make one: make extract"
+            )
+            return None, None
+        opened = {name: open_store(f"{location.rstrip('/')}/{name}") for name in found}
+        return opened[TRAIN], opened.get(VAL)
+    except (StoreError, ObjectError, ValueError) as error:
+        problems.append(f"STORE={location}: {error}")
+        return None, None
+
+
+def _load_teacher(store: Store, head: str | None, device: torch.device | str, problems: list[str]) -> Teacher | None:
+    try:
+        files = store.read_teacher_files()
+        teacher = teacher_from_files(files, device=device) if files else None
+        if head is None:
+            return teacher
+        if teacher is None:
+            problems.append(f"HEAD={head}: {store.location} holds no teacher whose last layers could feed it")
+            return None
+        linear = read_linear_head(head, 2 * teacher.dim).to(device).requires_grad_(False)
+        return dataclasses.replace(teacher, head=linear)
+    except (StoreError, ObjectError, UserError) as error:
+        problems.append(str(error))
+        return None
+
+
+def _parse_span(block: str, store: Store | None, teacher: Teacher | None, problems: list[str]) -> Span | None:
+    if store is None:
+        allowed = "a-b with 0 <= a < b, both ends states of the teacher"
+    else:
+        last = teacher.n_layers - 1 if teacher is not None else store.layers[-1]
+        allowed = f"a-b with 0 <= a < b <= {last}: {store.spec.teacher} has states 0 to {last}"
+    if not block:
+        problems.append(f"BLOCK is missing: give {allowed}. For example: make train BLOCK=0-7")
+        return None
+    try:
+        span = Span.parse(block)
+    except SchemaError:
+        problems.append(f"BLOCK={block}: expected {allowed}. For example: make train BLOCK=0-7")
+        return None
+    if store is None:
+        return span
+    if span.stop > last:
+        problems.append(f"BLOCK={block}: expected {allowed}")
+    elif missing := [layer for layer in span.states if layer not in store.layers]:
+        problems.append(
+            f"BLOCK={block}: {store.location} lacks layers {_listed(missing)}; it has {_listed(store.layers)}. "
+            "Choose a span within them, or extract the others"
+        )
+    return span
+
+
+def _unfinished(store: Store, partial: bool, frozen_shards: Sequence[int] | None) -> list[str]:
+    committed = store.committed
+    if partial and frozen_shards is not None:
+        lost = [shard for shard in frozen_shards if shard >= len(committed) or not committed[shard]]
+        return (
+            [f"{store.location}: the run began with shards {_listed(lost)}, which are gone: make verify"]
+            if lost
+            else []
+        )
+    if partial:
+        return [] if committed.any() else [f"{store.location} has no finished shard yet: make extract"]
+    if committed.all():
+        return []
+    return [
+        f"{store.location} is not finished: {int(committed.sum()):,} of {len(committed):,} shards are there. "
+        "Run the same make extract again, or train on what is there: PARTIAL=1"
+    ]
+
+
+def _foreign_val(train: Store, val: Store) -> list[str]:
+    """Fields in which train and val must agree to be states of one teacher."""
+    same = ("layers", "dim", "has_cls", "n_registers", "grid", "teacher", "teacher_weights_digest")
+    aligned = dataclasses.replace(val.spec, **{f: getattr(train.spec, f) for f in same})
+    return [
+        f"{val.location} is not of the same teacher and layers as {train.location}: {text}"
+        for text in differences(val.spec, aligned)
+    ]
+
+
+def _frozen(store: Store, frozen_shards: Sequence[int] | None) -> tuple[int, ...] | None:
+    if frozen_shards is not None:
+        return tuple(frozen_shards)
+    return None if store.is_complete else tuple(np.flatnonzero(store.committed).tolist())
+
+
+def _in_shards(store: Store, shards: Sequence[int] | None) -> Bool[np.ndarray, " sample"]:
+    if shards is None:
+        return np.ones(store.n_samples, bool)
+    return np.isin(np.arange(store.n_samples) // store.spec.samples_per_shard, shards)
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:20])) + (" ..." if len(numbers) > 20 else "")

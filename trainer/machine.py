@@ -1,0 +1,33 @@
+"""What a training runs on. It changes nothing that is learned beyond rounding: none of it is in a run's config."""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where to train.
+
+    Attributes:
+        device: Of model and batches.
+        compile: Whether to compile the model, which pays after some hundred steps on a GPU.
+        stream_threads: Threads that read the store.
+    """
+
+    device: torch.device
+    compile: bool
+    stream_threads: int
+
+    @classmethod
+    def found(cls, device: str | None = None) -> "Machine":
+        """The named device, else the GPU if there is one, else the CPU."""
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        n_cores = len(os.sched_getaffinity(0))
+        return cls(device=chosen, compile=chosen.type == "cuda", stream_threads=max(2, min(8, n_cores)))
+
+    def autocast(self, precision: str) -> AbstractContextManager:
+        """Products of the model in `precision` ("float32" or "bfloat16"); its residual stream stays float32."""
+        return nullcontext() if precision == "float32" else torch.autocast(self.device.type, dtype=torch.bfloat16)

@@ -1,0 +1,86 @@
+"""Recipes: functions that return a whole TrainConfig. The command line picks one and a few locations."""
+
+from collections.abc import Callable
+
+from storage_schemas import Span, StoreSpec
+from trainer.train import TokenWeights, TrainConfig
+
+Recipe = Callable[..., TrainConfig]
+"""recipe(span, spec, last_layer, seed=..., n_steps=...): spec is the store's, last_layer the teacher's."""
+
+
+def digits_stage1(span: Span, spec: StoreSpec, last_layer: int, *, seed: int = 0, n_steps: int = 1500) -> TrainConfig:
+    """Stage 1 on the built-in digits and their digits_vit.
+
+    TO BE FILLED
+    """
+    return TrainConfig(
+        recipe="digits_stage1",
+        span=span,
+        seed=seed,
+        n_heads=2,
+        loss="mse",
+        noise=0.0,
+        n_steps=n_steps,
+        batch_size=64,
+        lanes=64,
+        peak_learning_rate=3e-3,
+        final_learning_rate=1e-6,
+        warmup_steps=n_steps // 30,
+        teacher_forcing_steps=n_steps // 4,
+        weight_decay=1e-4,
+        clip_norm=1.0,
+        precision="float32",
+        log_every=20,
+        validate_every=250,
+        validation_samples=512,
+        checkpoint_every=250,
+    )
+
+
+def imagenet_stage1(
+    span: Span, spec: StoreSpec, last_layer: int, *, seed: int = 100, n_steps: int = 312_500
+) -> TrainConfig:
+    """Stage 1 with the paper's values: one block of a Raptor of DINOv2 ViT-B/14 on the ImageNet-1k train split.
+
+    arXiv:2512.19941; KempnerInstitute/raptor:raptor/runs (seeds.md 1.7 to 1.9). Published seeds: 100, 106, 112 for
+    span 0-7, 101, 107, 113 for 7-10, 104, 110, 116 for 10-12. Spans that reach the last layer weigh CLS, registers and
+    patches by 0.34, 0.33, 0.33; the others use the plain mean squared error.
+
+    312,500 steps of 64 samples are 15.6 passes over 1,281,167 samples: 64 TB of float16 states for span 0-7. Their
+    own step, float32 on one H100, took a day or more; ours was not yet timed on ImageNet. Expect, once three blocks
+    (0-7, 7-10, 10-12) have gone through stage 2, 98 % of the teacher's ImageNet accuracy, as published.
+
+        make train BLOCK=0-7 STORE=/data/imagenet
+    """
+    to_the_end = span.stop == last_layer
+    return TrainConfig(
+        recipe="imagenet_stage1",
+        span=span,
+        seed=seed,
+        n_heads=max(1, spec.dim // 64),
+        loss=TokenWeights(cls=0.34, registers=0.33, patches=0.33) if to_the_end else "mse",
+        noise=0.0,
+        n_steps=n_steps,
+        batch_size=64,
+        lanes=64,
+        peak_learning_rate=3e-4,
+        final_learning_rate=1e-6,
+        warmup_steps=n_steps * 4 // 125,  # 10,000 of 312,500
+        teacher_forcing_steps=n_steps // 4,
+        weight_decay=1e-4,
+        clip_norm=1.0,
+        precision="bfloat16",  # published: float32
+        log_every=100,
+        validate_every=5_000,
+        validation_samples=2_048,
+        checkpoint_every=5_000,
+    )
+
+
+RECIPES: dict[str, Recipe] = {"digits_stage1": digits_stage1, "imagenet_stage1": imagenet_stage1}
+
+
+def recipe_for(spec: StoreSpec) -> str:
+    """Name of the recipe that fits a store: the digits' own for digits_vit, else the paper's."""
+    return "digits_stage1" if spec.teacher == "digits_vit" else "imagenet_stage1"

@@ -1,0 +1,224 @@
+"""A RUN folder: what one training leaves behind, written so that a kill at any moment damages nothing.
+
+    config.json                     what the run is; another config in the same RUN is refused
+    checkpoints/000001200/*.safetensors   weights, optimizer moments, random state
+    checkpoints/000001200.json      place in the stream, sha256 of those files; written last: without it, no checkpoint
+    metrics.jsonl                   one line per logging interval and validation
+    tensorboard/                    the same, for TensorBoard
+    block.safetensors               the trained weights
+    result.json                     the last validation; written last: the run is finished
+
+Everything but tensorboard/ is put as whole objects through `infra.objects`. No pickles.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as tensors_from_bytes
+from safetensors.torch import save as tensors_to_bytes
+from torch import Tensor
+
+from infra.console import UserError
+from infra.objects import FolderObjects, ObjectMissingError, Objects
+from storage_schemas.documents import seal, sha256, unseal
+from storage_schemas.errors import SchemaError
+
+CONFIG_KEY = "config.json"
+METRICS_KEY = "metrics.jsonl"
+WEIGHTS_KEY = "block.safetensors"
+RESULT_KEY = "result.json"
+CHECKPOINTS_PREFIX = "checkpoints/"
+
+KEPT_CHECKPOINTS = 3
+_FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """Everything a training needs to go on as if it had never stopped.
+
+    Attributes:
+        step: Optimizer steps taken.
+        tensors: Tensors by name, by file ("block", "optimizer", "random").
+        state: Plain JSON values: position in the stream, losses not logged yet.
+    """
+
+    step: int
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    state: Mapping[str, Any]
+
+
+class DamagedCheckpointError(Exception):
+    """A checkpoint's document or one of its files is not what was written."""
+
+
+class RunFiles:
+    """The objects of one RUN."""
+
+    def __init__(self, objects: Objects) -> None:
+        self._objects = objects
+
+    @property
+    def location(self) -> str:
+        return self._objects.location
+
+    @property
+    def local_folder(self) -> str | None:
+        """The folder, where these objects are files; TensorBoard writes to folders only."""
+        return self._objects.location if isinstance(self._objects, FolderObjects) else None
+
+    # ------------------------------------------------------------ identity
+
+    def read_config(self) -> dict[str, Any] | None:
+        """The config of the run in this place, nested as it was written, or None if there is none."""
+        document = self._read_document(CONFIG_KEY)
+        return None if document is None else document["run"]
+
+    def claim(self, config: Mapping[str, Any]) -> None:
+        """Make this RUN that of `config`, or see that it is already.
+
+        Raises:
+            UserError: The RUN holds another run; lists every field that differs.
+        """
+        asked = json.loads(json.dumps(config))  # tuples become lists, as in what was read
+        found = self.read_config()
+        if found is None:
+            self._objects.put(CONFIG_KEY, seal({"format_version": _FORMAT_VERSION, "run": asked}))
+        elif found != asked:
+            raise UserError(
+                "\n  ".join(
+                    [
+                        f"{self.location} holds another run:",
+                        *differences(found, asked),
+                        "Give another place (RUN=...), or the same settings to go on with that run",
+                    ]
+                )
+            )
+
+    # ------------------------------------------------------------ checkpoints
+
+    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint, its document last, then delete the oldest beyond the last few."""
+        name = _checkpoint_name(checkpoint.step)
+        digests = {}
+        for file, tensors in checkpoint.tensors.items():
+            data = tensors_to_bytes({key: value.contiguous() for key, value in tensors.items()})
+            digests[file] = sha256(data)
+            self._objects.put(f"{name}/{file}.safetensors", data)
+        document = {"format_version": _FORMAT_VERSION, "step": checkpoint.step, "state": checkpoint.state}
+        self._objects.put(f"{name}.json", seal({**document, "sha256": digests}))
+        self._delete_checkpoints_but(self._checkpoint_steps()[-KEPT_CHECKPOINTS:])
+
+    def newest_checkpoint(self, report: Callable[[str], None] = print) -> Checkpoint | None:
+        """The newest whole checkpoint, or None; a damaged one is reported and passed over for the one before it."""
+        for step in reversed(self._checkpoint_steps()):
+            try:
+                return self._read_checkpoint(step)
+            except DamagedCheckpointError as error:
+                report(f"{self.location}: checkpoint of step {step:,} is damaged ({error}); looking for an earlier one")
+        return None
+
+    def _read_checkpoint(self, step: int) -> Checkpoint:
+        name = _checkpoint_name(step)
+        try:
+            document = unseal(f"{name}.json", self._objects.get(f"{name}.json"))
+            files = {
+                file: self._read_tensors(f"{name}/{file}.safetensors", d) for file, d in document["sha256"].items()
+            }
+        except (SchemaError, ObjectMissingError, SafetensorError) as error:
+            raise DamagedCheckpointError(str(error)) from error
+        return Checkpoint(step=document["step"], tensors=files, state=document["state"])
+
+    def _read_tensors(self, key: str, digest: str) -> dict[str, Tensor]:
+        data = self._objects.get(key)
+        if sha256(data) != digest:
+            raise DamagedCheckpointError(f"{key} has sha256 {sha256(data)[:16]}, its document says {digest[:16]}")
+        return tensors_from_bytes(data)
+
+    def _checkpoint_steps(self) -> list[int]:
+        names = (re.fullmatch(rf"{CHECKPOINTS_PREFIX}(\d{{9}})\.json", i.key) for i in self._list_checkpoints())
+        return sorted(int(name[1]) for name in names if name)
+
+    def _delete_checkpoints_but(self, steps: Sequence[int]) -> None:
+        """The document goes first, so that what is left of an interrupted deletion is no checkpoint."""
+        kept = tuple(_checkpoint_name(step) for step in steps)
+        doomed = [info.key for info in self._list_checkpoints() if not info.key.startswith(kept)]
+        for key in sorted(doomed, key=lambda key: not key.endswith(".json")):
+            self._objects.delete(key)
+
+    def _list_checkpoints(self) -> list[Any]:
+        return list(self._objects.list(CHECKPOINTS_PREFIX))
+
+    # ------------------------------------------------------------ metrics
+
+    def write_metrics(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Replace metrics.jsonl."""
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        self._objects.put(METRICS_KEY, text.encode())
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; none where there is no such file."""
+        try:
+            return [json.loads(line) for line in self._objects.get(METRICS_KEY).splitlines()]
+        except ObjectMissingError:
+            return []
+
+    # ------------------------------------------------------------ the end
+
+    def finish(self, weights: Mapping[str, Tensor], result: Mapping[str, Any]) -> None:
+        """Write the trained weights and then the result, which marks the run as finished."""
+        data = tensors_to_bytes({key: value.contiguous() for key, value in weights.items()})
+        self._objects.put(WEIGHTS_KEY, data)
+        self._objects.put(RESULT_KEY, seal({**result, "weights_nbytes": len(data), "weights_sha256": sha256(data)}))
+
+    def read_result(self) -> dict[str, Any] | None:
+        """What `finish` was given, or None while the run is not finished."""
+        return self._read_document(RESULT_KEY)
+
+    def read_weights(self) -> dict[str, Tensor]:
+        """The trained weights of a finished run.
+
+        Raises:
+            UserError: The run is not finished, or the weights are not the ones that its result names.
+        """
+        result = self.read_result()
+        if result is None:
+            raise UserError(
+                f"{self.location} holds no finished run: it has no {RESULT_KEY}. Finish it: make train RUN=..."
+            )
+        try:
+            return self._read_tensors(WEIGHTS_KEY, result["weights_sha256"])
+        except (DamagedCheckpointError, ObjectMissingError, SafetensorError) as error:
+            raise UserError(
+                f"{self.location}: {error}. Delete {RESULT_KEY} and run the same make train again"
+            ) from error
+
+    def _read_document(self, key: str) -> dict[str, Any] | None:
+        try:
+            data = self._objects.get(key)
+        except ObjectMissingError:
+            return None
+        try:
+            return unseal(key, data)
+        except SchemaError as error:
+            raise UserError(f"{self.location}: {error}\nGive another place (RUN=...), or delete this one") from error
+
+
+def differences(found: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Field by field, how what a RUN holds differs from what is asked for."""
+    lines = []
+    for name in [*found, *(name for name in asked if name not in found)]:
+        old, new = found.get(name, "nothing"), asked.get(name, "nothing")
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            lines.append(f"{prefix}{name}: the run has {old!r}, this command asks for {new!r}")
+    return lines
+
+
+def _checkpoint_name(step: int) -> str:
+    return f"{CHECKPOINTS_PREFIX}{step:09d}"

@@ -1,0 +1,77 @@
+"""Metrics of a run: a line of JSON each in metrics.jsonl, and the same for TensorBoard."""
+
+import time
+from collections.abc import Mapping
+from typing import Any, Self
+
+from trainer.run_files import Checkpoint, RunFiles
+from trainer.validation import Validation
+
+_FLUSH_S = 10.0
+
+
+class RunLog:
+    """Writes metrics. metrics.jsonl is replaced as a whole every few seconds, so it is never torn.
+
+    Lines of training have step, loss, gradient_norm (means over the samples, and steps, since the line before),
+    learning_rate, forcing (weight of the teacher-forced loss), samples_per_s and loader_wait (share of the time spent
+    waiting for the store). Lines of validation have step and validation.
+    """
+
+    def __init__(self, run: RunFiles, resume: Checkpoint | None) -> None:
+        """Go on with the run's lines up to a checkpoint, or with none."""
+        self._run = run
+        old = [] if resume is None else run.read_metrics()
+        self._lines = [line for line in old if resume is not None and line["step"] <= resume.step]
+        self._tensorboard = _open_tensorboard(run, None if resume is None else resume.step + 1)
+        self.flush()
+
+    def training(self, step: int, means: Mapping[str, float], rates: Mapping[str, float]) -> None:
+        """Add a line; `rates` are the values that depend on the machine."""
+        self._add({"step": step, **means, **rates}, {f"train/{name}": v for name, v in {**means, **rates}.items()})
+
+    def validation(self, step: int, found: Validation) -> None:
+        """Add a line."""
+        scalars = {"validation/loss": found.loss}
+        if found.accuracy is not None:
+            scalars["validation/accuracy"] = found.accuracy
+        for kind, values in found.r2.items():
+            scalars |= {f"r2_{kind}/layer_{layer:02d}": value for layer, value in zip(found.layers, values)}
+        self._add({"step": step, "validation": found.to_json()}, scalars)
+
+    @property
+    def last_loss(self) -> float:
+        """Of the last line of training."""
+        return next(line["loss"] for line in reversed(self._lines) if "loss" in line)
+
+    def flush(self) -> None:
+        """Bring everything to the run's files."""
+        self._run.write_metrics(self._lines)
+        self._flushed_at = time.monotonic()
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+
+    def _add(self, line: dict[str, Any], scalars: Mapping[str, float]) -> None:
+        self._lines.append(line)
+        if self._tensorboard is not None:
+            for name, value in scalars.items():
+                self._tensorboard.add_scalar(name, value, line["step"])
+        if time.monotonic() - self._flushed_at > _FLUSH_S:
+            self.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flush()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def _open_tensorboard(run: RunFiles, first_step: int | None) -> Any:
+    """A writer that hides earlier values from `first_step` on; None where the run is not in a local folder."""
+    if run.local_folder is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter  # seconds of import, which --help need not pay
+
+    return SummaryWriter(f"{run.local_folder}/tensorboard", purge_step=first_step)
