@@ -75,7 +75,7 @@ _BUILT_IN: Mapping[str, _BuiltIn] = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Teacher:
-    """A frozen ViT in eval mode. Its methods may be called from several threads; forward passes then take turns.
+    """A frozen ViT in eval mode. Its methods may be called from several threads; on a GPU they then take turns.
 
     Attributes:
         name: timm's name, with its tag if it was given with one, or a built-in name.
@@ -103,7 +103,8 @@ class Teacher:
     has_cls: bool
     n_registers: int
     _block_extras: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...] = field(repr=False)
-    _lock: Any = field(default_factory=threading.Lock, repr=False)
+    _recorder: "_Recorder" = field(repr=False)
+    _device_turn: Any = field(default_factory=threading.Lock, repr=False)
 
     @property
     def image_size(self) -> int:
@@ -156,7 +157,7 @@ class Teacher:
             raise ValueError(
                 f"pixels are {list(pixels.shape[2:])}, expected {self.image_size} px squares for {self.name}"
             )
-        with self._lock, torch.no_grad(), self._precision(), _recording(self.model) as record:
+        with torch.no_grad(), self._precision(), self._recorder.recording() as record:
             self.model.forward_features(pixels.to(self.device, non_blocking=True))
         return [state.float() for state in record.states]
 
@@ -225,7 +226,11 @@ class Teacher:
     def _precision(self) -> Iterator[None]:
         half = _HALF.get(self.compute)
         autocast = torch.autocast(self.device.type, dtype=half) if half is not None else nullcontext()
-        with autocast, _cuda_tf32(self.compute == "tf32") if self.device.type == "cuda" else nullcontext():
+        if self.device.type != "cuda":
+            with autocast:
+                yield
+            return
+        with self._device_turn, autocast, _cuda_tf32(self.compute == "tf32"):  # the TF32 switch is the process's
             yield
 
 
@@ -467,7 +472,8 @@ def _assemble(
     device = torch.device(device)
     model = model.requires_grad_(False).eval().to(device)
     size = preprocessing.image_size
-    with torch.no_grad(), _recording(model) as record:
+    recorder = _Recorder(model)
+    with torch.no_grad(), recorder.recording() as record:
         model.forward_features(torch.zeros(1, 3, size, size, device=device))
     has_cls = getattr(model, "cls_token", None) is not None
     grid = tuple(int(side) for side in model.patch_embed.grid_size)
@@ -494,6 +500,7 @@ def _assemble(
         has_cls=has_cls,
         n_registers=n_prefix - int(has_cls),
         _block_extras=tuple(record.extras),
+        _recorder=recorder,
     )
 
 
@@ -505,26 +512,35 @@ class _Record:
     extras: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
 
 
-@contextmanager
-def _recording(model: Model) -> Iterator[_Record]:
-    record = _Record()
-    blocks = list(model.blocks)
+class _Recorder:
+    """Hooks on a model's blocks that note states for the threads that asked, each for itself."""
 
-    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not record.states:
-            record.states.append(args[0])
-        record.extras.append((args[1:], kwargs))
+    def __init__(self, model: Model) -> None:
+        self._here = threading.local()
+        for block in model.blocks:
+            block.register_forward_pre_hook(self._before, with_kwargs=True)
+            block.register_forward_hook(self._after)
 
-    def after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        record.states.append(output)
+    def _before(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        record: _Record | None = getattr(self._here, "record", None)
+        if record is not None:
+            if not record.states:
+                record.states.append(args[0])
+            record.extras.append((args[1:], kwargs))
 
-    handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
-    handles += [block.register_forward_hook(after) for block in blocks]
-    try:
-        yield record
-    finally:
-        for handle in handles:
-            handle.remove()
+    def _after(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        record: _Record | None = getattr(self._here, "record", None)
+        if record is not None:
+            record.states.append(output)
+
+    @contextmanager
+    def recording(self) -> Iterator[_Record]:
+        """Note the states of the forward pass that this thread makes meanwhile."""
+        self._here.record = record = _Record()
+        try:
+            yield record
+        finally:
+            self._here.record = None
 
 
 @contextmanager

@@ -1,0 +1,95 @@
+"""What an extraction will take, worked out before the first image: bytes, objects, memory. Opens nothing."""
+
+from dataclasses import dataclass
+
+from infra.console import human_bytes
+from storage_schemas.codecs import raw_chunk_nbytes
+from storage_schemas.commit import statistics_nbytes
+from storage_schemas.keys import array_kind, sharded_array_paths
+from storage_schemas.shard_buffers import ShardBuffers
+from storage_schemas.spec import StoreSpec
+from storage_schemas.zarr_layout import CRC_NBYTES, index_nbytes
+
+#: Interpreter, torch, timm, pyarrow and Ray's client in one process, before anything of the job: measured 0.6 GB.
+BASE_NBYTES = 900_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorePlan:
+    """Numbers of one store.
+
+    Attributes:
+        n_samples: Images.
+        n_shards: Units of work.
+        n_objects: Data objects and commits.
+        data_nbytes: Size of the data objects; exact with codec "none", else the size before compression.
+        shard_nbytes: Size of one full shard.
+        worker_nbytes: Memory that one worker stays under, weights included.
+    """
+
+    n_samples: int
+    n_shards: int
+    n_objects: int
+    data_nbytes: int
+    shard_nbytes: int
+    worker_nbytes: int
+
+
+def plan_store(spec: StoreSpec, *, weights_nbytes: int, depth: int, n_threads: int) -> StorePlan:
+    """Work out a store's numbers.
+
+    Args:
+        spec: Its identity.
+        weights_nbytes: Size of the teacher's weights.
+        depth: Shards in flight per worker.
+        n_threads: Micro-batches in flight per worker.
+    """
+    n_objects = len(sharded_array_paths(spec)) + 2  # statistics and commit
+    return StorePlan(
+        n_samples=spec.n_samples,
+        n_shards=spec.n_shards,
+        n_objects=spec.n_shards * n_objects,
+        data_nbytes=sum(shard_nbytes(spec, shard) for shard in _first_and_last(spec))
+        + max(0, spec.n_shards - 2) * shard_nbytes(spec, 0),
+        shard_nbytes=shard_nbytes(spec, 0),
+        worker_nbytes=BASE_NBYTES
+        + 3 * weights_nbytes  # the stored bytes, the tensors read from them, the model
+        + runner_nbytes(spec, depth=depth, n_threads=n_threads),
+    )
+
+
+def shard_nbytes(spec: StoreSpec, shard: int) -> int:
+    """Bytes of a shard's data objects with codec "none"."""
+    n_chunks = len(spec.shard_chunks(shard))
+    arrays = sum(
+        n_chunks * (raw_chunk_nbytes(spec, array_kind(path)) + CRC_NBYTES) + index_nbytes(spec)
+        for path in sharded_array_paths(spec)
+    )
+    return arrays + statistics_nbytes(spec) + CRC_NBYTES
+
+
+def runner_nbytes(spec: StoreSpec, *, depth: int, n_threads: int) -> int:
+    """Memory that a worker needs beside its base and weights.
+
+    Buffers of the shards in flight; for each thread the states of a micro-batch, the rounded patches, the float64 copy
+    of one layer and its differences (6 states), and the inside of one teacher block (queries, keys, values, an MLP of
+    ratio 4 before and after its activation: 16 states).
+    """
+    state = spec.micro_batch * spec.n_tokens * spec.dim * 4
+    n_states = max(spec.layers) + 1
+    return depth * ShardBuffers.nbytes(spec) + n_threads * state * (n_states + n_states // 2 + 1 + 6 + 16)
+
+
+def describe(plan: StorePlan, spec: StoreSpec, location: str) -> list[str]:
+    """The plan as lines to print."""
+    bound = "" if spec.codec == "none" else f" before {spec.codec}"
+    return [
+        f"{location}: {plan.n_samples:,} images, layers {spec.layers[0]} to {spec.layers[-1]} of {spec.teacher}, "
+        f"{spec.n_tokens} tokens x {spec.dim} channels, patches in {spec.precision}",
+        f"  {human_bytes(plan.data_nbytes)}{bound} in {plan.n_objects:,} objects, {plan.n_shards:,} shards of "
+        f"{human_bytes(plan.shard_nbytes)}; each worker stays under {human_bytes(plan.worker_nbytes)} of memory",
+    ]
+
+
+def _first_and_last(spec: StoreSpec) -> list[int]:
+    return sorted({0, spec.n_shards - 1})

@@ -1,0 +1,251 @@
+"""What a person asks of an extraction, checked, and turned into the identity of each store to be written."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from infra.console import UserError
+from pipeline.preprocess import Preprocessing
+from pipeline.sources import DIGITS, Source, open_sources, storage_order
+from pipeline.teacher import Teacher, load_teacher
+from storage_schemas.documents import canonical_json, sha256
+from storage_schemas.samples import Sample
+from storage_schemas.spec import BACKENDS, CODECS, COMPUTE_PRECISIONS, PRECISIONS, SHUFFLES, StoreSpec
+
+DEFAULT_TEACHER = "vit_base_patch14_reg4_dinov2.lvd142m"
+DEFAULT_STORES = "data/stores"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """What to extract, and how.
+
+    Attributes:
+        images: "digits", or a folder of class folders, or a folder with such folders train/ and val/.
+        store: Where the store goes, or the stores train and val; None is data/stores/<name of images>.
+        teacher: Any timm ViT, or digits_vit; None is digits_vit for digits, else DINOv2 ViT-B/14 with registers.
+        weights: None for timm's pretrained (or the shipped) ones; a file in timm's or Meta's naming; or random:<seed>.
+        head: File of a linear classifier on [final-norm CLS; mean of final-norm patches]; None if there is none.
+        image_size: Side of the square crop, px; None is the teacher's.
+        resize_size: The short side is resized to this before the crop, px; None is image_size / 0.875.
+        interpolation: bicubic or bilinear; None is the teacher's.
+        format: zarr.
+        precision: Of stored patch states: float32 or float16. The small kinds are always float32.
+        codec: none, lz4, zstd-1 or zstd-3; lossless.
+        shuffle: byte or bit shuffle before the codec; None is byte with a codec.
+        compute: Arithmetic of the teacher: float32, tf32, bfloat16 or float16.
+        layers: States to store, such as 0-12 or 0,6,12; None is all.
+        limit: Only the first so many samples of the shuffled order of each split; None is all.
+        samples_per_shard: Unit of work and commit; None is 128 for digits, else 256.
+        samples_per_chunk: What is read and decoded whole; None is 32 for digits, else 16.
+        micro_batch: Images per forward pass; None is 32 for digits, else 16.
+        order_seed: Seed of the shuffle; 42 gives the order of the published extraction.
+        overwrite: Delete a store of another identity first.
+    """
+
+    images: str = DIGITS
+    store: str | None = None
+    teacher: str | None = None
+    weights: str | None = None
+    head: str | None = None
+    image_size: int | None = None
+    resize_size: int | None = None
+    interpolation: str | None = None
+    format: str = "zarr"
+    precision: str = "float16"
+    codec: str = "none"
+    shuffle: str | None = None
+    compute: str = "float32"
+    layers: str | None = None
+    limit: int | None = None
+    samples_per_shard: int | None = None
+    samples_per_chunk: int | None = None
+    micro_batch: int | None = None
+    order_seed: int = 42
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedStore:
+    """One store to be written: its identity and everything its documents hold.
+
+    Attributes:
+        split: "train", "val", or "" for images that are not split.
+        location: Where it goes.
+        source: Of its images.
+        spec: Its identity.
+        samples: In store order.
+        teacher_files: What goes under teacher/.
+        notes: What a person should know of the listing.
+    """
+
+    split: str
+    location: str
+    source: Source
+    spec: StoreSpec
+    samples: list[Sample]
+    teacher_files: dict[str, bytes]
+    notes: list[str]
+
+
+def check_config(config: ExtractConfig) -> None:
+    """Refuse settings that cannot be, all at once.
+
+    Raises:
+        UserError: Lists every setting that is wrong, with what it may be.
+    """
+    problems = [
+        f"{name.upper()}={value}: expected one of {', '.join(allowed)}"
+        for name, value, allowed in (
+            ("format", config.format, BACKENDS),
+            ("precision", config.precision, PRECISIONS),
+            ("codec", config.codec, CODECS),
+            ("shuffle", config.shuffle or "none", SHUFFLES),
+            ("compute", config.compute, COMPUTE_PRECISIONS),
+            ("interpolation", config.interpolation or "bicubic", ("bicubic", "bilinear")),
+        )
+        if value not in allowed
+    ]
+    problems += [
+        f"{name.upper()}={value}: expected a number of at least 1"
+        for name in ("image_size", "resize_size", "limit", "samples_per_shard", "samples_per_chunk", "micro_batch")
+        if (value := getattr(config, name)) is not None and value < 1
+    ]
+    if config.layers is not None and not re.fullmatch(r"\d+-\d+|\d+(,\d+)*", config.layers):
+        problems.append(f"LAYERS={config.layers}: expected a range such as 0-12, or a list such as 0,6,12")
+    for name in ("store", "images"):
+        if "://" in (getattr(config, name) or ""):
+            problems.append(f"{name.upper()}={getattr(config, name)}: this version works on local folders")
+    if problems:
+        raise UserError("\n  ".join(["these settings cannot be:", *problems]))
+
+
+def teacher_name(config: ExtractConfig) -> str:
+    """The teacher asked for, or the default for these images."""
+    return config.teacher or ("digits_vit" if config.images == DIGITS else DEFAULT_TEACHER)
+
+
+def store_root(config: ExtractConfig) -> str:
+    """Where the store, or the folder with stores train and val, goes."""
+    if config.store:
+        return config.store.rstrip("/")
+    name = config.images.rstrip("/").rpartition("/")[2] or "images"
+    return f"{DEFAULT_STORES}/{name}"
+
+
+def make_teacher(config: ExtractConfig) -> Teacher:
+    """Load the teacher that a config names, on the CPU."""
+    return load_teacher(teacher_name(config), config.weights, config.image_size, config.head, compute=config.compute)
+
+
+def plan_stores(
+    config: ExtractConfig, teacher: Teacher, say: Callable[[str], None] = lambda message: None
+) -> list[PlannedStore]:
+    """The stores that a config asks for: one, or one a split.
+
+    Raises:
+        UserError: Images or settings cannot be used.
+    """
+    check_config(config)
+    sources = open_sources(config.images)
+    return [plan_split(config, teacher, split, source, say) for split, source in sources.items()]
+
+
+def split_location(config: ExtractConfig, split: str) -> str:
+    """Where the store of a split goes."""
+    return f"{store_root(config)}/{split}" if split else store_root(config)
+
+
+def plan_split(
+    config: ExtractConfig,
+    teacher: Teacher,
+    split: str,
+    source: Source,
+    say: Callable[[str], None] = lambda message: None,
+) -> PlannedStore:
+    """The store of one split."""
+    listing = source.listing(progress=_ListingProgress(split or source.name, say))
+    order = storage_order(len(listing), config.order_seed)[: config.limit]
+    samples = [
+        Sample(
+            sample_id=listing[place].sample_id,
+            label=listing[place].label,
+            class_name=listing[place].class_name,
+            nbytes=listing[place].nbytes,
+        )
+        for place in order
+    ]
+    digest = sha256(canonical_json({"samples": sorted([s.sample_id, s.nbytes] for s in listing)}))
+    return PlannedStore(
+        split=split,
+        location=split_location(config, split),
+        source=source,
+        spec=_spec(config, teacher, len(samples), digest),
+        samples=samples,
+        teacher_files=teacher.to_files(),
+        notes=source.notes(listing),
+    )
+
+
+class _ListingProgress:
+    """Says how many files have been seen, every 50,000."""
+
+    def __init__(self, name: str, say: Callable[[str], None]) -> None:
+        self._name, self._say, self._told = name, say, 0
+
+    def __call__(self, n_seen: int) -> None:
+        if n_seen - self._told >= 50_000:
+            self._told = n_seen
+            self._say(f"listing {self._name}: {n_seen:,} images so far")
+
+
+def _spec(config: ExtractConfig, teacher: Teacher, n_samples: int, source_digest: str) -> StoreSpec:
+    small = config.images == DIGITS
+    return StoreSpec(
+        backend=config.format,
+        layers=_layers(config.layers, teacher),
+        dim=teacher.dim,
+        has_cls=teacher.has_cls,
+        n_registers=teacher.n_registers,
+        grid=teacher.grid,
+        precision=config.precision,
+        codec=config.codec,
+        shuffle=(config.shuffle or "byte") if config.codec != "none" else "none",
+        n_samples=n_samples,
+        samples_per_shard=config.samples_per_shard or (128 if small else 256),
+        samples_per_chunk=config.samples_per_chunk or (32 if small else 16),
+        order_seed=config.order_seed,
+        teacher=teacher.name,
+        teacher_weights_digest=teacher.weights_digest,
+        preprocessing=_preprocessing(config, teacher).to_dict(),
+        compute=config.compute,
+        micro_batch=config.micro_batch or (32 if small else 16),
+        source_digest=source_digest,
+    )
+
+
+def _preprocessing(config: ExtractConfig, teacher: Teacher) -> Preprocessing:
+    own = teacher.preprocessing
+    try:
+        return dataclasses.replace(
+            own,
+            resize_size=config.resize_size or own.resize_size,
+            interpolation=config.interpolation or own.interpolation,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _layers(text: str | None, teacher: Teacher) -> tuple[int, ...]:
+    every = range(teacher.n_layers)
+    if text is None:
+        return tuple(every)
+    if "-" in text:
+        first, last = (int(part) for part in text.split("-"))
+        asked = tuple(range(first, last + 1))
+    else:
+        asked = tuple(sorted({int(part) for part in text.split(",")}))
+    if not asked or not set(asked) <= set(every):
+        raise UserError(f"LAYERS={text}: {teacher.name} has states 0 to {teacher.n_layers - 1}")
+    return asked

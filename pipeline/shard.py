@@ -1,0 +1,335 @@
+"""Do one shard: read and decode images, run the teacher, reduce and round, encode, write, commit. Knows no Ray.
+
+The unit of parallel work inside a shard is the micro-batch. On a CPU each one is decoded, run and reduced by one
+thread, with one thread of torch, so all cores are busy to the end and the values do not depend on how many there are.
+On a GPU threads decode ahead and micro-batches take the device in turn.
+"""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from queue import LifoQueue
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from infra.metrics import Metrics, StageClock
+from infra.objects import ObjectAccessError, Objects, open_objects
+from pipeline.dispatch import FatalError
+from pipeline.preprocess import BadImageError, Preprocessing, decode_image, normalise
+from pipeline.sources import SourceError
+from pipeline.states import Reduced, merge_reduced, reduce_micro_batch
+from pipeline.teacher import Teacher, teacher_from_files
+from storage_schemas.commit import Commit
+from storage_schemas.create import StoreDocument, read_store_document
+from storage_schemas.documents import sha256
+from storage_schemas.errors import ChecksumError
+from storage_schemas.keys import SAMPLES_KEY, TEACHER_PREFIX, array_path, commit_key, sharded_array_paths
+from storage_schemas.samples import samples_from_bytes
+from storage_schemas.shard_buffers import EncodedObject, ShardBuffers, encode_statistics
+from storage_schemas.spec import HEAD_INPUT, StoreSpec
+
+READ_TRIES = 4
+READ_BACKOFF_S = 0.5
+
+
+class ImageBytes(Protocol):
+    """The one verb that a shard needs of an image source."""
+
+    def read(self, sample_id: str) -> bytes: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardReport:
+    """What a worker tells the driver of a finished shard; a few hundred bytes.
+
+    Attributes:
+        n_samples: Rows of the shard, valid or not.
+        bad_images: (sample_index, sample_id, code) of the invalid ones.
+        nbytes: Bytes put, the commit included.
+        seconds: Busy thread-seconds by stage.
+        wall_s: From the first image to the commit.
+        worker: Host and process.
+    """
+
+    shard: int
+    n_samples: int
+    bad_images: tuple[tuple[int, str, str], ...]
+    nbytes: int
+    seconds: dict[str, float]
+    wall_s: float
+    worker: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunnerConfig:
+    """What a worker process needs to do shards; small and picklable, with nothing that only one machine knows.
+
+    Attributes:
+        store: Location of the store; its documents have been written already.
+        source: Reads an image by its id.
+        device: "cpu", "cuda", or "auto": the GPU if there is one.
+        n_threads: Threads for images and, on a CPU, the teacher; None for all cores that this process may use.
+        n_buffers: Shards in flight, each with buffers of its own.
+        make_teacher: Makes the teacher; None takes the one in the store.
+    """
+
+    store: str
+    source: ImageBytes
+    device: str = "auto"
+    n_threads: int | None = None
+    n_buffers: int = 2
+    make_teacher: Callable[[str], Teacher] | None = None
+
+    def __call__(self) -> "ShardRunner":
+        """Make the runner, in the worker process."""
+        return ShardRunner(self, open_objects(self.store))
+
+
+def resolve_device(device: str) -> str:
+    """ "cpu" or "cuda", from those or "auto"."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+class ShardRunner:
+    """Does shards of one store, several at a time; made once per worker process.
+
+    Args:
+        config: What to do it with.
+        objects: Of the store; its documents are read from there.
+    """
+
+    def __init__(self, config: RunnerConfig, objects: Objects) -> None:
+        self._objects = objects
+        self._source = config.source
+        self._document = read_store_document(objects, objects.location)
+        self._sample_ids = samples_from_bytes(_read_checked(objects, self._document, SAMPLES_KEY), self.spec.n_samples)[
+            "sample_id"
+        ]
+        device = resolve_device(config.device)
+        self._on_gpu = device.startswith("cuda")
+        self._n_threads = config.n_threads or len(os.sched_getaffinity(0))
+        if not self._on_gpu:
+            torch.set_num_threads(1)  # each micro-batch has a thread of ours; see the head of this file
+        self._teacher = config.make_teacher(device) if config.make_teacher else self._stored_teacher(device)
+        self._preprocessing = Preprocessing.from_dict(dict(self.spec.preprocessing))
+        self._metrics = Metrics({"store": "/".join(objects.location.rsplit("/", 2)[-2:])})
+        self._device_turn = threading.Lock()
+        self._pool = ThreadPoolExecutor(self._n_threads, thread_name_prefix="micro-batch")
+        self._buffers: LifoQueue[ShardBuffers] = LifoQueue()
+        for _ in range(config.n_buffers):
+            self._buffers.put(ShardBuffers(self.spec, _pinned if self._on_gpu else None))
+
+    @property
+    def spec(self) -> StoreSpec:
+        return self._document.spec
+
+    def close(self) -> None:
+        """End the threads."""
+        self._pool.shutdown()
+
+    def run(self, shard: int) -> ShardReport:
+        """Do one shard from images to commit. May be called from several threads.
+
+        Raises:
+            FatalError: The store cannot be written; no shard can pass.
+            SourceError: An image could not be read, after several tries.
+            StateError: The teacher's states cannot be stored.
+        """
+        began = time.monotonic()
+        clock = StageClock()
+        with self._borrow(clock) as buffers:
+            buffers.begin(shard)
+            bad, reduced = self._run_teacher(shard, buffers, clock)
+            statistics, fidelity = merge_reduced(self.spec, reduced)
+            for index, _ in bad:
+                buffers.invalidate(index - self.spec.shard_samples(shard).start)
+            written = self._write(shard, buffers, statistics.to_array(), clock)
+            with clock("commit"):
+                commit = Commit(
+                    shard=shard,
+                    store=self._document.digest,
+                    bad_images=tuple(bad),
+                    objects={encoded.key: encoded.record for encoded in written},
+                    fidelity=fidelity,
+                ).to_bytes()
+                self._put(commit_key(shard), commit)
+        report = ShardReport(
+            shard=shard,
+            n_samples=len(self.spec.shard_samples(shard)),
+            bad_images=tuple((index, self._sample_ids[index].as_py(), code) for index, code in bad),
+            nbytes=len(commit) + sum(encoded.record.nbytes for encoded in written),
+            seconds=clock.seconds(),
+            wall_s=time.monotonic() - began,
+            worker=f"{socket.gethostname()}:{os.getpid()}",
+        )
+        self._count(report)
+        return report
+
+    def _count(self, report: ShardReport) -> None:
+        self._metrics.add("images", report.n_samples - len(report.bad_images))
+        self._metrics.add("bad_images", len(report.bad_images))
+        self._metrics.add("bytes_written", report.nbytes)
+        self._metrics.add("shards", result="done")
+        self._metrics.observe("shard_duration_seconds", report.wall_s)
+        for stage, seconds in report.seconds.items():
+            self._metrics.add("stage_seconds", seconds, stage=stage)
+
+    @contextmanager
+    def _borrow(self, clock: StageClock) -> Iterator[ShardBuffers]:
+        with clock("waiting"):
+            buffers = self._buffers.get()
+        try:
+            yield buffers
+        finally:
+            self._buffers.put(buffers)
+
+    def _run_teacher(
+        self, shard: int, buffers: ShardBuffers, clock: StageClock
+    ) -> tuple[list[tuple[int, str]], list[Reduced]]:
+        rows = self.spec.shard_samples(shard)
+        starts = range(rows.start, rows.stop, self.spec.micro_batch)
+        batches = [range(start, min(start + self.spec.micro_batch, rows.stop)) for start in starts]
+        futures: list[Future[tuple[list[tuple[int, str]], Reduced]]] = [
+            self._pool.submit(self._micro_batch, batch, batch.start - rows.start, buffers, clock) for batch in batches
+        ]
+        try:
+            results = [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
+            _wait_all(futures)  # they write into buffers that the next shard will get
+        return [bad for found, _ in results for bad in found], [reduced for _, reduced in results]
+
+    def _micro_batch(
+        self, rows: range, place: int, buffers: ShardBuffers, clock: StageClock
+    ) -> tuple[list[tuple[int, str]], Reduced]:
+        with clock("decode"):
+            pixels, bad = self._read_images(rows)
+        bad_rows = {index - rows.start for index, _ in bad}
+        valid = [row for row in range(len(rows)) if row not in bad_rows] if bad else None
+        if not self._on_gpu:
+            return bad, self._forward(pixels, len(rows), valid, place, buffers, clock)
+        with clock("waiting"):
+            self._device_turn.acquire()
+        try:
+            return bad, self._forward(pixels, len(rows), valid, place, buffers, clock)
+        finally:
+            self._device_turn.release()
+
+    def _read_images(self, rows: range) -> tuple[torch.Tensor, list[tuple[int, str]]]:
+        """Always a full micro-batch: the same shapes give the same arithmetic. Missing and bad images are black."""
+        size = self._preprocessing.image_size
+        pixels = np.zeros((self.spec.micro_batch, 3, size, size), np.uint8)
+        bad = []
+        for i, index in enumerate(rows):
+            try:
+                pixels[i] = decode_image(self._read_bytes(self._sample_ids[index].as_py()), self._preprocessing)
+            except BadImageError as error:
+                bad.append((index, error.code))
+        return torch.from_numpy(pixels), bad
+
+    def _read_bytes(self, sample_id: str) -> bytes:
+        for attempt in range(1, READ_TRIES + 1):
+            try:
+                return self._source.read(sample_id)
+            except SourceError:
+                if attempt == READ_TRIES:
+                    raise
+                time.sleep(READ_BACKOFF_S * 2 ** (attempt - 1))
+        raise AssertionError("unreachable")
+
+    def _forward(
+        self,
+        pixels: torch.Tensor,
+        n_rows: int,
+        valid: list[int] | None,
+        place: int,
+        buffers: ShardBuffers,
+        clock: StageClock,
+    ) -> Reduced:
+        teacher, spec = self._teacher, self.spec
+        with clock("device"), torch.inference_mode():
+            # without pin_memory: 5 MB of pixels, behind a forward pass a hundred times as long
+            inputs = normalise(pixels.to(teacher.device), self._preprocessing)
+            states = teacher.layer_states_list(inputs)
+            kept = [states[layer][:n_rows] for layer in spec.layers]
+            index = torch.tensor(valid, dtype=torch.long, device=teacher.device) if valid is not None else None
+            layers, reduced = reduce_micro_batch(spec, kept, index)
+            if spec.has_head_input:
+                head_input = teacher.head_input(teacher.final_norm(states[-1]))[:n_rows].float()
+        with clock("copy"):
+            for layer, kinds in zip(spec.layers, layers):
+                for kind, values in kinds.items():
+                    _copy(buffers, array_path(layer, kind), place, values)
+            if spec.has_head_input:
+                _copy(buffers, HEAD_INPUT, place, head_input)
+            if self._on_gpu:
+                torch.cuda.current_stream().synchronize()  # nothing of the buffers is read before this returns
+        return reduced
+
+    def _write(
+        self, shard: int, buffers: ShardBuffers, statistics: np.ndarray, clock: StageClock
+    ) -> list[EncodedObject]:
+        def one(path: str) -> EncodedObject:
+            with clock("encode"):
+                encoded = buffers.encode(path, shard)
+            with clock("write"):
+                self._put(encoded.key, encoded.pieces)
+            return encoded
+
+        futures = [self._pool.submit(one, path) for path in sharded_array_paths(self.spec)]
+        try:
+            written = [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
+            _wait_all(futures)
+        encoded = encode_statistics(shard, statistics)
+        with clock("write"):
+            self._put(encoded.key, encoded.pieces)
+        return [*written, encoded]
+
+    def _put(self, key: str, data: Any) -> None:
+        try:
+            self._objects.put(key, data)
+        except ObjectAccessError as error:
+            raise FatalError(f"{error}. What is committed stays valid; the same command goes on from there") from error
+
+    def _stored_teacher(self, device: str) -> Teacher:
+        files = {
+            key.removeprefix(TEACHER_PREFIX): _read_checked(self._objects, self._document, key)
+            for key in self._document.documents
+            if key.startswith(TEACHER_PREFIX)
+        }
+        return teacher_from_files(files, device=device, compute=self.spec.compute)
+
+
+def _copy(buffers: ShardBuffers, path: str, place: int, values: torch.Tensor) -> None:
+    for rows, view in buffers.pieces(path, place, len(values)):
+        torch.from_numpy(view).copy_(values[rows], non_blocking=True)
+
+
+def _pinned(nbytes: int) -> np.ndarray:
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
+
+
+def _wait_all(futures: list[Future]) -> None:
+    for future in futures:
+        if not future.cancelled():
+            future.exception()
+
+
+def _read_checked(objects: Objects, document: StoreDocument, key: str) -> bytes:
+    data = objects.get(key)
+    if sha256(data) != document.documents[key]:
+        raise ChecksumError(key, f"{objects.location}/{key} is not the one that store.json names; make verify mends it")
+    return data
