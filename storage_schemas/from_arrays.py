@@ -26,6 +26,7 @@ def write_store(
     samples: Sequence[Sample],
     states_of: Callable[[range], Float32[np.ndarray, "sample layer token dim"]],
     *,
+    head_inputs_of: Callable[[range], Float32[np.ndarray, "sample dim2"]] | None = None,
     bad_images: Mapping[int, str] | None = None,
     teacher_files: Mapping[str, bytes] | None = None,
 ) -> None:
@@ -36,11 +37,13 @@ def write_store(
         spec: Its identity.
         samples: In store order.
         states_of: Gives float32 states of a range of sample indices, layers as in `spec.layers`, tokens in order.
+        head_inputs_of: Likewise what linear heads read, [final-norm CLS; mean of final-norm patches]. Without it that
+            array holds NaN, and asking the store for it raises.
         bad_images: Code by index of samples without states; what `states_of` gives for them is ignored.
-        teacher_files: As for `create_store`. Without a teacher, head_input is written as zeros.
+        teacher_files: As for `create_store`.
 
     Raises:
-        SchemaError: A state that is not finite, or that the precision cannot hold; names the place.
+        SchemaError: States of another shape or type, not finite, or that the precision cannot hold; names the place.
     """
     document = create_store(objects, spec, samples, teacher_files or {})
     buffers = ShardBuffers(spec)
@@ -48,9 +51,17 @@ def write_store(
     for shard in range(spec.n_shards):
         rows = spec.shard_samples(shard)
         bad = {index: code for index, code in (bad_images or {}).items() if index in rows}
-        states = states_of(rows)
+        valid = [i for i in range(len(rows)) if rows[i] not in bad]
+        states = np.zeros((len(rows), len(spec.layers), spec.n_tokens, spec.dim), np.float32)
+        states[valid] = _checked(states_of(rows), f"states of samples {rows}", states.shape)[valid]
         buffers.begin(shard)
-        statistics, fidelity = _fill(buffers, spec, states, [i for i in range(len(rows)) if rows[i] not in bad])
+        statistics, fidelity = _fill(buffers, spec, states, valid)
+        if spec.has_head_input:
+            head_inputs = np.full((len(rows), 2 * spec.dim), np.nan, np.float32)
+            if head_inputs_of is not None:
+                found = head_inputs_of(rows)
+                head_inputs[valid] = _checked(found, f"head inputs of samples {rows}", head_inputs.shape)[valid]
+            buffers.assign(HEAD_INPUT, 0, head_inputs)
         for index in bad:
             buffers.invalidate(index - rows.start)
         commit = Commit(
@@ -105,9 +116,13 @@ def _fill(
                     fidelity[array_path(layer, kind)] = make_fidelity(
                         float((error**2).sum()), float((seen**2).sum()), float(m2.sum()), float(np.abs(error).max())
                     )
-    if spec.has_head_input:
-        buffers.assign(HEAD_INPUT, 0, np.zeros((len(states), 2 * spec.dim), np.float32))
     return moments, fidelity
+
+
+def _checked(values: np.ndarray, what: str, shape: tuple[int, ...]) -> np.ndarray:
+    if values.shape != shape or values.dtype != np.float32:
+        raise SchemaError(what, [f"shape {values.shape} of {values.dtype}, expected {shape} of float32"])
+    return values
 
 
 def make_fidelity(squared_error: float, squares: float, deviations: float, worst: float) -> Fidelity:

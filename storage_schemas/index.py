@@ -1,9 +1,11 @@
 """index.parquet: all commits of a complete store in one table, one row an object; a pure function of the commits.
 
-The table's metadata holds what commits say beside their objects, and a digest over every column, because Parquet pages
-carry no checksum of their own that readers must check.
+The table's metadata holds what commits say beside their objects. The file is sealed: the sha256 of all its other bytes
+lies between its last data page and its footer, where Parquet readers never look. So a changed byte is found before
+anything is parsed, and an index stays valid when another release of Arrow would spell the same table in other bytes.
 """
 
+import hashlib
 import io
 import json
 from collections.abc import Sequence
@@ -17,6 +19,9 @@ from storage_schemas.documents import canonical_json, sha256
 from storage_schemas.errors import SchemaError
 from storage_schemas.keys import INDEX_KEY, shard_object_keys
 from storage_schemas.spec import FORMAT_VERSION, StoreSpec
+
+_DIGEST_NBYTES = 32
+_TAIL_NBYTES = 8
 
 SCHEMA = pa.schema(
     [
@@ -59,13 +64,11 @@ def index_to_bytes(spec: StoreSpec, store: str, commits: Sequence[Commit]) -> by
         "fidelity": [
             [c.shard, path, f.relative_mse, f.r2, f.worst] for c in commits for path, f in sorted(c.fidelity.items())
         ],
-        "columns": _columns_digest(table),
     }
-    text = canonical_json(metadata)
-    table = table.replace_schema_metadata({"index": text, "index_digest": sha256(text)})
+    table = table.replace_schema_metadata({"index": canonical_json(metadata)})
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue()
+    return seal_parquet(sink.getvalue())
 
 
 def commits_from_index(spec: StoreSpec, store: str, data: bytes) -> list[Commit]:
@@ -74,26 +77,56 @@ def commits_from_index(spec: StoreSpec, store: str, data: bytes) -> list[Commit]
     Raises:
         SchemaError: It is not the whole and unchanged index of this store.
     """
+    body = unseal_parquet(INDEX_KEY, data)
     try:
-        table = pq.read_table(io.BytesIO(data))
-        text = (table.schema.metadata or {})[b"index"]
-        written = (table.schema.metadata or {})[b"index_digest"].decode()
-    except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
-        raise SchemaError(INDEX_KEY, [f"not an index: {type(error).__name__}: {error}"]) from error
-    if sha256(text) != written:
-        raise SchemaError(INDEX_KEY, ["its metadata was changed since it was written"])
-    metadata = json.loads(text)
-    if metadata["store"] != store:
-        raise SchemaError(INDEX_KEY, [f"belongs to store {metadata['store'][:16]}, this store is {store[:16]}"])
-    if not table.schema.equals(SCHEMA) or _columns_digest(table) != metadata["columns"]:
-        raise SchemaError(INDEX_KEY, ["its columns were changed since it was written"])
-    commits = _commits(spec, store, table, metadata)
-    problems = [f"shard {c.shard}: {p}" for c in commits for p in commit_problems(spec, store, c.shard, c)]
+        table = pq.read_table(io.BytesIO(body))
+        metadata = json.loads((table.schema.metadata or {})[b"index"])
+        if not table.schema.equals(SCHEMA):
+            raise ValueError(f"columns are {table.schema.names}, expected {SCHEMA.names}")
+        if metadata["format_version"] != FORMAT_VERSION:
+            raise ValueError(f"format version {metadata['format_version']!r}; this version reads {FORMAT_VERSION}")
+        written_for = str(metadata["store"])
+        commits = _commits(spec, written_for, table, metadata)
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise SchemaError(INDEX_KEY, [f"not an index of this format: {type(error).__name__}: {error}"]) from error
+    if written_for != store:
+        raise SchemaError(INDEX_KEY, [f"belongs to store {written_for[:16]}, this store is {store[:16]}"])
     if [c.shard for c in commits] != list(range(spec.n_shards)):
-        problems.append(f"lists {len(commits)} shards, the store has {spec.n_shards}")
+        raise SchemaError(INDEX_KEY, [f"lists {len(commits)} shards, expected 0 to {spec.n_shards - 1}, each once"])
+    problems = [f"shard {c.shard}: {p}" for c in commits for p in commit_problems(spec, store, c.shard, c)]
+    if sum(len(c.objects) for c in commits) != table.num_rows:
+        problems.append("lists an object twice")
     if problems:
         raise SchemaError(INDEX_KEY, problems)
     return commits
+
+
+def seal_parquet(data: bytes) -> bytes:
+    """Insert the sha256 of a Parquet file in front of its footer, which stays where its length says."""
+    place = _footer_start(data)
+    return data[:place] + hashlib.sha256(data).digest() + data[place:]
+
+
+def unseal_parquet(key: str, data: bytes) -> bytes:
+    """The Parquet file as it was before `seal_parquet`.
+
+    Raises:
+        SchemaError: The bytes are no sealed Parquet file, or were changed since they were written.
+    """
+    place = _footer_start(data)
+    start = place - _DIGEST_NBYTES
+    if start < 0 or place > len(data) - _TAIL_NBYTES:
+        raise SchemaError(key, [f"{len(data):,} bytes that are no whole Parquet file"])
+    body = data[:start] + data[place:]
+    written, actual = data[start:place].hex(), sha256(body)
+    if actual != written:
+        raise SchemaError(key, [f"content digest is {actual[:16]}, the file says {written[:16]}: it was changed"])
+    return body
+
+
+def _footer_start(data: bytes) -> int:
+    """Where a Parquet file's footer begins; it ends with its own length and four letters."""
+    return len(data) - _TAIL_NBYTES - int.from_bytes(data[-_TAIL_NBYTES : -_TAIL_NBYTES // 2], "little")
 
 
 def _commits(spec: StoreSpec, store: str, table: pa.Table, metadata: dict) -> list[Commit]:
@@ -126,18 +159,3 @@ def _commits(spec: StoreSpec, store: str, table: pa.Table, metadata: dict) -> li
 def _list_column(table: pa.Table, name: str) -> pa.ListArray:
     column = table[name]
     return column.chunk(0) if column.num_chunks else pa.array([], column.type)
-
-
-def _columns_digest(table: pa.Table) -> str:
-    """sha256 over every value, independent of how Arrow or Parquet arrange their bytes."""
-    parts = []
-    for name in SCHEMA.names:
-        column = table[name].combine_chunks()
-        if pa.types.is_list(column.type):
-            lengths = np.diff(np.asarray(column.offsets))
-            parts += [lengths.astype("<i8").tobytes(), np.asarray(column.flatten()).astype("<i8").tobytes()]
-        elif pa.types.is_string(column.type):
-            parts.append("\n".join(column.to_pylist()).encode())
-        else:
-            parts.append(np.asarray(column).astype("<i8").tobytes())
-    return sha256(b"".join(sha256(part).encode() for part in parts))

@@ -1,5 +1,6 @@
 """Open a store and read from it. Offsets, sizes and checksums come from commits, never from the objects."""
 
+import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +38,7 @@ from storage_schemas.spec import HEAD_INPUT, StoreSpec
 from storage_schemas.statistics import Statistics, merge
 
 _N_READ_THREADS = 8
+MISSING_COMMIT = "it is missing, though the store was finished once"
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,11 +169,12 @@ class Store:
         Raises:
             SchemaError: A layer or kind that the store lacks.
             IndexError: A sample outside the store; names the first and the valid range.
-            NotCommittedError: A sample whose shard is not committed, or whose image was bad.
+            NotCommittedError: A sample whose shard is not committed, or whose image was bad; or, with samples=None,
+                a damaged commit, since its samples would be missing from the answer.
             ChecksumError: Fetched bytes differ from the commit.
         """
-        layers = self.layers if layers is None else [int(layer) for layer in layers]
-        rows = np.flatnonzero(self.valid) if samples is None else np.asarray(samples, dtype=np.int64).reshape(-1)
+        layers = self.layers if layers is None else [operator.index(layer) for layer in layers]
+        rows = self._rows(samples)
         kinds = [k for k in self.spec.token_kinds if k != "patch_mean"] if tokens == "all" else [tokens]
         self._check_request(layers, kinds)
         self._check_rows(rows)
@@ -188,12 +191,14 @@ class Store:
 
     def read_head_input(self, samples: Sequence[int] | np.ndarray | None = None) -> Float32[np.ndarray, "sample dim2"]:
         """What linear heads read, [final-norm CLS; mean of final-norm patches], (sample, 2 dim); as `read` for rows."""
-        rows = np.flatnonzero(self.valid) if samples is None else np.asarray(samples, dtype=np.int64).reshape(-1)
         if not self.spec.has_head_input:
             raise SchemaError(self.location, ["this teacher has no CLS token, so the store has no head_input"])
+        rows = self._rows(samples)
         self._check_rows(rows)
         out = np.empty((len(rows), 2 * self.spec.dim), np.float32)
         self._fill([(HEAD_INPUT, out)], rows)
+        if np.isnan(out).any():
+            raise SchemaError(self.location, ["this store was made from arrays without head inputs; it holds none"])
         return out
 
     @cached_property
@@ -201,7 +206,12 @@ class Store:
         """Moments per layer, kind and channel, (layer, kind, dim) in the order of `layers` and `spec.token_kinds`.
 
         Of the valid samples of all committed shards, merged in shard order, so the order of work cannot show.
+
+        Raises:
+            NotCommittedError: A commit is damaged, so that a shard would be left out unseen.
+            ChecksumError, ObjectMissingError, ShortObjectError: As for `fetch`.
         """
+        self._check_undamaged()
         shape = (len(self.layers), len(self.spec.token_kinds), self.spec.dim)
         total = Statistics.empty(shape)
         for shard in np.flatnonzero(self.committed):
@@ -209,8 +219,17 @@ class Store:
         return total
 
     def shard_statistics(self, shard: int) -> Statistics:
-        """Moments of one committed shard."""
+        """Moments of one committed shard.
+
+        Raises:
+            IndexError: No such shard.
+            NotCommittedError: It has no commit.
+        """
+        if not 0 <= shard < self.spec.n_shards:
+            raise IndexError(f"shard {shard} is not in the store; it has shards 0 to {self.spec.n_shards - 1}")
         offset, nbytes, crc = self.table.statistics[shard].tolist()
+        if offset < 0:
+            raise NotCommittedError(self._uncommitted(shard))
         payload = self.fetch(ChunkLocation(statistics_key(shard), offset, nbytes, crc))
         shape = (len(self.layers), len(self.spec.token_kinds), -1, self.spec.dim)
         return Statistics.from_array(np.frombuffer(payload, "<f8").reshape(shape))
@@ -266,6 +285,27 @@ class Store:
         ]
         if problems:
             raise SchemaError(self.location, problems)
+
+    def _rows(self, samples: Sequence[int] | np.ndarray | None) -> np.ndarray:
+        """The sample indices asked for; None means every valid one."""
+        if samples is None:
+            self._check_undamaged()
+            return np.flatnonzero(self.valid)
+        rows = np.asarray(samples).reshape(-1)
+        if rows.size and rows.dtype.kind not in "iu":
+            raise TypeError(
+                f"samples are {rows.dtype} values, expected sample indices; np.flatnonzero makes them of masks"
+            )
+        return rows.astype(np.int64)
+
+    def _check_undamaged(self) -> None:
+        """What is asked of all shards must not quietly leave out those whose commit was lost."""
+        if self.damaged_commits:
+            listed = [f"{key}: {what}" for key, what in sorted(self.damaged_commits.items())]
+            more = [f"and {len(listed) - 5} more"] if len(listed) > 5 else []
+            raise NotCommittedError(
+                "\n  ".join([f"{self.location} has damaged commits:", *listed[:5], *more, self._repair_hint()])
+            )
 
     def _check_rows(self, rows: np.ndarray) -> None:
         outside = rows[(rows < 0) | (rows >= self.n_samples)]
@@ -343,15 +383,24 @@ def open_store(location: str | os.PathLike[str] | Objects | Sequence[str | os.Pa
     return Store(objects, document, make_commit_table(document.spec, commits), damaged)
 
 
-def read_commits(objects: Objects, document: StoreDocument) -> tuple[list[Commit], dict[str, str]]:
+def read_commits(
+    objects: Objects, document: StoreDocument, *, use_index: bool = True
+) -> tuple[list[Commit], dict[str, str]]:
     """All commits of a store, from its index if that is whole, else one by one; and what is wrong with the others.
 
+    Args:
+        objects: Of the store.
+        document: Its identity.
+        use_index: False reads the commits themselves, as whoever writes the index anew must.
+
     Returns:
-        Sound commits in shard order, and the message of each damaged one by key.
+        Sound commits in shard order, and the message of each damaged one by key. Where there is an index the store was
+        finished once, so a commit that is missing then counts as damaged.
     """
     listed = list_commits(objects)
-    shards = {shard for shard in listed.values() if shard is not None and shard < document.spec.n_shards}
-    if shards == set(range(document.spec.n_shards)):
+    n_shards = document.spec.n_shards
+    shards = {shard for shard in listed.values() if shard is not None and shard < n_shards}
+    if use_index and len(shards) == n_shards:
         try:
             return commits_from_index(document.spec, document.digest, objects.get(INDEX_KEY)), {}
         except (SchemaError, ObjectError):
@@ -362,7 +411,14 @@ def read_commits(objects: Objects, document: StoreDocument) -> tuple[list[Commit
             commits.append(commit)
         else:
             damaged[key] = commit
+    if len(shards) < n_shards and has_index(objects):
+        damaged |= {commit_key(shard): MISSING_COMMIT for shard in range(n_shards) if shard not in shards}
     return commits, damaged
+
+
+def has_index(objects: Objects) -> bool:
+    """Whether there is an index.parquet, whole or not: the store was finished once."""
+    return any(info.key == INDEX_KEY for info in objects.list(INDEX_KEY))
 
 
 def list_commits(objects: Objects) -> dict[str, int | None]:

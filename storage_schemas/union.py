@@ -8,7 +8,6 @@ import numpy as np
 from infra.objects import Buffer, ObjectInfo, Objects
 from storage_schemas.commit_table import CommitTable
 from storage_schemas.create import StoreDocument
-from storage_schemas.documents import sha256
 from storage_schemas.errors import Problem, SchemaError
 from storage_schemas.keys import SAMPLES_KEY, layer_path
 from storage_schemas.reader import Store
@@ -31,12 +30,13 @@ class UnionStore(Store):
             _RoutedObjects(first.objects, {layer_path(layer): s.objects for layer, s in owners.items()}),
             document,
             _union_table(stores, owners),
-            {f"{s.location}/{key}": text for s in stores for key, text in s.damaged_commits.items()},
+            {key: f"{s.location}: {text}" for s in reversed(stores) for key, text in s.damaged_commits.items()},
         )
 
     @property
     def statistics(self) -> Statistics:
         """As of a single store, each layer from the store that holds it."""
+        self._check_undamaged()
         parts = [s.statistics.to_array()[s.layers.index(layer)] for layer, s in self._owners.items()]
         return Statistics.from_array(np.stack(parts))
 
@@ -109,7 +109,7 @@ def open_union(stores: Sequence[Store]) -> Store:
 
 
 def _samples_digest(store: Store) -> str:
-    return store.document.documents.get(SAMPLES_KEY, sha256(b""))
+    return store.document.documents[SAMPLES_KEY]
 
 
 def _union_table(stores: Sequence[Store], owners: dict[int, Store]) -> CommitTable:
