@@ -129,11 +129,15 @@ class PassOrder:
         by_draw = np.argsort(np.where(valid, draw, np.uint64(2**63)), axis=1, kind="stable")
         return np.take_along_axis(np.where(valid, sample, -1), by_draw, axis=1)
 
-    def chunk_entries(self, dealt: int) -> tuple[Int64[np.ndarray, " entry"], Int64[np.ndarray, " entry"]]:
-        """The samples of a dealt chunk in the order they are served, and their numbers k within the lane."""
-        start, stop = self.chunk_start[dealt : dealt + 2]
-        sample = self.mixed(self.chunk[dealt : dealt + 1])[0, : stop - start]
-        return sample, np.arange(start, stop) - self.lane_start[self.chunk_lane[dealt]]
+    def chunk_entries(
+        self, dealt: Int64[np.ndarray, " chunk"]
+    ) -> tuple[Int64[np.ndarray, " entry"], Int64[np.ndarray, " entry"], Int64[np.ndarray, " entry"]]:
+        """All entries of some dealt chunks, chunk by chunk: (sample, lane, k)."""
+        n = self.chunk_start[dealt + 1] - self.chunk_start[dealt]
+        mixed = self.mixed(self.chunk[dealt])
+        lane = np.repeat(self.chunk_lane[dealt], n)
+        nth = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)  # of the chunk's own valid samples
+        return mixed[mixed >= 0], lane, np.repeat(self.chunk_start[dealt], n) + nth - self.lane_start[lane]
 
     def samples(self, start: int, stop: int) -> Int64[np.ndarray, " position"]:
         """The sample indices at positions start to stop - 1 of the pass."""

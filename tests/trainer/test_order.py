@@ -112,8 +112,9 @@ def test_read_plan_fills_every_batch_in_time(store, batch_size: int, readahead: 
     )
     used = {}
     for dealt in np.flatnonzero(order.chunk_lane % world_size == rank):
-        _, k = order.chunk_entries(int(dealt))
-        batches = order.positions(np.full(len(k), order.chunk_lane[dealt]), k) // batch_size
+        samples, lane, k = order.chunk_entries(np.array([dealt]))
+        assert samples.tolist() == order.lane_samples(lane, k).tolist()
+        batches = order.positions(lane, k) // batch_size
         if batches.max() >= start_batch:
             used[int(dealt)] = (batches.min(), batches.max())
     assert dict(zip(plan.dealt.tolist(), zip(plan.first_batch, plan.last_batch))) == used

@@ -1,0 +1,92 @@
+"""The memory of a stream: rows for the samples of the batches in flight, made once and used again and again."""
+
+import mmap
+import warnings
+import weakref
+from contextlib import suppress
+from math import prod
+
+import numpy as np
+import torch
+
+from storage_schemas.codecs import kind_dtype, kind_shape
+from storage_schemas.spec import StoreSpec
+
+STREAM_KINDS = ("cls", "registers", "patches", "patches_scale")  # delivered as stored, where the store has them
+
+_ALIGNMENT = 4096  # of each kind's first row: a memory page, and what direct reads ask for
+
+
+def stream_kinds(spec: StoreSpec) -> tuple[str, ...]:
+    """The kinds that a batch holds."""
+    return tuple(kind for kind in STREAM_KINDS if kind in spec.token_kinds)
+
+
+def sample_nbytes(spec: StoreSpec, kind: str) -> int:
+    """Bytes of one sample of a kind at one layer."""
+    return prod(kind_shape(spec, kind)) * kind_dtype(spec, kind).itemsize
+
+
+def ring_nbytes(spec: StoreSpec, n_states: int, n_rows: int) -> int:
+    """Bytes of a ring, with alignment."""
+    return sum(_aligned(n_rows * n_states * sample_nbytes(spec, kind)) for kind in stream_kinds(spec))
+
+
+class Ring:
+    """Rows for samples, one array per kind, each (row, state, ...) in the stored dtype; pinned if CUDA is there.
+
+    Attributes:
+        n_rows: Samples that fit.
+        arrays: By kind.
+        sample_index: Which sample a row holds.
+    """
+
+    def __init__(self, spec: StoreSpec, n_states: int, n_rows: int) -> None:
+        self.n_rows = n_rows
+        self.sample_index = np.full(n_rows, -1, np.int64)
+        nbytes = ring_nbytes(spec, n_states, n_rows)
+        memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if hasattr(mmap, "MADV_HUGEPAGE"):  # Linux: fewer page faults and address look-ups for gigabytes used in turn
+            with suppress(OSError):  # a kernel built without them
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        self._bytes = memoryview(memory)
+        self.arrays: dict[str, np.ndarray] = {}
+        self._places: dict[str, tuple[int, int]] = {}
+        start = 0
+        for kind in stream_kinds(spec):
+            one, shape = sample_nbytes(spec, kind), kind_shape(spec, kind)
+            array = np.frombuffer(memory, kind_dtype(spec, kind), n_rows * n_states * prod(shape), start)
+            self.arrays[kind] = array.reshape(n_rows, n_states, *shape)
+            self._places[kind] = (start, one)
+            start += _aligned(n_rows * n_states * one)
+        self._n_states = n_states
+        if torch.cuda.is_available():
+            _pin(self, self.arrays[stream_kinds(spec)[0]].ctypes.data, nbytes)
+
+    def place(self, kind: str, row: int, state: int) -> memoryview:
+        """The bytes of one sample of a kind at one state."""
+        start, nbytes = self._places[kind]
+        start += (row * self._n_states + state) * nbytes
+        return self._bytes[start : start + nbytes]
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _pin(ring: Ring, address: int, nbytes: int) -> None:
+    """Lock the memory for copies to a CUDA device, until the ring goes.
+
+    torch's own pinned memory rounds sizes up to a power of two, too much for a ring of gigabytes.
+    """
+    cudart = torch.cuda.cudart()
+    code = cudart.cudaHostRegister(address, nbytes, 0)
+    if int(code) != 0:
+        warnings.warn(
+            f"{nbytes / 1e9:.1f} GB of stream buffers could not be pinned (CUDA error {int(code)}); copies to the "
+            "device will be slower. Raise the locked-memory limit (ulimit -l) or use fewer lanes",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return
+    weakref.finalize(ring, cudart.cudaHostUnregister, address)

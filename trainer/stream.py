@@ -1,0 +1,533 @@
+"""Stream the states of a span from a store: every valid sample once per pass, in an order that is arithmetic.
+
+Threads read whole chunks and check them; each sample goes from the object straight to its place in its future batch, so
+a batch is contiguous without any gathering. See docs/decisions for what this beat.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+from weakref import finalize
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+
+from storage_schemas.errors import NotCommittedError, SchemaError
+from storage_schemas.reader import Store
+from storage_schemas.spec import Span, StoreSpec
+from trainer.chunk_reader import ChunkReader, decoded_nbytes, payload_nbytes
+from trainer.order import make_pass_order, make_read_plan
+from trainer.ring import Ring, ring_nbytes, stream_kinds
+
+__all__ = ["DeviceBatch", "HostBatch", "LayerSliceStream", "Span", "stream_memory_nbytes"]
+
+_STATE_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceBatch:
+    """A batch on its device.
+
+    Attributes:
+        activations: States of the span, tokens in the teacher's order: CLS, registers, patches in row order.
+        sample_index: Row b belongs to sample sample_index[b] of the store.
+    """
+
+    activations: Float[torch.Tensor, "batch state token dim"]
+    sample_index: Int64[torch.Tensor, " batch"]
+
+
+class HostBatch:
+    """This rank's share of one batch, in the stream's own memory, as stored.
+
+    The arrays are valid until the next batch is asked for, `release()` or the stream's end, and are overwritten then;
+    copy what is to be kept. Every array is contiguous, and pinned if CUDA is available. A share may be empty.
+
+    Attributes:
+        number: Of the batch in the pass, from 0.
+        n_batch: Samples of the whole batch, over all ranks.
+        sample_index: (sample,); not overwritten.
+        cls: (sample, state, dim) float32, or None if the teacher has none.
+        registers: (sample, state, register, dim) float32, or None.
+        patches: (sample, state, patch, dim) in the store's precision.
+        patches_scale: (sample, state, dim) float32 for int8 stores, else None.
+    """
+
+    def __init__(self, reader: ChunkReader, ring: Ring, number: int, n_batch: int, copier: "_Copier") -> None:
+        rows = reader.rows(number)
+        self.number, self.n_batch = number, n_batch
+        self.sample_index: Int64[np.ndarray, " sample"] = ring.sample_index[rows].copy()
+        self._arrays = {kind: array[rows] for kind, array in ring.arrays.items()}
+        self._reader, self._copier = reader, copier
+        self._copied: torch.cuda.Event | None = None
+
+    def __len__(self) -> int:
+        return len(self.sample_index)
+
+    @property
+    def cls(self) -> np.ndarray | None:
+        return self._array("cls")
+
+    @property
+    def registers(self) -> np.ndarray | None:
+        return self._array("registers")
+
+    @property
+    def patches(self) -> np.ndarray:
+        patches = self._array("patches")
+        assert patches is not None
+        return patches
+
+    @property
+    def patches_scale(self) -> np.ndarray | None:
+        return self._array("patches_scale")
+
+    def _array(self, kind: str) -> np.ndarray | None:
+        if not self._arrays:
+            raise RuntimeError(f"batch {self.number} was released; copy what you need before asking for the next one")
+        return self._arrays.get(kind)
+
+    def to(
+        self,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        out: torch.Tensor | None = None,
+    ) -> DeviceBatch:
+        """Copy to a device and assemble the tokens in the teacher's order.
+
+        On CUDA the copies run on a stream of their own, beside the step that is under way; the current stream waits for
+        them, the host does not.
+
+        Args:
+            device: Where to.
+            dtype: Of the activations.
+            out: Memory of an earlier result to write into, at least as many samples; the host saves making it anew.
+        """
+        device = torch.device(device)
+        patches = self.patches  # raises if released
+        parts = [torch.from_numpy(self._arrays[kind]) for kind in ("cls", "registers") if kind in self._arrays]
+        parts = [part.unsqueeze(2) if part.ndim == 3 else part for part in parts]
+        parts.append(torch.from_numpy(patches))
+        n_tokens = sum(part.shape[2] for part in parts)
+        shape = (len(self), patches.shape[1], n_tokens, patches.shape[3])
+        if device.type == "cuda":
+            activations, index, self._copied = self._copier.copy(parts, self.sample_index, shape, device, dtype, out)
+        else:
+            activations = _make_out(shape, device, dtype, out)
+            _assemble(parts, activations)
+            index = torch.from_numpy(self.sample_index).to(device)
+        return DeviceBatch(activations=activations, sample_index=index)
+
+    def release(self) -> None:
+        """Give the memory back before the next batch is asked for."""
+        if self._arrays:
+            self._arrays = {}
+            self._reader.release(self.number, self._copied)
+
+
+class LayerSliceStream:
+    """One pass over a store's valid samples, states `span.start` to `span.stop` of each; then iteration ends.
+
+    The order depends on the store, seed, epoch and lanes alone: ranks and threads only share the work. Each stored byte
+    of the span is read, checked and decoded once per pass. Use it as a context manager, or close it.
+
+    Attributes:
+        store, span, batch_size, seed, epoch, rank, world_size: As given.
+        shards: The shards that take part, or None for all.
+        n_lanes: Chunks that are mixed with each other; `lanes`, or less in a small store.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        span: Span,
+        batch_size: int = 64,
+        seed: int = 0,
+        epoch: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        lanes: int = 64,
+        threads: int = 8,
+        *,
+        readahead: float = 1.0,
+        partial: bool = False,
+        shards: Sequence[int] | None = None,
+    ) -> None:
+        """Check everything; threads start with the first batch.
+
+        Args:
+            store: From `open_store`.
+            span: Both ends included.
+            batch_size: Samples of a batch over all ranks; the last batch may be smaller.
+            seed: Of the order.
+            epoch: Number of the pass; each has its own order.
+            rank: This process, 0 to world_size - 1.
+            world_size: Processes that share the pass.
+            lanes: Most chunks to be mixed with each other. Memory grows with it.
+            threads: Reading threads; more than cores help where storage is slow to answer.
+            readahead: Buffers beyond one chunk per lane, as a fraction; 1 hides the refills of the lanes, 0 halves the
+                memory and stalls at each.
+            partial: Accept a store that is not finished, with the shards committed now.
+            shards: With `partial`, exactly these shards: all ranks must agree while the store still grows.
+
+        Raises:
+            SchemaError: A layer of the span is not in the store.
+            NotCommittedError: The store is not finished and `partial` is False, or a shard of `shards` is missing.
+            ValueError: A number is out of range, or there are more ranks than lanes.
+        """
+        _check_numbers(batch_size=batch_size, threads=threads, world_size=world_size)
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank}; expected 0 to {world_size - 1}")
+        if not readahead >= 0:
+            raise ValueError(f"readahead is {readahead}; expected at least 0")
+        _check_span(store, span)
+        self.store, self.span, self.batch_size, self.seed = store, span, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.shards = _frozen_shards(store, partial, shards)
+        self._lanes, self._n_threads, self._readahead = lanes, threads, readahead
+        self._copier = _Copier()
+        self._ring: Ring | None = None
+        self._reader: ChunkReader | None = None
+        self._batch: HostBatch | None = None
+        self._closed = False
+        self._totals = _Totals()
+        self._set_pass(epoch, 0)
+
+    def __len__(self) -> int:
+        """Batches of a whole pass."""
+        return self._order.n_batches(self.batch_size)
+
+    @property
+    def n_samples(self) -> int:
+        """Samples of a whole pass, over all ranks."""
+        return self._order.n_samples
+
+    @property
+    def position(self) -> int:
+        """Samples handed out so far in this pass, over all ranks."""
+        return min(self._next * self.batch_size, self.n_samples)
+
+    @property
+    def memory_nbytes(self) -> int:
+        """Bytes of this rank's buffers: lanes x chunk x states x (1 + readahead), in whole batches, and scratch."""
+        spec = self.store.spec
+        ring = ring_nbytes(spec, self.span.n_states, self._plan.n_buffers * self._n_buffer_rows)
+        return ring + self._n_threads * (payload_nbytes(spec) + decoded_nbytes(spec))
+
+    @property
+    def bytes_fetched(self) -> int:
+        """Bytes read from objects since the stream was made."""
+        return self._totals.bytes_fetched + (self._reader.bytes_fetched if self._reader else 0)
+
+    @property
+    def bytes_needed(self) -> int:
+        """Stored bytes of the chunks that held what was asked for."""
+        return self._totals.bytes_needed + (self._reader.bytes_needed if self._reader else 0)
+
+    @property
+    def n_chunks_read(self) -> int:
+        """Chunks of one (layer, kind) read."""
+        return self._totals.n_chunks_read + (self._reader.n_chunks_read if self._reader else 0)
+
+    @property
+    def waited_s(self) -> float:
+        """Seconds that the consumer waited for batches."""
+        return self._totals.waited_s + (self._reader.waited_s if self._reader else 0.0)
+
+    @property
+    def amplification(self) -> float:
+        """Bytes fetched per byte needed; 1 before anything was read."""
+        return self.bytes_fetched / self.bytes_needed if self.bytes_needed else 1.0
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> HostBatch:
+        """The next batch; the one before is released.
+
+        Raises:
+            ObjectError, ChecksumError, DecodeError: From a reading thread; names the object. It comes at the next batch
+                after it happened, and again at every further one.
+        """
+        if self._closed:
+            raise RuntimeError("the stream is closed")
+        self._release()
+        if self._next >= len(self):
+            self._stop_reader()
+            raise StopIteration
+        if self._reader is None:
+            self._start_reader()
+        assert self._reader is not None
+        assert self._ring is not None
+        self._reader.wait(self._next)
+        n_batch = min(self.batch_size, self.n_samples - self._next * self.batch_size)
+        self._batch = HostBatch(self._reader, self._ring, self._next, n_batch, self._copier)
+        self._next += 1
+        return self._batch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of another pass; buffers are kept."""
+        self._stop_reader()
+        self._set_pass(epoch, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands, as JSON values: after the batch handed out last.
+
+        The same for every rank, thread count and span, and good for another number of ranks.
+        """
+        return {
+            "version": _STATE_VERSION,
+            "seed": self.seed,
+            "epoch": self.epoch,
+            "batch": self._next,
+            **self._identity(),
+            "shards": None if self.shards is None else list(self.shards),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken: seed, epoch, place and shards come from it.
+
+        Raises:
+            ValueError: The state is of another batch size, number of lanes or set of samples; lists each difference.
+            NotCommittedError: The store lacks a shard that the state was made with.
+        """
+        if state.get("version") != _STATE_VERSION:
+            raise ValueError(f"stream state has version {state.get('version')!r}; expected {_STATE_VERSION}")
+        self._stop_reader()
+        if state["shards"] is not None:
+            self.shards = _frozen_shards(self.store, True, state["shards"])
+        self.seed = int(state["seed"])
+        self._set_pass(int(state["epoch"]), int(state["batch"]))
+        problems = [
+            f"{name} was {state[name]!r}, is {value!r} now"
+            for name, value in self._identity().items()
+            if state[name] != value
+        ]
+        if problems:
+            raise ValueError(
+                "the stream cannot continue from this state: " + "; ".join(problems) + ". Use the settings of the "
+                "interrupted run, or start another one"
+            )
+
+    def close(self) -> None:
+        """End all threads and give the memory back. More than once is no error."""
+        self._closed = True
+        self._stop_reader()
+        self._ring = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _identity(self) -> dict[str, Any]:
+        """What must agree for a place in the pass to mean the same."""
+        return {
+            "batch_size": self.batch_size,
+            "n_lanes": self.n_lanes,
+            "samples_per_chunk": self._order.samples_per_chunk,
+            "n_samples": self.n_samples,
+            "valid_digest": hashlib.sha256(np.packbits(self._order.valid).tobytes()).hexdigest()[:16],
+        }
+
+    def _set_pass(self, epoch: int, next_batch: int) -> None:
+        spec = self.store.spec
+        self._order = make_pass_order(
+            _valid_in(self.store, self.shards), spec.samples_per_chunk, seed=self.seed, epoch=epoch, lanes=self._lanes
+        )
+        self.epoch, self._next, self.n_lanes = epoch, next_batch, self._order.n_lanes
+        if self.world_size > self.n_lanes:
+            raise ValueError(
+                f"{self.world_size} ranks, but only {self.n_lanes} lanes (lanes={self._lanes}, "
+                f"{len(self._order.chunk)} chunks of {spec.samples_per_chunk} samples); use at most {self.n_lanes} "
+                "ranks, or a store with smaller chunks"
+            )
+        self._plan = make_read_plan(
+            self._order,
+            self.batch_size,
+            rank=self.rank,
+            world_size=self.world_size,
+            start_batch=next_batch,
+            readahead=self._readahead,
+        )
+        self._rank_starts = self._order.rank_starts(self.batch_size, self.rank, self.world_size)
+        self._n_buffer_rows = int(np.diff(self._rank_starts).max())
+
+    def _start_reader(self) -> None:
+        n_rows = self._plan.n_buffers * self._n_buffer_rows
+        if self._ring is None or self._ring.n_rows < n_rows:
+            self._ring = None  # give the old one back before the new one is made
+            self._ring = Ring(self.store.spec, self.span.n_states, n_rows)
+        self._reader = ChunkReader(
+            self.store,
+            self.span,
+            self._order,
+            self._plan,
+            self._ring,
+            batch_size=self.batch_size,
+            start_batch=self._next,
+            rank_starts=self._rank_starts,
+            rank_lanes=self._order.rank_lanes(self.rank, self.world_size),
+            n_buffer_rows=self._n_buffer_rows,
+            n_threads=self._n_threads,
+        )
+        self._abandoned = finalize(self, self._reader.stop)  # the threads also end if nobody closes the stream
+
+    def _release(self) -> None:
+        if self._batch is not None:
+            self._batch.release()
+            self._batch = None
+
+    def _stop_reader(self) -> None:
+        self._release()
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            self._abandoned.detach()
+            reader.stop()
+            reader.join()
+            self._totals.add(reader)
+
+
+class _Totals:
+    """Counters of the readers that have ended."""
+
+    def __init__(self) -> None:
+        self.bytes_fetched = self.bytes_needed = self.n_chunks_read = 0
+        self.waited_s = 0.0
+
+    def add(self, reader: ChunkReader) -> None:
+        self.bytes_fetched += reader.bytes_fetched
+        self.bytes_needed += reader.bytes_needed
+        self.n_chunks_read += reader.n_chunks_read
+        self.waited_s += reader.waited_s
+
+
+class _Copier:
+    """Copies to CUDA devices on a stream of their own."""
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def copy(
+        self,
+        parts: Sequence[torch.Tensor],
+        sample_index: np.ndarray,
+        shape: tuple[int, ...],
+        device: torch.device,
+        dtype: torch.dtype,
+        out: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.cuda.Event]:
+        """Returns activations, sample index, and the event after which the host memory may be overwritten."""
+        current = torch.cuda.current_stream(device)
+        beside = self._streams.setdefault(device, torch.cuda.Stream(device))
+        if out is not None:
+            beside.wait_stream(current)  # the step that still reads it
+        with torch.cuda.stream(beside):
+            staged = [part.to(device, non_blocking=True) for part in parts]
+            index = torch.from_numpy(sample_index).to(device)
+            copied = torch.cuda.Event()
+            copied.record(beside)
+            activations = _make_out(shape, device, dtype, out)
+            _assemble(staged, activations)
+        current.wait_stream(beside)
+        for made in (activations, index):
+            made.record_stream(current)
+        return activations, index, copied
+
+
+def stream_memory_nbytes(
+    spec: StoreSpec,
+    span: Span,
+    batch_size: int = 64,
+    world_size: int = 1,
+    lanes: int = 64,
+    threads: int = 8,
+    *,
+    readahead: float = 1.0,
+) -> int:
+    """Bytes of buffers that each rank of a stream will use, for a plan; a store without bad images is assumed.
+
+    About lanes x chunk x states x (1 + readahead) / world_size. The stream's own `memory_nbytes` is exact.
+    """
+    order = make_pass_order(np.ones(spec.n_samples, bool), spec.samples_per_chunk, lanes=lanes)
+    worst = 0
+    for rank in range(min(world_size, order.n_lanes)):
+        plan = make_read_plan(order, batch_size, rank=rank, world_size=world_size, readahead=readahead)
+        n_rows = int(np.diff(order.rank_starts(batch_size, rank, world_size)).max())
+        worst = max(worst, ring_nbytes(spec, span.n_states, plan.n_buffers * n_rows))
+    return worst + threads * (payload_nbytes(spec) + decoded_nbytes(spec))
+
+
+def _make_out(
+    shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, out: torch.Tensor | None
+) -> torch.Tensor:
+    if out is None:
+        return torch.empty(shape, device=device, dtype=dtype)
+    if out.shape[1:] != shape[1:] or out.shape[0] < shape[0] or out.dtype != dtype or out.device != device:
+        raise ValueError(
+            f"out is {tuple(out.shape)} {out.dtype} on {out.device}; at least {shape} {dtype} on {device} was expected"
+        )
+    return out[: shape[0]]
+
+
+def _assemble(parts: Sequence[torch.Tensor], activations: torch.Tensor) -> None:
+    """Write (batch, state, token, dim) parts side by side along the tokens."""
+    start = 0
+    for part in parts:
+        activations[:, :, start : start + part.shape[2]].copy_(part)
+        start += part.shape[2]
+
+
+def _check_numbers(**numbers: int) -> None:
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; expected at least 1")
+
+
+def _check_span(store: Store, span: Span) -> None:
+    missing = [layer for layer in span.states if layer not in store.layers]
+    if missing:
+        raise SchemaError(
+            f"BLOCK={span}",
+            [
+                f"{store.location} has no layer {', '.join(map(str, missing))}; it has "
+                f"{', '.join(map(str, store.layers))}. Choose a span within them"
+            ],
+        )
+    assert stream_kinds(store.spec)
+
+
+def _frozen_shards(store: Store, partial: bool, shards: Sequence[int] | None) -> tuple[int, ...] | None:
+    """The shards that take part; None where that is all of them by right."""
+    committed = store.committed
+    if shards is not None:
+        if not partial:
+            raise ValueError("shards were given for a whole pass; give partial=True with them")
+        missing = [s for s in shards if not (0 <= s < len(committed) and committed[s])]
+        if missing:
+            raise NotCommittedError(
+                f"{store.location}: shards {', '.join(map(str, missing[:10]))} are not committed, but the pass was "
+                "begun with them. Mend the store (make verify REPAIR=1) or begin another run"
+            )
+        return tuple(sorted(shards))
+    if committed.all():
+        return None
+    if not partial:
+        raise NotCommittedError(
+            f"{store.location} is not finished: {int(committed.sum())} of {len(committed)} shards are committed. Run "
+            "the same make extract again, or use what is there: PARTIAL=1"
+        )
+    return tuple(np.flatnonzero(committed).tolist())
+
+
+def _valid_in(store: Store, shards: Sequence[int] | None) -> np.ndarray:
+    if shards is None:
+        return store.valid
+    valid = np.zeros(store.n_samples, bool)
+    for shard in shards:
+        rows = store.spec.shard_samples(shard)
+        valid[rows.start : rows.stop] = store.valid[rows.start : rows.stop]
+    return valid
