@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, Literal
 
 from storage_schemas.errors import SchemaError
@@ -112,7 +113,7 @@ class StoreSpec:
     source_digest: str
 
     def __post_init__(self) -> None:
-        problems = list(_spec_problems(self))
+        problems = _field_problems(self) or list(_size_problems(self))
         if problems:
             raise SchemaError("store identity", problems)
 
@@ -181,6 +182,9 @@ class StoreSpec:
             if not isinstance(values[name], list):
                 raise SchemaError("store identity", [f"{name} is {values[name]!r}, expected a list"])
             values[name] = tuple(values[name])
+        problems = _field_problems(SimpleNamespace(**values))
+        if problems:
+            raise SchemaError("store identity", problems)
         return cls(**values)
 
 
@@ -193,7 +197,8 @@ def differences(found: StoreSpec, asked: StoreSpec) -> list[str]:
     ]
 
 
-def _spec_problems(spec: StoreSpec) -> list[str]:
+def _field_problems(spec: Any) -> list[str]:
+    """What is wrong with the fields of a StoreSpec, or of anything with its attributes."""
     problems = []
     for name, allowed in (
         ("backend", BACKENDS),
@@ -236,7 +241,7 @@ def _spec_problems(spec: StoreSpec) -> list[str]:
             f"samples_per_shard {spec.samples_per_shard} is not a multiple of "
             f"samples_per_chunk {spec.samples_per_chunk}"
         )
-    return problems or list(_size_problems(spec))
+    return problems
 
 
 def _size_problems(spec: StoreSpec) -> Iterator[str]:
