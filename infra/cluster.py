@@ -9,6 +9,7 @@ the working directory and start every worker through uv), and, for an embedded c
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from typing import Any
 from infra.console import UserError
 
 OBJECT_STORE_NBYTES = 256 * 2**20  # activations never pass through it; Ray's default takes 30 % of the memory
+KNOCK_TIMEOUT_S = 10.0
 GET_TOKEN = "ray get-auth-token"
 
 
@@ -93,13 +95,7 @@ def connect(
         }
         context = _start_embedded(settings, say)
     else:
-        try:
-            context = ray.init(address=found, **common)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise UserError(
-                f"no Ray cluster answers at {found} ({error}). Start it, correct RAY_ADDRESS, or unset RAY_ADDRESS to "
-                "run inside this machine"
-            ) from error
+        context = _join(found, common)
     url = context.dashboard_url or ""
     return Connection(
         address=context.address_info["address"],
@@ -165,6 +161,22 @@ def _start_embedded(settings: dict[str, Any], say: Callable[[str], None]) -> Any
         raise UserError(
             f"Ray does not start in this machine: {_first_line(error)}. It needs about 4 GB of free memory and a "
             "writable temporary folder. The same job runs without Ray with --no-ray"
+        ) from error
+
+
+def _join(address: str, settings: dict[str, Any]) -> Any:
+    """Connect to a running cluster, but knock first: Ray itself tries a dead address for minutes, and silently."""
+    import ray
+
+    host, _, port = address.rpartition(":")
+    try:
+        if port.isdecimal() and "://" not in address:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_TIMEOUT_S).close()
+        return ray.init(address=address, **settings)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"no Ray cluster answers at {address} ({_first_line(error)}). Start it, correct RAY_ADDRESS, or unset "
+            "RAY_ADDRESS to run inside this machine"
         ) from error
 
 
