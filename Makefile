@@ -1,3 +1,4 @@
+# Hidden states of vision transformers: extract them into a store, train Raptor blocks from it.
 # Every target first makes .venv from requirements.txt if it is missing or stale.
 # Variables may be exported, given on the line (make extract LIMIT=100), or kept in an untracked local.mk.
 -include local.mk
@@ -8,15 +9,95 @@ READY   := .venv/.ready
 
 .DEFAULT_GOAL := help
 
-$(READY): requirements.txt
-	@echo "making .venv from requirements.txt (once)"
+# $(call flag,NAME): --name 'value' if the variable is set.  $(call switch,NAME): --name if it is 1.
+lower  = $(subst _,-,$(shell echo '$(1)' | tr 'A-Z' 'a-z'))
+flag   = $(if $(strip $($(1))),--$(call lower,$(1)) '$(strip $($(1)))')
+switch = $(if $(filter 1 yes true,$($(1))),--$(call lower,$(1)))
+flags  = $(foreach name,$(1),$(call flag,$(name)))
+
+EXTRACT_VARIABLES := IMAGES STORE TEACHER WEIGHTS HEAD IMAGE_SIZE FORMAT PRECISION CODEC SHUFFLE COMPUTE LAYERS LIMIT \
+  SAMPLES_PER_SHARD SAMPLES_PER_CHUNK MICRO_BATCH RAY_ADDRESS DEPTH DEVICE
+EXTRACT_FLAGS = $(call flags,$(EXTRACT_VARIABLES)) $(if $(strip $(WORKERS)),--workers '$(strip $(WORKERS))') \
+  $(call switch,NO_RAY) $(ARGS)
+
+help: ## list targets and variables
+	@echo "Targets"
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | \
+	  awk -F'|' '{printf "  %-14s %s\n", $$1, $$2}'
+	@echo ""
+	@echo "Variables (default in brackets)"
+	@grep -hE '^#: ' $(MAKEFILE_LIST) | sed 's/^#: /  /'
+	@echo ""
+	@echo "Every door has --help with all options: .venv/bin/python -m pipeline extract --help"
+
+#: IMAGES      digits, or a folder of class folders of images, or a folder with such folders train/ and val/  [digits]
+#: STORE       a store, or the folder of stores train and val                     [data/stores/<name of IMAGES>]
+#: TEACHER     any timm ViT, or digits_vit                     [digits_vit for digits, else DINOv2 ViT-B/14 reg]
+#: WEIGHTS     file in timm's or Meta's naming, or random:0                        [timm's pretrained or shipped]
+#: HEAD        file of a linear head on [final-norm CLS; mean of final-norm patches]                      [none]
+#: PRECISION   of stored patches: float16 or float32                                                  [float16]
+#: CODEC       none, lz4, zstd-1 or zstd-3                                                               [none]
+#: COMPUTE     of the teacher: float32, tf32, bfloat16 or float16                                      [float32]
+#: LAYERS      states to store, such as 0-12 or 0,6,12                                                    [all]
+#: LIMIT       only the first n images of the shuffled order                                              [all]
+#: BLOCK       a-b: the block takes state a and produces a+1..b                                 [must be given]
+#: RUN         folder of a training run                            [data/runs/<store>/<BLOCK>-seed<SEED>]
+#: STEPS SEED  length and seed of a training                                                   [the recipe's; 0]
+#: REPAIR=1    with make verify: mend what is wrong (give IMAGES as extracted)                             [off]
+#: RAY_ADDRESS a Ray cluster to run on                                                     [Ray in this machine]
+#: WORKERS     teacher actors                                                    [one per GPU, else per machine]
+#: NO_RAY=1    extract in one process                                                                      [off]
+#: ARGS        further flags, passed on as they are: ARGS="--overwrite"                                   [none]
+
+$(READY): requirements.txt pyproject.toml
+	@echo "making .venv from requirements.txt (once; about a minute)"
 	@test -x $(PYTHON) || $(PYTHON3) -m venv .venv
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check uv
-	@.venv/bin/uv pip install --quiet --python $(PYTHON) --requirements requirements.txt
-	@.venv/bin/uv pip install --quiet --python $(PYTHON) --no-deps --no-build-isolation --editable . --config-settings editable_mode=compat
+	@.venv/bin/uv pip install --quiet --compile-bytecode --python $(PYTHON) --requirements requirements.txt
+	@.venv/bin/uv pip install --quiet --python $(PYTHON) --no-deps --no-build-isolation --editable . \
+	  --config-settings editable_mode=compat
 	@touch $(READY)
 
-.PHONY: requirements
-requirements: $(READY)  ## resolve requirements.in into the pinned, universal requirements.txt
-	.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url \
-	  requirements.in --output-file requirements.txt
+.PHONY: help venv extract plan inspect verify train teacher bench test test-slow check format requirements
+
+venv: $(READY) ## make .venv and nothing else
+
+extract: $(READY) ## images -> store, with hidden states of all layers; again to go on after anything
+	@$(PYTHON) -m pipeline extract $(EXTRACT_FLAGS)
+
+plan: $(READY) ## what make extract would take: bytes, objects, memory
+	@$(PYTHON) -m pipeline plan $(EXTRACT_FLAGS)
+
+inspect: $(READY) ## what a store holds
+	@$(PYTHON) -m storage_schemas inspect $(if $(STORE),'$(STORE)',data/stores/digits) $(ARGS)
+
+verify: $(READY) ## re-read and check every object of a store; REPAIR=1 mends
+	@$(PYTHON) -m pipeline verify $(EXTRACT_FLAGS) $(call switch,REPAIR)
+
+train: $(READY) ## train one Raptor block on a store: make train BLOCK=0-7
+	@$(PYTHON) -m trainer train $(call flags,STORE BLOCK RUN STEPS SEED) $(call switch,PARTIAL) $(ARGS)
+
+teacher: $(READY) ## train digits_vit, the small teacher that ships with the project (minutes)
+	@$(PYTHON) -m trainer teacher $(ARGS)
+
+bench: $(READY) ## side-by-side benchmarks; results under benchmarks/results/
+	@$(PYTHON) -m benchmarks all $(ARGS)
+
+test: $(READY) ## all tests but the slow ones
+	@$(PYTHON) -m pytest $(ARGS)
+
+test-slow: $(READY) ## the slow tests: hundreds of kills and corruptions
+	@$(PYTHON) -m pytest -m slow $(ARGS)
+
+check: $(READY) ## lint, format, types
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
+
+format: $(READY) ## let ruff format and sort
+	@.venv/bin/ruff check --fix .
+	@.venv/bin/ruff format .
+
+requirements: $(READY) ## resolve requirements.in into the pinned, universal requirements.txt
+	@.venv/bin/uv pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header \
+	  --no-emit-index-url requirements.in --output-file requirements.txt
