@@ -151,7 +151,7 @@ def decode_image(data: bytes, preprocessing: Preprocessing) -> UInt8[np.ndarray,
             pixels is refused before anything of it is decoded.
     """
     rgb = _crop(_resize(_read_rgb(data), preprocessing), preprocessing.image_size)
-    return np.ascontiguousarray(np.asarray(rgb).transpose(2, 0, 1))
+    return np.array(np.asarray(rgb).transpose(2, 0, 1), order="C")  # a copy, always: PIL's own memory is read-only
 
 
 def normalise(

@@ -1,18 +1,22 @@
 """Train digits_vit, the teacher that ships with the package: `make teacher`, minutes on two cores.
 
-Supervised on 80 % of scikit-learn's digits. Expect 97 % or more top-1 on the held-out 20 %: 60 epochs of 11 steps,
-about 7 minutes on two idle CPU cores. The recipe (AdamW 2e-3 one-cycle, stochastic depth 0.1 uniform over depth, small
-affine augmentation, bfloat16 autocast, no LayerScale) is the one that worked; LayerScale 0.1 learned far more slowly.
+Supervised on 80 % of scikit-learn's digits. Expect 97 % or more top-1 on the held-out 20 %; the shipped weights, made
+with seed 0, reached 99.4 %. 60 epochs of 11 steps, about 7 minutes on two idle CPU cores. The recipe (AdamW 2e-3
+one-cycle, stochastic depth 0.1 uniform over depth, small affine augmentation, bfloat16 autocast, no LayerScale) is the
+one that worked; with LayerScale 0.1 it learned far more slowly.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float32, Int64, UInt8
+from safetensors.torch import save
 from torch import nn
 from torch.nn import functional
 
@@ -92,6 +96,20 @@ def train_digits_teacher(
     return DigitsTeacherResult(model=model, head=head, val_accuracy=accuracy)
 
 
+def save_digits_teacher(result: DigitsTeacherResult, folder: Path) -> list[Path]:
+    """Write `digits_vit.safetensors` and `digits_vit_head.safetensors`, the files that load_teacher looks for.
+
+    Args:
+        result: What train_digits_teacher gave.
+        folder: Made if missing; `pipeline.teacher.SHIPPED` replaces the shipped teacher.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "digits_vit.safetensors", folder / "digits_vit_head.safetensors"]
+    for path, module in zip(paths, (result.model, result.head), strict=True):
+        path.write_bytes(save({name: tensor.contiguous() for name, tensor in module.state_dict().items()}))
+    return paths
+
+
 def _fit(
     model: nn.Module,
     head: nn.Linear,
@@ -140,7 +158,7 @@ def augment(
     return functional.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
 
 
-def _logits(model: nn.Module, head: nn.Linear, pixels: torch.Tensor) -> torch.Tensor:
+def _logits(model: Any, head: nn.Linear, pixels: torch.Tensor) -> torch.Tensor:
     tokens = model.forward_features(pixels)  # final norm included
     return head(torch.cat([tokens[:, 0], tokens[:, model.num_prefix_tokens :].mean(1)], dim=-1))
 
@@ -164,7 +182,7 @@ def _batches(n_images: int, batch_size: int, generator: torch.Generator) -> Iter
         yield order[first : first + batch_size]
 
 
-def _set_drop_path(model: nn.Module, rate: float) -> None:
+def _set_drop_path(model: Any, rate: float) -> None:
     from timm.layers import DropPath
 
     for block in model.blocks:
