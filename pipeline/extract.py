@@ -167,6 +167,7 @@ class _Job:
     document: StoreDocument | None  # None: still to be created
     overwrite: bool
     shards: list[int]
+    bad_images: list[tuple[int, str]]
     depth: int
 
 
@@ -179,10 +180,12 @@ def _prepare(planned: PlannedStore, overwrite: bool, run: RunConfig) -> _Job:
     for line in [*describe(plan, planned.spec, planned.location), *(f"  note: {note}" for note in planned.notes)]:
         say(line)
     shards = list(range(planned.spec.n_shards))
+    bad_images: list[tuple[int, str]] = []
     if document is not None:
         commits, damaged = read_commits(objects, document)
         done = {commit.shard for commit in commits}
         shards = [shard for shard in shards if shard not in done]
+        bad_images = [bad for commit in commits for bad in commit.bad_images]
         for key, what in damaged.items():
             say(f"  {key} is damaged and its shard will be done again: {what}")
     return _Job(
@@ -192,6 +195,7 @@ def _prepare(planned: PlannedStore, overwrite: bool, run: RunConfig) -> _Job:
         document=document,
         overwrite=overwrite,
         shards=shards,
+        bad_images=bad_images,
         depth=depth,
     )
 
@@ -306,10 +310,10 @@ def _extract_store(
 ) -> ExtractResult:
     planned, objects = job.planned, job.objects
     result = ExtractResult(planned=planned, plan=job.plan)
+    result.bad_images = [(index, planned.samples[index].sample_id, code) for index, code in job.bad_images]
     n_missing = sum(len(planned.spec.shard_samples(shard)) for shard in job.shards)
     result.n_before = planned.spec.n_samples - n_missing
     if not job.shards and _has_whole_index(objects, planned):
-        result.bad_images = _bad_images(open_store(objects))
         return result
     with claimed(objects, say) as (log, beat):
         if job.overwrite:
@@ -323,7 +327,6 @@ def _extract_store(
         if job.shards:
             _run_shards(job, run, stop, teacher_factory, result, log, beat)
         store = open_store(objects)
-        result.bad_images = _bad_images(store)
         if store.is_complete:
             write_index(objects, store)
         log.status(state="complete" if store.is_complete else "incomplete", verdict=result.verdict)
@@ -398,22 +401,25 @@ def _dispatch(
     teacher_factory: Callable[[str], Teacher] | None,
     on_event: Callable[[Event], None],
 ) -> Iterator[Outcome]:
-    config = RunnerConfig(
-        store=str(Path(job.planned.location).absolute()),
-        source=job.planned.source,
-        device=run.device,
-        n_threads=run.cpus_per_worker,
-        n_buffers=job.depth,
-        make_teacher=teacher_factory,
-    )
+    def runner_config(n_threads: int | None) -> RunnerConfig:
+        return RunnerConfig(
+            store=str(Path(job.planned.location).absolute()),
+            source=job.planned.source,
+            device=run.device,
+            n_threads=n_threads,
+            n_buffers=job.depth,
+            make_teacher=teacher_factory,
+        )
+
     if run.no_ray:
+        config = runner_config(run.cpus_per_worker)
         return run_plain(job.shards, config, depth=job.depth, stop=stop, on_event=on_event)
     from pipeline.dispatch_ray import run_on_ray
 
     num_cpus, num_gpus = _actor_resources(run)
     return run_on_ray(
         job.shards,
-        config,
+        runner_config(num_cpus),
         n_actors=_n_actors(run),
         num_cpus=num_cpus,
         num_gpus=num_gpus,
@@ -438,11 +444,6 @@ def write_index(objects: Objects, store: Store) -> None:
 
 def _has_whole_index(objects: Objects, planned: PlannedStore) -> bool:
     return any(info.key == INDEX_KEY for info in objects.list(INDEX_KEY))
-
-
-def _bad_images(store: Store) -> list[tuple[int, str, str]]:
-    names = store.samples["sample_id"]
-    return [(index, names[index].as_py(), code) for index, code in sorted(store.table.bad_images.items())]
 
 
 def _too_many_bad(planned: PlannedStore, bad: list[tuple[int, str, str]], limit: int) -> str:
