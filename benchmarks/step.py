@@ -1,0 +1,254 @@
+"""How fast a block learns: our training step for one span against a step in the published style."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.machine import this_machine
+from benchmarks.reference_step import ReferenceBlock, make_reference_optimizer, reference_loss, reference_step
+from benchmarks.report import Cell, Goal, Result
+from benchmarks.rounds import Rates, run_rounds
+from storage_schemas.spec import Span
+from trainer.block import Block
+from trainer.checkpoint import import_reference
+from trainer.losses import mse
+from trainer.machine import Machine
+from trainer.objectives import annealed_loss
+from trainer.optimizer import clip_and_step, make_optimizer
+
+SPAN = Span(0, 7)
+REFERENCE = "reference style, float32"
+MODES = {"roll-out": 0.0, "half way": 0.5}  # three quarters of a published run are pure roll-out
+# Dense bfloat16 products per second, from the vendors' data sheets; MFU is only given for these.
+PEAK_FLOP_PER_S = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
+
+NOTES = (
+    "One step: loss over the whole span, gradients, clipping to norm 1, AdamW. States are on the device already, "
+    "random, float32. `half way` weighs teacher forcing and roll-out by one half each, `roll-out` is the second part "
+    "of a run alone. Ours computes the first transition once for both, so half way it calls the block 13 times where "
+    "the reference does 14 transitions.",
+    "Before timing, every variant's first loss is held against the reference style's with the same weights.",
+    "TFLOP/s counts the products of the block's linear layers and attention, forward once and backward twice, for the "
+    "calls that the variant makes; MFU is that over the GPU's dense bfloat16 peak.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBenchmark:
+    """Sizes of this benchmark.
+
+    Attributes:
+        span: States of the block.
+        dim, n_heads, n_tokens: Of the teacher; ViT-B/14 with 4 registers at 224 px.
+        batch_size: Samples of a step; None takes 64 on a GPU and 2 elsewhere.
+        n_rounds: Every variant runs once in each.
+        least_s: A variant's steps are repeated for at least so long in a round.
+    """
+
+    span: Span = SPAN
+    dim: int = 768
+    n_heads: int = 12
+    n_tokens: int = 261
+    batch_size: int | None = None
+    n_rounds: int = 3
+    least_s: float = 2.0
+
+
+QUICK = StepBenchmark(span=Span(0, 3), dim=32, n_heads=2, n_tokens=9, batch_size=2, n_rounds=1, least_s=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to compute a step.
+
+    Attributes:
+        name: In the table.
+        n_calls: Block calls per sample of a step, by mode.
+        loss: The loss of the current weights at a teacher-forcing weight.
+        step: Takes one step, without waiting for the device if it need not.
+        tolerance: Relative difference allowed between its first loss and the reference style's.
+    """
+
+    name: str
+    n_calls: Callable[[float], int]
+    loss: Callable[[float], Tensor]
+    step: Callable[[float], Any]
+    tolerance: float
+
+
+def run(config: StepBenchmark) -> Result:
+    """Make the variants, check their losses, time all in turn."""
+    machine = Machine.found()
+    batch_size = config.batch_size or (64 if machine.device.type == "cuda" else 2)
+    torch.manual_seed(0)
+    reference = ReferenceBlock(config.dim, config.n_heads).to(machine.device)
+    nn.init.constant_(reference.ls1.gamma, 0.1)  # as in a trained block: at 1e-5 no loss would show a wrong branch
+    nn.init.constant_(reference.ls2.gamma, 0.1)
+    states = torch.randn(batch_size, config.span.n_states, config.n_tokens, config.dim, device=machine.device)
+    variants = make_variants(config, machine, reference, states)
+    losses = {mode: check_losses(variants, forcing) for mode, forcing in MODES.items()}
+    peaks = {(v.name, mode): _peak_memory(v, forcing, machine) for v in variants for mode, forcing in MODES.items()}
+    n_at_once = 10 if machine.device.type == "cuda" else 1
+
+    def some_steps(variant: Variant, forcing: float) -> int:
+        for _ in range(n_at_once):
+            variant.step(forcing)
+        if machine.device.type == "cuda":
+            torch.cuda.synchronize()
+        return n_at_once * batch_size
+
+    rates = {}
+    for mode, forcing in MODES.items():
+        steps = {v.name: (lambda v=v, forcing=forcing: some_steps(v, forcing)) for v in variants}
+        for name, rate in run_rounds(steps, n_rounds=config.n_rounds, least_s=config.least_s).items():
+            rates[name, mode] = rate
+    return _result(config, machine, batch_size, variants, rates, peaks, losses)
+
+
+def make_variants(config: StepBenchmark, machine: Machine, reference: ReferenceBlock, states: Tensor) -> list[Variant]:
+    """The reference style and ours, in float32 and bfloat16; on a GPU also compiled. All begin with equal weights."""
+    n_steps, start = config.span.n_states - 1, config.span.start
+    optimizer = make_reference_optimizer(reference)
+    variants = [
+        Variant(
+            name=REFERENCE,
+            n_calls=lambda forcing: 2 * n_steps if forcing else n_steps,
+            loss=lambda forcing: reference_loss(reference, states, start, forcing),
+            step=lambda forcing: reference_step(reference, optimizer, states, start, forcing),
+            tolerance=0.0,
+        )
+    ]
+    weights = import_reference(reference.state_dict())
+    for precision in ("float32", "bfloat16"):
+        for compiled in (False, True) if machine.device.type == "cuda" else (False,):
+            block = Block(config.dim, config.n_heads).to(machine.device)
+            block.load_state_dict(weights)
+            name = f"ours, {precision}{', compiled' if compiled else ''}"
+            variants.append(_ours(name, block, states, config, machine, precision, compiled))
+    return variants
+
+
+def _ours(
+    name: str,
+    block: Block,
+    states: Tensor,
+    config: StepBenchmark,
+    machine: Machine,
+    precision: str,
+    compiled: bool,
+) -> Variant:
+    optimizer = make_optimizer(block)
+    model = torch.compile(block) if compiled else block
+    n_steps = config.span.n_states - 1
+
+    def loss(forcing: float) -> Tensor:
+        with machine.autocast(precision):
+            return annealed_loss(model, states, config.span.start, mse, forcing)
+
+    def step(forcing: float) -> None:
+        loss(forcing).backward()
+        clip_and_step(optimizer, 1.0)
+        optimizer.zero_grad(set_to_none=True)
+
+    tolerance = 1e-4 if precision == "float32" else 2e-2
+    return Variant(
+        name=name,
+        n_calls=lambda forcing: 2 * n_steps - 1 if forcing else n_steps,
+        loss=loss,
+        step=step,
+        tolerance=tolerance,
+    )
+
+
+def check_losses(variants: list[Variant], forcing: float) -> dict[str, float]:
+    """First losses by variant; the reference style comes first.
+
+    Raises:
+        AssertionError: One differs from the reference style's by more than its arithmetic explains.
+    """
+    with torch.no_grad():
+        losses = {variant.name: float(variant.loss(forcing)) for variant in variants}
+    expected = losses[variants[0].name]
+    for variant in variants:
+        difference = abs(losses[variant.name] - expected) / expected
+        if difference > variant.tolerance:
+            raise AssertionError(f"{variant.name}: first loss {losses[variant.name]}, the reference has {expected}")
+    return losses
+
+
+def block_flop(dim: int, n_tokens: int) -> float:
+    """Floating-point operations of one forward call of a SwiGLU block for one sample, products only.
+
+    5.14e9 for ViT-B/14: 32 T d^2 of the linear layers (4 + 8 + 4 times d^2, two operations each) and 4 T^2 d of
+    attention.
+    """
+    return 32.0 * n_tokens * dim**2 + 4.0 * n_tokens**2 * dim
+
+
+def _peak_memory(variant: Variant, forcing: float, machine: Machine) -> float | None:
+    """Peak GPU memory over what is held between steps, in GB, after one step that warms up; None on a CPU."""
+    variant.step(forcing)
+    if machine.device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    variant.step(forcing)
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - held) / 1e9
+
+
+def _result(
+    config: StepBenchmark,
+    machine: Machine,
+    batch_size: int,
+    variants: list[Variant],
+    rates: dict[tuple[str, str], Rates],
+    peaks: dict[tuple[str, str], float | None],
+    losses: dict[str, dict[str, float]],
+) -> Result:
+    facts = this_machine()
+    peak_flop = next((peak for name, peak in PEAK_FLOP_PER_S.items() if name in (facts.gpu or "")), None)
+    rows: list[dict[str, Cell]] = []
+    for mode, forcing in MODES.items():
+        base = rates[REFERENCE, mode].median
+        for variant in variants:
+            rate = rates[variant.name, mode]
+            flop_per_s = rate.median * 3 * variant.n_calls(forcing) * block_flop(config.dim, config.n_tokens)
+            rows.append(
+                {
+                    "objective": mode,
+                    "step": variant.name,
+                    "samples/s": rate.median,
+                    "rounds": rate.spread,
+                    "times the reference": rate.median / base,
+                    "TFLOP/s": flop_per_s / 1e12,
+                    "MFU": flop_per_s / peak_flop if peak_flop else None,
+                    "peak GB": peaks[variant.name, mode],
+                }
+            )
+    goals = [
+        Goal(
+            what=f"ours in float32 / reference style, {mode}",
+            found=rates["ours, float32", mode].median / rates[REFERENCE, mode].median,
+            at_least=1.0,
+        )
+        for mode in MODES
+    ]
+    return Result(
+        name="step",
+        title=f"Training step of one block, span {config.span}, {config.dim} channels, {config.n_tokens} tokens, "
+        f"batch {batch_size}, on {facts.gpu or 'the CPU'}",
+        machine=facts,
+        settings={**asdict(config), "span": str(config.span), "batch_size": batch_size},
+        rows=rows,
+        goals=goals if config.dim == 768 else (),
+        notes=NOTES,
+        details={
+            "samples_per_s": {f"{name}, {mode}": rate.per_s for (name, mode), rate in rates.items()},
+            "first_losses": losses,
+        },
+    )
