@@ -29,7 +29,8 @@ class ObjectRecord:
 
     Attributes:
         nbytes: Size of the whole object.
-        crc32c: Of the whole object.
+        crc32c: Of the whole object. By itself it says little: bytes followed by their own CRC32C, as every chunk is,
+            have a CRC32C that does not depend on them. It guards trailers and index once the chunks are checked.
         chunks: (chunk, 3) int64: offset, payload bytes and payload CRC32C of each chunk that holds samples.
     """
 

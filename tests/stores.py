@@ -46,11 +46,25 @@ def planted_states(spec: StoreSpec, rows: range, seed: int = 0) -> np.ndarray:
     return out
 
 
-def write_planted(objects: Objects, spec: StoreSpec, bad_images: dict[int, str] | None = None, seed: int = 0) -> None:
+def planted_head_inputs(spec: StoreSpec, rows: range, seed: int = 0) -> np.ndarray:
+    """(sample, 2 dim) float32, a function of the sample index alone."""
+    made = [np.random.default_rng((seed, row, 1)).standard_normal(2 * spec.dim) for row in rows]
+    return np.array(made, np.float32)
+
+
+def write_planted(
+    objects: Objects,
+    spec: StoreSpec,
+    bad_images: dict[int, str] | None = None,
+    seed: int = 0,
+    teacher_files: dict[str, bytes] | None = None,
+) -> None:
     write_store(
         objects,
         spec,
         make_samples(spec.n_samples),
         lambda rows: planted_states(spec, rows, seed),
+        head_inputs_of=lambda rows: planted_head_inputs(spec, rows, seed),
         bad_images=bad_images,
+        teacher_files=teacher_files,
     )
