@@ -6,8 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from infra.console import ExitCode, Progress, human_bytes, human_duration, run_door
-from infra.objects import open_objects
+from infra.console import ExitCode, JobError, Progress, human_bytes, human_duration, run_door
+from infra.objects import ObjectError, open_objects
 from pipeline.extract import RunConfig, exit_code, extract, n_threads, say
 from pipeline.plan import describe, plan_store
 from pipeline.repair import repair as repair_stores
@@ -32,7 +32,13 @@ def run_plan(config: _Config, run: _Run) -> int:
     """Say what an extraction would take, and write nothing."""
     for planned in plan_stores(config, make_teacher(config), say):
         weights_nbytes = sum(len(data) for data in planned.teacher_files.values())
-        plan = plan_store(planned.spec, weights_nbytes=weights_nbytes, depth=run.depth or 2, n_threads=n_threads(run))
+        plan = plan_store(
+            planned.spec,
+            weights_nbytes=weights_nbytes,
+            n_states=planned.n_states,
+            depth=run.depth or 2,
+            n_threads=n_threads(run),
+        )
         for line in [*describe(plan, planned.spec, planned.location), *(f"  note: {n}" for n in planned.notes)]:
             print(line)
     return ExitCode.OK
@@ -51,7 +57,10 @@ def run_verify(config: _Config, run: _Run, repair: bool = False) -> int:
         results = repair_stores(config, run)
         print(summarise(results, root))
         return exit_code(results)
-    problems = [p for split, location in find_stores(root).items() for p in _verify(location, split)]
+    try:
+        problems = [p for split, location in find_stores(root).items() for p in _verify(location, split)]
+    except ObjectError as error:
+        raise JobError(str(error)) from error
     if not problems:
         return ExitCode.OK
     print(f"{len(problems)} problems. Mend them: make verify STORE={root} IMAGES=<as extracted> REPAIR=1")

@@ -7,15 +7,17 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+
+import torch
 
 from infra.cluster import check_fits, connected
 from infra.console import ExitCode, JobError, Progress, StopFlag, UserError, human_bytes, stop_on_signals
 from infra.metrics import STAGES, Metrics, sum_stages, verdict
-from infra.objects import ObjectMissingError, Objects, open_objects
+from infra.objects import ObjectError, ObjectMissingError, Objects, open_objects
 from infra.status import Beat
 from pipeline.dispatch import (
     DispatchError,
@@ -28,15 +30,16 @@ from pipeline.dispatch import (
     run_plain,
 )
 from pipeline.plan import StorePlan, describe, plan_store
-from pipeline.run_log import RunLog, claimed
+from pipeline.run_log import HEARTBEAT_KEY, RunLog, claimed
 from pipeline.settings import ExtractConfig, PlannedStore, make_teacher, plan_stores
 from pipeline.shard import RunnerConfig, ShardReport, resolve_device
+from pipeline.sources import ImageFolderSource, Source
 from pipeline.teacher import Teacher
 from storage_schemas.create import StoreDocument, create_store, plan_documents, read_store_document
 from storage_schemas.errors import NotAStoreError, SchemaError
 from storage_schemas.index import index_to_bytes
-from storage_schemas.keys import INDEX_KEY, STORE_KEY, is_owned
-from storage_schemas.reader import Store, open_store, read_commits
+from storage_schemas.keys import INDEX_KEY, LOG_PREFIX, STORE_KEY, is_owned
+from storage_schemas.reader import Store, has_index, list_commits, open_store, read_commits
 from storage_schemas.spec import differences
 
 MIN_BAD_IMAGES = 10
@@ -145,16 +148,14 @@ def extract_planned(
     teacher_factory: Callable[[str], Teacher] | None = None,
 ) -> list[ExtractResult]:
     """`extract` for stores that are planned already."""
-    jobs = [_prepare(store, overwrite, run) for store in planned]
-    _check_disk(jobs)
-    missing = any(job.shards for job in jobs)
-    results = []
-    with _ray(run) if missing and not run.no_ray else nullcontext(), stop_on_signals() as stop:
-        for job in jobs:
-            results.append(_extract_store(job, run, stop, teacher_factory))
-            if stop():
-                break
-    return results
+    try:
+        jobs = [_prepare(store, overwrite, run) for store in planned]
+        _check_disk(jobs)
+        missing = any(job.shards for job in jobs)
+        with _ray(run) if missing and not run.no_ray else nullcontext(), stop_on_signals() as stop:
+            return [_extract_store(job, run, stop, teacher_factory) for job in jobs]
+    except ObjectError as error:
+        raise JobError(f"{error}. What is committed stays valid; the same command goes on from there") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +177,13 @@ def _prepare(planned: PlannedStore, overwrite: bool, run: RunConfig) -> _Job:
     document, overwrite = check_place(objects, planned, overwrite)
     weights_nbytes = sum(len(data) for data in planned.teacher_files.values())
     depth = run.depth or (3 if resolve_device(run.device) == "cuda" else 2)
-    plan = plan_store(planned.spec, weights_nbytes=weights_nbytes, depth=depth, n_threads=n_threads(run))
+    plan = plan_store(
+        planned.spec,
+        weights_nbytes=weights_nbytes,
+        n_states=planned.n_states,
+        depth=depth,
+        n_threads=n_threads(run),
+    )
     for line in [*describe(plan, planned.spec, planned.location), *(f"  note: {note}" for note in planned.notes)]:
         say(line)
     shards = list(range(planned.spec.n_shards))
@@ -214,6 +221,8 @@ def check_place(objects: Objects, planned: PlannedStore, overwrite: bool) -> tup
     Raises:
         UserError: Something else is there; says what, and what to do.
     """
+    if "://" not in objects.location and Path(objects.location).is_file():
+        raise UserError(f"{objects.location} is a file; a store is a folder. Choose another STORE")
     try:
         found = read_store_document(objects, objects.location)
     except NotAStoreError:
@@ -222,6 +231,11 @@ def check_place(objects: Objects, planned: PlannedStore, overwrite: bool) -> tup
             raise UserError(
                 f"{objects.location} is not empty and is no store: it holds {', '.join(strangers)}. "
                 "Choose another STORE, or empty that folder"
+            ) from None
+        if list_commits(objects):
+            raise UserError(
+                f"{objects.location} holds committed shards but no {STORE_KEY}, so nobody can say what they are. "
+                f"Write it anew: make verify STORE={objects.location} REPAIR=1 and the variables of the extraction"
             ) from None
         return None, False
     except SchemaError as error:
@@ -249,9 +263,12 @@ def check_place(objects: Objects, planned: PlannedStore, overwrite: bool) -> tup
     )
 
 
-def delete_store(objects: Objects) -> None:
-    """Delete the keys that this format owns, store.json last; says how many."""
-    owned = [info for info in objects.list() if is_owned(info.key)]
+def delete_store(objects: Objects, *, keep_run: str) -> None:
+    """Delete the keys that this format owns, store.json last, but for the log of one run; says how many."""
+    kept = (HEARTBEAT_KEY, f"{LOG_PREFIX}{keep_run}/")
+    owned = [info for info in objects.list() if is_owned(info.key) and not info.key.startswith(kept)]
+    if not owned:
+        return
     say(f"  deleting {len(owned):,} objects, {human_bytes(sum(info.nbytes for info in owned))}, of {objects.location}")
     for info in sorted(owned, key=lambda info: info.key == STORE_KEY):
         objects.delete(info.key)
@@ -313,24 +330,39 @@ def _extract_store(
     result.bad_images = [(index, planned.samples[index].sample_id, code) for index, code in job.bad_images]
     n_missing = sum(len(planned.spec.shard_samples(shard)) for shard in job.shards)
     result.n_before = planned.spec.n_samples - n_missing
-    if not job.shards and _has_whole_index(objects, planned):
+    limit = max(MIN_BAD_IMAGES, int(BAD_IMAGE_SHARE * planned.spec.n_samples))
+    if len(result.bad_images) > limit:
+        raise JobError(_too_many_bad(planned, result.bad_images, limit))
+    if not job.shards and _was_left_in_order(objects):
+        return result
+    if stop():
+        result.interrupted = True
         return result
     with claimed(objects, say) as (log, beat):
-        if job.overwrite:
-            delete_store(objects)
+        _check_unchanged(job)
         n_swept = objects.sweep()
         if n_swept:
             say(f"  swept {n_swept} half-written files of an interrupted run")
         if job.document is None:
+            # another identity that is to go, or the documents of a run that was killed before it wrote store.json
+            delete_store(objects, keep_run=log.run_id)
             create_store(objects, planned.spec, planned.samples, planned.teacher_files)
         log.write_provenance({"spec": planned.spec.to_json(), "run": asdict(run)})
         if job.shards:
-            _run_shards(job, run, stop, teacher_factory, result, log, beat)
+            _run_shards(job, run, stop, teacher_factory, result, limit, log, beat)
         store = open_store(objects)
         if store.is_complete:
             write_index(objects, store)
+            objects.sweep()  # of workers that outlived the driver of an interrupted run for some seconds
         log.status(state="complete" if store.is_complete else "incomplete", verdict=result.verdict)
     return result
+
+
+def _check_unchanged(job: _Job) -> None:
+    """Between planning and claiming, while Ray started for instance, another job may have come and gone."""
+    document, _ = check_place(job.objects, job.planned, job.overwrite)
+    if (document and document.digest) != (job.document and job.document.digest):
+        raise UserError(f"another job has just written {job.objects.location}. Run the same command again")
 
 
 def _run_shards(
@@ -339,11 +371,11 @@ def _run_shards(
     stop: StopFlag,
     teacher_factory: Callable[[str], Teacher] | None,
     result: ExtractResult,
+    limit: int,
     log: RunLog,
     beat: Beat,
 ) -> None:
     planned, spec = job.planned, job.planned.spec
-    limit = max(MIN_BAD_IMAGES, int(BAD_IMAGE_SHARE * spec.n_samples))
     label = f"extract {planned.split}".strip()
     began = time.monotonic()
     metrics = Metrics({"store": "/".join(planned.location.rsplit("/", 2)[-2:])})
@@ -364,26 +396,28 @@ def _run_shards(
                     metrics.add("shards", result="retried" if isinstance(event, ShardRetried) else "quarantined")
 
         try:
-            for outcome in _dispatch(job, run, stop, teacher_factory, on_event):
-                beat.check()
-                if not outcome.ok:
-                    result.quarantined.append(outcome)
-                    continue
-                report: ShardReport = outcome.report
-                result.reports.append(report)
-                result.n_done += report.n_samples
-                result.nbytes += report.nbytes
-                result.bad_images += report.bad_images
-                progress.advance(report.n_samples, n_bytes=report.nbytes)
-                log.shard(report, outcome.attempts)
-                log.status(images_done=result.n_before + result.n_done, bad_images=len(result.bad_images))
-                if len(result.bad_images) > limit:
-                    raise JobError(_too_many_bad(planned, result.bad_images, limit))
+            with closing(_dispatch(job, run, stop, teacher_factory, on_event)) as outcomes:
+                for outcome in outcomes:
+                    beat.check()
+                    if not outcome.ok:
+                        result.quarantined.append(outcome)
+                        continue
+                    report: ShardReport = outcome.report
+                    result.reports.append(report)
+                    result.n_done += report.n_samples
+                    result.nbytes += report.nbytes
+                    result.bad_images += report.bad_images
+                    progress.advance(report.n_samples, n_bytes=report.nbytes)
+                    log.shard(report, outcome.attempts)
+                    log.status(images_done=result.n_before + result.n_done, bad_images=len(result.bad_images))
+                    if len(result.bad_images) > limit:
+                        raise JobError(_too_many_bad(planned, result.bad_images, limit))
         except (FatalError, DispatchError) as error:
             raise JobError(str(error)) from error
         finally:
             result.wall_s = time.monotonic() - began
     result.interrupted = stop()
+    result.bad_images.sort()
     if result.reports:
         n_workers = len({report.worker for report in result.reports})
         lanes = n_threads(run)
@@ -400,11 +434,11 @@ def _dispatch(
     stop: StopFlag,
     teacher_factory: Callable[[str], Teacher] | None,
     on_event: Callable[[Event], None],
-) -> Iterator[Outcome]:
+) -> Generator[Outcome, None, None]:
     def runner_config(n_threads: int | None) -> RunnerConfig:
         return RunnerConfig(
             store=str(Path(job.planned.location).absolute()),
-            source=job.planned.source,
+            source=_anywhere(job.planned.source),
             device=run.device,
             n_threads=n_threads,
             n_buffers=job.depth,
@@ -413,11 +447,16 @@ def _dispatch(
 
     if run.no_ray:
         config = runner_config(run.cpus_per_worker)
-        return run_plain(job.shards, config, depth=job.depth, stop=stop, on_event=on_event)
+        n_torch_threads = torch.get_num_threads()
+        try:
+            yield from run_plain(job.shards, config, depth=job.depth, stop=stop, on_event=on_event)
+        finally:
+            torch.set_num_threads(n_torch_threads)  # the runner sets it, and this process is not its own
+        return
     from pipeline.dispatch_ray import run_on_ray
 
     num_cpus, num_gpus = _actor_resources(run)
-    return run_on_ray(
+    yield from run_on_ray(
         job.shards,
         runner_config(num_cpus),
         n_actors=_n_actors(run),
@@ -428,6 +467,11 @@ def _dispatch(
         stop=stop,
         on_event=on_event,
     )
+
+
+def _anywhere(source: Source) -> Source:
+    """The source by its full path: a worker may have another working folder."""
+    return replace(source, root=os.path.abspath(source.root)) if isinstance(source, ImageFolderSource) else source
 
 
 def write_index(objects: Objects, store: Store) -> None:
@@ -442,8 +486,9 @@ def write_index(objects: Objects, store: Store) -> None:
     objects.put(INDEX_KEY, data)
 
 
-def _has_whole_index(objects: Objects, planned: PlannedStore) -> bool:
-    return any(info.key == INDEX_KEY for info in objects.list(INDEX_KEY))
+def _was_left_in_order(objects: Objects) -> bool:
+    """Whether there is an index, and the last run took its heartbeat away: it was not killed, and is not at work."""
+    return has_index(objects) and not any(True for _ in objects.list(HEARTBEAT_KEY))
 
 
 def _too_many_bad(planned: PlannedStore, bad: list[tuple[int, str, str]], limit: int) -> str:

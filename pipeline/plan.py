@@ -35,12 +35,13 @@ class StorePlan:
     worker_nbytes: int
 
 
-def plan_store(spec: StoreSpec, *, weights_nbytes: int, depth: int, n_threads: int) -> StorePlan:
+def plan_store(spec: StoreSpec, *, weights_nbytes: int, n_states: int, depth: int, n_threads: int) -> StorePlan:
     """Work out a store's numbers.
 
     Args:
         spec: Its identity.
         weights_nbytes: Size of the teacher's weights.
+        n_states: States that one forward pass makes, stored or not.
         depth: Shards in flight per worker.
         n_threads: Micro-batches in flight per worker.
     """
@@ -54,7 +55,7 @@ def plan_store(spec: StoreSpec, *, weights_nbytes: int, depth: int, n_threads: i
         shard_nbytes=shard_nbytes(spec, 0),
         worker_nbytes=BASE_NBYTES
         + 3 * weights_nbytes  # the stored bytes, the tensors read from them, the model
-        + runner_nbytes(spec, depth=depth, n_threads=n_threads),
+        + runner_nbytes(spec, n_states=n_states, depth=depth, n_threads=n_threads),
     )
 
 
@@ -68,16 +69,16 @@ def shard_nbytes(spec: StoreSpec, shard: int) -> int:
     return arrays + statistics_nbytes(spec) + CRC_NBYTES
 
 
-def runner_nbytes(spec: StoreSpec, *, depth: int, n_threads: int) -> int:
+def runner_nbytes(spec: StoreSpec, *, n_states: int, depth: int, n_threads: int) -> int:
     """Memory that a worker needs beside its base and weights.
 
-    Buffers of the shards in flight; for each thread the states of a micro-batch, the rounded patches, the float64 copy
-    of one layer and its differences (6 states), and the inside of one teacher block (queries, keys, values, an MLP of
-    ratio 4 before and after its activation: 16 states).
+    Buffers of the shards in flight; for each thread all states of a micro-batch, the rounded patches of those stored,
+    the float64 copy of one layer and its differences (6 states), and the inside of one teacher block (queries, keys,
+    values, an MLP of ratio 4 before and after its activation: 16 states).
     """
     state = spec.micro_batch * spec.n_tokens * spec.dim * 4
-    n_states = max(spec.layers) + 1
-    return depth * ShardBuffers.nbytes(spec) + n_threads * state * (n_states + n_states // 2 + 1 + 6 + 16)
+    rounded = 0 if spec.precision == "float32" else -(-len(spec.layers) // 2)
+    return depth * ShardBuffers.nbytes(spec) + n_threads * state * (n_states + rounded + 6 + 16)
 
 
 def describe(plan: StorePlan, spec: StoreSpec, location: str) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from infra.console import JobError, UserError
 from infra.objects import ObjectError, Objects, open_objects
 from pipeline.extract import ExtractResult, RunConfig, extract_planned, say
+from pipeline.run_log import claimed
 from pipeline.settings import ExtractConfig, PlannedStore, make_teacher, plan_split, split_location
 from pipeline.sources import Source, open_sources
 from pipeline.teacher import Teacher, teacher_from_files
@@ -34,8 +35,13 @@ def repair(config: ExtractConfig, run: RunConfig) -> list[ExtractResult]:
         JobError: Something is wrong that cannot be mended; it is named.
     """
     planned = [_plan(config, split, source) for split, source in open_sources(config.images).items()]
-    for store in planned:
-        _mend(store, open_objects(store.location))
+    try:
+        for store in planned:
+            objects = open_objects(store.location)
+            with claimed(objects, say):
+                _mend(store, objects)
+    except ObjectError as error:
+        raise JobError(f"{error}. Repair can be started again at any time") from error
     results = extract_planned(planned, run)
     remaining = [
         f"{store.location}/{problem}" for store in planned for problem in verify_store(open_objects(store.location))
@@ -51,7 +57,9 @@ def _plan(config: ExtractConfig, split: str, source: Source) -> PlannedStore:
     objects = open_objects(location)
     try:
         document = read_store_document(objects, location)
-    except (NotAStoreError, SchemaError):
+    except (NotAStoreError, SchemaError) as error:
+        if isinstance(error, NotAStoreError) and not list_commits(objects):
+            raise  # nothing of a store is here to be mended
         planned = plan_split(config, make_teacher(config), split, source, say)
         expected, _ = plan_documents(planned.spec, planned.samples, planned.teacher_files)
         _check_against_commits(objects, expected, location)

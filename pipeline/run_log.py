@@ -35,17 +35,48 @@ class RunLog:
         self._shards: list[dict[str, Any]] = []
         self._messages: list[str] = []
         self._n_written = 0
+        self._holds_claim = False
 
     def write(self) -> None:
-        """Put the documents that have changed."""
+        """Put the documents that have changed.
+
+        Raises:
+            UserError: Another job has taken the store over meanwhile.
+        """
         now = time.time()
-        self._objects.put(HEARTBEAT_KEY, my_heartbeat(self.run_id, now).to_bytes())
+        if self._holds_claim:
+            self._check_claim()
+        self._put_heartbeat(now)
         numbers = {**self._status, "seconds": round(now - self._began, 1), "messages": self._messages[-20:]}
         self._objects.put(self._key("status.json"), status_document(run_id=self.run_id, now=now, **numbers))
         if len(self._shards) != self._n_written:
             lines = "".join(json.dumps(shard) + "\n" for shard in self._shards)
             self._objects.put(self._key("shards.jsonl"), lines.encode())
             self._n_written = len(self._shards)
+
+    def claim(self) -> None:
+        """Show that we are at work; of several jobs that begin at one moment, the last one does.
+
+        Raises:
+            UserError: Another one was later.
+        """
+        self._put_heartbeat(time.time())
+        self._check_claim()
+        self._holds_claim = True
+
+    def release(self) -> None:
+        """Take our heartbeat away."""
+        last = read_heartbeat(self._objects)
+        if last is not None and last.run_id == self.run_id:
+            self._objects.delete(HEARTBEAT_KEY)
+
+    def _put_heartbeat(self, now: float) -> None:
+        self._objects.put(HEARTBEAT_KEY, my_heartbeat(self.run_id, now).to_bytes())
+
+    def _check_claim(self) -> None:
+        found = read_heartbeat(self._objects)
+        if found is not None and found.run_id != self.run_id:
+            raise UserError(_in_use(self._objects, found))
 
     def write_provenance(self, settings: dict[str, Any]) -> None:
         """Put what made these bytes; shown to people, never compared."""
@@ -88,28 +119,31 @@ def claimed(objects: Objects, say: Callable[[str], None]) -> Iterator[tuple[RunL
     Raises:
         UserError: Another job is alive; names it.
     """
-    other = find_living(lambda: _read_heartbeat(objects), say=say)
+    other = find_living(lambda: read_heartbeat(objects), say=say)
     if other is not None:
         raise UserError(_in_use(objects, other))
-    run_id = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.getpid()}-{os.urandom(3).hex()}"
-    log = RunLog(objects, run_id)
-    with Beat(log.write, expected=(ObjectError,)) as beat:
-        mine = _read_heartbeat(objects)
-        if mine is None or mine.run_id != run_id:  # somebody began at the same moment, and wrote last
-            raise UserError(_in_use(objects, mine))
-        yield log, beat
-    if (last := _read_heartbeat(objects)) is not None and last.run_id == run_id:
-        objects.delete(HEARTBEAT_KEY)
+    log = RunLog(objects, f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.getpid()}-{os.urandom(3).hex()}")
+    log.claim()
+    try:
+        with Beat(log.write, expected=(ObjectError,)) as beat:
+            try:
+                yield log, beat
+            except BaseException as error:
+                log.status(state="stopped", cause=str(error) or type(error).__name__)
+                raise
+    finally:
+        log.release()
 
 
-def _read_heartbeat(objects: Objects) -> Heartbeat | None:
+def read_heartbeat(objects: Objects) -> Heartbeat | None:
+    """The heartbeat in a store; None if there is none, or bytes that are none."""
     try:
         return Heartbeat.from_bytes(objects.get(HEARTBEAT_KEY))
     except ObjectMissingError:
         return None
 
 
-def _in_use(objects: Objects, other: Heartbeat | None) -> str:
+def _in_use(objects: Objects, other: Heartbeat) -> str:
     return (
         f"{objects.location} is being written by another job ({other}). Wait for it, or stop it; "
         "the same command then goes on with what is missing"

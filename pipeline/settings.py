@@ -77,6 +77,7 @@ class PlannedStore:
         spec: Its identity.
         samples: In store order.
         teacher_files: What goes under teacher/.
+        n_states: States that one forward pass makes, stored or not.
         notes: What a person should know of the listing.
     """
 
@@ -86,6 +87,7 @@ class PlannedStore:
     spec: StoreSpec
     samples: list[Sample]
     teacher_files: dict[str, bytes]
+    n_states: int
     notes: list[str]
 
 
@@ -184,6 +186,7 @@ def plan_split(
         spec=_spec(config, teacher, len(samples), digest),
         samples=samples,
         teacher_files=teacher.to_files(),
+        n_states=teacher.n_layers,
         notes=source.notes(listing),
     )
 

@@ -27,6 +27,8 @@ def summarise(results: Sequence[ExtractResult], root: str) -> str:
 
 
 def _store_lines(result: ExtractResult) -> list[str]:
+    if result.interrupted and not result.n_done and not result.n_before:
+        return [f"{result.planned.location}: not begun"]
     store = open_store(result.planned.location)
     spec = store.spec
     head = (
