@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
+from ray.exceptions import ActorAlreadyExistsError, ActorDiedError, OutOfMemoryError, RayError, RayTaskError
 
 from pipeline.dispatch import (
     DEFAULT_DEPTH,
@@ -34,8 +34,8 @@ from pipeline.dispatch import (
 
 POLL_S = 1.0  # how late a stop request or a deadline may be noticed
 DRAIN_POLL_S = 5.0
-BOOT_TIMEOUT_S = 1800.0  # a worker that has its node and does not become ready, for instance stuck in a download
-SOUR_AFTER = 3  # raises in a row, on a worker that worked before, that make us suspect its process
+BOOT_TIMEOUT_S = 1800.0
+SOUR_AFTER = 3  # raises in a row, on a worker that worked before, after which its process itself is suspected
 
 
 class ShardActor:
@@ -74,14 +74,14 @@ class _Worker:
     n_done: int = 0
     n_raised_in_a_row: int = 0
 
-    def note(self, result: Attempt) -> None:
-        """Keep count, and let a worker leave whose process has probably gone bad.
+    def has_gone_bad(self, result: Attempt) -> bool:
+        """Count a result; True when the process, and not the shards, is probably to blame.
 
         After some CUDA errors everything raises in that process, and only there: innocent shards would be blamed.
         """
         self.n_done += not result.cause
         self.n_raised_in_a_row = self.n_raised_in_a_row + 1 if result.cause else 0
-        self.leaving |= self.n_done > 0 and self.n_raised_in_a_row >= SOUR_AFTER
+        return self.n_done > 0 and self.n_raised_in_a_row >= SOUR_AFTER
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +105,7 @@ def run_on_ray(
     tries: int = DEFAULT_TRIES,
     boot_tries: int = 5,
     shard_timeout_s: int | float | None = None,
+    boot_timeout_s: int | float = BOOT_TIMEOUT_S,
     stop: Callable[[], bool] = never,
     on_event: OnEvent = ignore,
     name: str = "extract",
@@ -121,6 +122,8 @@ def run_on_ray(
         boot_tries: Workers that may fail to start, in a row, before no more are started.
         shard_timeout_s: A shard that runs longer loses its worker. It counts from when it was sent, which is when it
             starts: an actor never has more shards than threads. None: no deadline.
+        boot_timeout_s: The same for a worker that has its place and makes its runner, for instance downloads weights.
+            Waiting for a place has no deadline: a node may have to be made first.
         stop: As in `run_plain`; noticed within a second.
         name: Actors are named `<name>-<i>` on the dashboard, and their calls `<name>:shard`.
 
@@ -149,13 +152,13 @@ def run_on_ray(
                     max_task_retries=0,
                     scheduling_strategy="SPREAD",
                 ).remote(worker_name, make_runner)
-            except ValueError:  # Ray's way to say that an actor of an earlier run, just killed, still has this name
+            except ActorAlreadyExistsError:  # one of an earlier run, just killed, whose name Ray has not yet let go
                 continue
             return _Worker(name=worker_name, actor=actor)
 
     pool = _Pool(
         ledger=ledger, spawn=spawn, n_actors=n_actors, depth=depth, boot_tries=boot_tries,
-        shard_timeout_s=shard_timeout_s, on_event=on_event, call_name=f"{name}:shard",
+        shard_timeout_s=shard_timeout_s, boot_timeout_s=boot_timeout_s, on_event=on_event, call_name=f"{name}:shard",
     )  # fmt: skip
     try:
         while True:
@@ -179,6 +182,7 @@ class _Pool:
     depth: int
     boot_tries: int
     shard_timeout_s: int | float | None
+    boot_timeout_s: int | float
     on_event: OnEvent
     call_name: str
     workers: list[_Worker] = field(default_factory=list)
@@ -219,7 +223,8 @@ class _Pool:
             elif call.shard is None:
                 self._boot_step(call.worker, result)
             else:
-                call.worker.note(result)
+                if call.worker.has_gone_bad(result):
+                    self._let_go(call.worker, f"{SOUR_AFTER} shards in a row raised in it; a fresh process takes over")
                 outcome = settle(self.ledger, call.worker.name, call.shard, result)
                 if outcome is not None:
                     yield outcome
@@ -240,7 +245,7 @@ class _Pool:
             for _ in range(missing):
                 worker = self.spawn()
                 self.workers.append(worker)
-                self._call(worker.actor.node_id.remote(), worker)  # no deadline: its node may have to be made first
+                self._call(worker.actor.node_id.remote(), worker)
                 self._tell_ready()
         elif missing > 0 and not any(worker.ready for worker in self.workers):
             raise DispatchError(
@@ -252,7 +257,7 @@ class _Pool:
         """A worker has got its place, or has made its runner, or has failed to."""
         if isinstance(result, str):
             worker.node_id = result
-            self._call(worker.actor.setup.remote(), worker, timeout_s=BOOT_TIMEOUT_S)
+            self._call(worker.actor.setup.remote(), worker, timeout_s=self.boot_timeout_s)
         elif result.fatal:
             raise FatalError(result.cause)
         elif result.cause:
@@ -299,10 +304,19 @@ class _Pool:
             self.next_drain_poll = time.monotonic() + DRAIN_POLL_S
             draining = _draining_nodes()
             for worker in self.workers:
-                worker.leaving |= worker.node_id in draining
+                if worker.node_id in draining:
+                    self._let_go(worker, "its node will be taken away; it finishes what it has", preempted=True)
+
+    def _let_go(self, worker: _Worker, cause: str, *, preempted: bool = False) -> None:
+        if not worker.leaving:
+            worker.leaving = True
+            self.on_event(WorkerLost(worker=worker.name, cause=cause, preempted=preempted))
+            self._tell_ready()
 
     def _tell_ready(self) -> None:
-        now = WorkersReady(ready=sum(worker.ready for worker in self.workers), total=self.n_actors)
+        now = WorkersReady(
+            ready=sum(worker.ready and not worker.leaving for worker in self.workers), total=self.n_actors
+        )
         if now != self.last_told:
             self.last_told = now
             self.on_event(now)
@@ -321,7 +335,7 @@ def _result(ref: ray.ObjectRef) -> Any:
 def _why(error: RayError) -> str:
     """Ray's explanation on one line, without its ids and its list of guesses."""
     lines = [line for line in str(error).splitlines() if line and not line.startswith("\t")]
-    text = " ".join(lines).split(" Some common causes")[0].removeprefix(ray.exceptions.ActorDiedError.BASE_ERROR_MSG)
+    text = " ".join(lines).split(" Some common causes")[0].removeprefix(ActorDiedError.BASE_ERROR_MSG)
     if isinstance(error, OutOfMemoryError) or "low on memory" in text:
         text += " Fewer shards in flight (depth) or smaller shards need less memory."
     return text.strip()

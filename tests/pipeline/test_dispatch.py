@@ -167,6 +167,14 @@ def test_the_ledger_refuses_nonsense(arguments: dict, match: str) -> None:
         Ledger(**arguments)
 
 
+def test_preempted_company_is_not_suspected() -> None:
+    ledger = Ledger([0, 1], tries=1, depth=2)
+    ledger.feed("w")
+    ledger.feed("w")
+    ledger.lost("w", "spot", preempted=True)
+    assert {ledger.feed("w"), ledger.feed("w")} == {0, 1}
+
+
 @dataclass
 class Runner:
     """Runs a function, and keeps count."""

@@ -42,9 +42,13 @@ class Behaviour:
     kills_once: tuple[int, ...] = ()
     seconds: float = 0.0
     bad_starts: int = 0
+    stuck_starts: int = 0
 
     def __call__(self) -> "Behaviour":
-        if note(self.log, "start") <= self.bad_starts:
+        nth = note(self.log, "start")
+        if nth <= self.stuck_starts:
+            time.sleep(3600)
+        if nth <= self.bad_starts:
             raise RuntimeError("the weights are not there")
         return self
 
@@ -173,10 +177,14 @@ def test_workers_that_cannot_start_are_bounded(start, tmp_path) -> None:
     assert runs(tmp_path) == {}
 
 
-def test_a_worker_that_starts_at_the_second_try_is_welcome(start) -> None:
-    outcomes = list(start(range(4), Behaviour(HERE, bad_starts=1), n_actors=1, boot_tries=2))
+def test_a_worker_that_starts_at_the_third_try_is_welcome(start) -> None:
+    behaviour = Behaviour(HERE, stuck_starts=1, bad_starts=2)
+    outcomes = list(start(range(4), behaviour, n_actors=1, boot_tries=3, boot_timeout_s=2))
     assert all(o.ok for o in outcomes)
     assert len(outcomes) == 4
+    lost = [event.cause for event in start.events if isinstance(event, WorkerLost)]
+    assert "it was not ready after 2 s" in lost[0]
+    assert "the weights are not there" in lost[1]
 
 
 def test_a_fatal_error_ends_the_job(start, tmp_path) -> None:
@@ -195,15 +203,22 @@ def test_stop_finishes_what_is_in_flight(start, tmp_path) -> None:
 
 
 def test_closed_early_it_leaves_no_actor(start) -> None:
-    outcomes = start(range(200), Behaviour(HERE, seconds=0.02))
+    outcomes = start(range(200), Behaviour(HERE, seconds=0.02), n_actors=6)  # only four find a place here
     assert next(outcomes).ok
     outcomes.close()  # the fixture looks for survivors
+    assert {event.total for event in start.events if isinstance(event, WorkersReady)} == {6}
+
+
+def test_nonsense_for_ray_is_an_error_and_not_a_wait(start) -> None:
+    with pytest.raises(ValueError, match="whole numbers"):
+        list(start(range(2), num_gpus=1.5))
 
 
 def test_a_poisoned_process_is_replaced_before_it_gets_innocents_quarantined(start, tmp_path) -> None:
     outcomes = list(start(range(12), PoisonedFactory(tmp_path), n_actors=1))
     assert sorted(o.shard for o in outcomes) == list(range(12))
     assert all(o.ok for o in outcomes)
+    assert any("a fresh process takes over" in str(event) for event in start.events)
 
 
 @dataclass(frozen=True)
