@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Bool
 
 from infra.console import UserError
-from infra.objects import ObjectError, open_objects
+from infra.objects import ObjectError
 from pipeline.checkpoints import read_linear_head
 from pipeline.teacher import Teacher, teacher_from_files
 from storage_schemas import Span, Store, open_store
 from storage_schemas.errors import SchemaError, StoreError
-from storage_schemas.keys import STORE_KEY
+from storage_schemas.find import find_stores
 from storage_schemas.spec import differences
 from trainer.order import random64
 
@@ -142,22 +142,14 @@ def split_hold_out(
 def _open_stores(location: str, problems: list[str]) -> tuple[Store | None, Store | None]:
     """The store itself, or train and val below it; a problem for each that cannot be opened."""
     try:
-        objects = open_objects(location)
-        names = {info.key.partition("/")[0] for info in objects.list(STORE_KEY)}
-        if STORE_KEY in names:
-            return open_store(location), None
-        found = [name for name in (TRAIN, VAL) if any(True for _ in objects.list(f"{name}/{STORE_KEY}"))]
-        if TRAIN not in found:
-            problems.append(
-                f"STORE={location} is not a store: it has no {STORE_KEY}, nor stores {TRAIN} and {VAL} below it. "
-                "Give the path of one, or make one: make extract"
-            )
-            return None, None
-        opened = {name: open_store(f"{location.rstrip('/')}/{name}") for name in found}
-        return opened[TRAIN], opened.get(VAL)
-    except (StoreError, ObjectError, ValueError) as error:
+        found = {split: open_store(place) for split, place in find_stores(location).items()}
+    except (StoreError, ObjectError) as error:
         problems.append(f"STORE={location}: {error}")
         return None, None
+    train = found.get("", found.get(TRAIN))
+    if train is None:
+        problems.append(f"STORE={location} has a store {VAL} but none called {TRAIN}: make extract")
+    return train, found.get(VAL)
 
 
 def _load_teacher(store: Store, head: str | None, device: torch.device | str, problems: list[str]) -> Teacher | None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 from trainer.run_files import Checkpoint, RunFiles
 from trainer.validation import Validation
@@ -59,7 +59,7 @@ class RunLog:
         if time.monotonic() - self._flushed_at > _FLUSH_S:
             self.flush()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *_: object) -> None:

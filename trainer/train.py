@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -98,6 +98,12 @@ class TrainConfig:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {**dataclasses.asdict(self), "span": str(self.span)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "TrainConfig":
+        """The inverse of to_json."""
+        loss = values["loss"] if isinstance(values["loss"], str) else TokenWeights(**values["loss"])
+        return cls(**{**values, "span": Span.parse(values["span"]), "loss": loss})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,7 +289,7 @@ class Feed:
         """Go on from there."""
         self._stream.load_state_dict(state)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Feed":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -22,7 +22,11 @@ CPU = Machine(device=torch.device("cpu"), compile=False, stream_threads=2)
 
 def tiny_teacher() -> Teacher:
     """fake_vit (state l is state 0 plus l (l + 1) / 2) with a seeded head of three classes."""
-    teacher = load_teacher("fake_vit", weights="random:0")
+    return with_head(load_teacher("fake_vit", weights="random:0"))
+
+
+def with_head(teacher: Teacher) -> Teacher:
+    """With a seeded head of three classes."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         head = nn.Linear(2 * teacher.dim, N_CLASSES)
