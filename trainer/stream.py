@@ -7,7 +7,7 @@ a batch is contiguous without any gathering. See docs/decisions for what this be
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 from weakref import finalize
 
 import numpy as np
@@ -18,7 +18,7 @@ from storage_schemas.errors import NotCommittedError, SchemaError
 from storage_schemas.reader import Store
 from storage_schemas.spec import Span, StoreSpec
 from trainer.chunk_reader import ChunkReader, decoded_nbytes, payload_nbytes
-from trainer.order import make_pass_order, make_read_plan
+from trainer.order import PassOrder, make_pass_order, make_read_plan
 from trainer.ring import Ring, ring_nbytes, stream_kinds
 
 __all__ = ["DeviceBatch", "HostBatch", "LayerSliceStream", "Span", "stream_memory_nbytes"]
@@ -155,7 +155,7 @@ class LayerSliceStream:
         partial: bool = False,
         shards: Sequence[int] | None = None,
     ) -> None:
-        """Check everything; threads start with the first batch.
+        """Check everything and take the memory; threads start with the first batch.
 
         Args:
             store: From `open_store`.
@@ -193,7 +193,7 @@ class LayerSliceStream:
         self._batch: HostBatch | None = None
         self._closed = False
         self._totals = _Totals()
-        self._set_pass(epoch, 0)
+        self._set_pass(self._make_order(seed, epoch, self.shards), epoch, 0)
 
     def __len__(self) -> int:
         """Batches of a whole pass."""
@@ -241,7 +241,7 @@ class LayerSliceStream:
         """Bytes fetched per byte needed; 1 before anything was read."""
         return self.bytes_fetched / self.bytes_needed if self.bytes_needed else 1.0
 
-    def __iter__(self) -> Self:
+    def __iter__(self) -> "LayerSliceStream":
         return self
 
     def __next__(self) -> HostBatch:
@@ -251,8 +251,7 @@ class LayerSliceStream:
             ObjectError, ChecksumError, DecodeError: From a reading thread; names the object. It comes at the next batch
                 after it happened, and again at every further one.
         """
-        if self._closed:
-            raise RuntimeError("the stream is closed")
+        self._check_open()
         self._release()
         if self._next >= len(self):
             self._stop_reader()
@@ -269,8 +268,9 @@ class LayerSliceStream:
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of another pass; buffers are kept."""
+        self._check_open()
         self._stop_reader()
-        self._set_pass(epoch, 0)
+        self._set_pass(self._make_order(self.seed, epoch, self.shards), epoch, 0)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, as JSON values: after the batch handed out last.
@@ -282,7 +282,7 @@ class LayerSliceStream:
             "seed": self.seed,
             "epoch": self.epoch,
             "batch": self._next,
-            **self._identity(),
+            **self._identity(self._order),
             "shards": None if self.shards is None else list(self.shards),
         }
 
@@ -293,23 +293,29 @@ class LayerSliceStream:
             ValueError: The state is of another batch size, number of lanes or set of samples; lists each difference.
             NotCommittedError: The store lacks a shard that the state was made with.
         """
+        self._check_open()
         if state.get("version") != _STATE_VERSION:
             raise ValueError(f"stream state has version {state.get('version')!r}; expected {_STATE_VERSION}")
-        self._stop_reader()
+        shards = self.shards
         if state["shards"] is not None:
-            self.shards = _frozen_shards(self.store, True, state["shards"])
-        self.seed = int(state["seed"])
-        self._set_pass(int(state["epoch"]), int(state["batch"]))
+            shards = _frozen_shards(self.store, True, state["shards"])
+        seed, epoch, batch = int(state["seed"]), int(state["epoch"]), int(state["batch"])
+        order = self._make_order(seed, epoch, shards)
         problems = [
             f"{name} was {state[name]!r}, is {value!r} now"
-            for name, value in self._identity().items()
+            for name, value in self._identity(order).items()
             if state[name] != value
         ]
+        if not problems and not 0 <= batch <= order.n_batches(self.batch_size):
+            problems.append(f"batch {batch} is not in the pass; it has {order.n_batches(self.batch_size)}")
         if problems:
             raise ValueError(
                 "the stream cannot continue from this state: " + "; ".join(problems) + ". Use the settings of the "
                 "interrupted run, or start another one"
             )
+        self._stop_reader()
+        self.seed, self.shards = seed, shards
+        self._set_pass(order, epoch, batch)
 
     def close(self) -> None:
         """End all threads and give the memory back. More than once is no error."""
@@ -317,28 +323,33 @@ class LayerSliceStream:
         self._stop_reader()
         self._ring = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "LayerSliceStream":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _identity(self) -> dict[str, Any]:
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the stream is closed")
+
+    def _identity(self, order: PassOrder) -> dict[str, Any]:
         """What must agree for a place in the pass to mean the same."""
         return {
             "batch_size": self.batch_size,
-            "n_lanes": self.n_lanes,
-            "samples_per_chunk": self._order.samples_per_chunk,
-            "n_samples": self.n_samples,
-            "valid_digest": hashlib.sha256(np.packbits(self._order.valid).tobytes()).hexdigest()[:16],
+            "n_lanes": order.n_lanes,
+            "samples_per_chunk": order.samples_per_chunk,
+            "n_samples": order.n_samples,
+            "valid_digest": hashlib.sha256(np.packbits(order.valid).tobytes()).hexdigest()[:16],
         }
 
-    def _set_pass(self, epoch: int, next_batch: int) -> None:
+    def _make_order(self, seed: int, epoch: int, shards: tuple[int, ...] | None) -> PassOrder:
+        valid = _valid_in(self.store, shards)
+        return make_pass_order(valid, self.store.spec.samples_per_chunk, seed=seed, epoch=epoch, lanes=self._lanes)
+
+    def _set_pass(self, order: PassOrder, epoch: int, next_batch: int) -> None:
         spec = self.store.spec
-        self._order = make_pass_order(
-            _valid_in(self.store, self.shards), spec.samples_per_chunk, seed=self.seed, epoch=epoch, lanes=self._lanes
-        )
-        self.epoch, self._next, self.n_lanes = epoch, next_batch, self._order.n_lanes
+        self._order, self.epoch, self._next, self.n_lanes = order, epoch, next_batch, order.n_lanes
         if self.world_size > self.n_lanes:
             raise ValueError(
                 f"{self.world_size} ranks, but only {self.n_lanes} lanes (lanes={self._lanes}, "
@@ -355,12 +366,13 @@ class LayerSliceStream:
         )
         self._rank_starts = self._order.rank_starts(self.batch_size, self.rank, self.world_size)
         self._n_buffer_rows = int(np.diff(self._rank_starts).max())
-
-    def _start_reader(self) -> None:
         n_rows = self._plan.n_buffers * self._n_buffer_rows
         if self._ring is None or self._ring.n_rows < n_rows:
             self._ring = None  # give the old one back before the new one is made
-            self._ring = Ring(self.store.spec, self.span.n_states, n_rows)
+            self._ring = Ring(spec, self.span.n_states, n_rows)
+
+    def _start_reader(self) -> None:
+        assert self._ring is not None
         self._reader = ChunkReader(
             self.store,
             self.span,
@@ -422,14 +434,17 @@ class _Copier:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.cuda.Event]:
         """Returns activations, sample index, and the event after which the host memory may be overwritten."""
         current = torch.cuda.current_stream(device)
-        beside = self._streams.setdefault(device, torch.cuda.Stream(device))
-        if out is not None:
-            beside.wait_stream(current)  # the step that still reads it
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        beside = self._streams[device]
         with torch.cuda.stream(beside):
-            staged = [part.to(device, non_blocking=True) for part in parts]
+            # first, while the stream is idle: the host waits for this one, as its memory is not pinned
             index = torch.from_numpy(sample_index).to(device)
-            copied = torch.cuda.Event()
+            staged = [part.to(device, non_blocking=True) for part in parts]
+            copied = torch.cuda.Event(blocking=True)
             copied.record(beside)
+            if out is not None:
+                beside.wait_stream(current)  # the step that still reads it
             activations = _make_out(shape, device, dtype, out)
             _assemble(staged, activations)
         current.wait_stream(beside)

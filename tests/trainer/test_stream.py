@@ -1,0 +1,562 @@
+"""The stream of a span: content, coverage, order, resume, counters, errors, shutdown (seeds.md 7.2, rows B1 to B10)."""
+
+import gc
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from infra.objects import FolderObjects, MemoryObjects, ObjectMissingError, ShortObjectError
+from storage_schemas import open_store
+from storage_schemas.errors import ChecksumError, NotCommittedError, SchemaError
+from storage_schemas.from_arrays import write_store
+from storage_schemas.reader import Store
+from tests.resume import check_resume_everywhere
+from tests.stores import make_samples, make_spec, planted_states, write_planted
+from trainer.order import make_pass_order
+from trainer.stream import HostBatch, LayerSliceStream, Span, stream_memory_nbytes
+
+BAD = {0: "truncated", 5: "truncated", 6: "truncated", 70: "truncated"}
+
+
+def planted(n_samples: int = 101, bad: dict[int, str] | None = None, **changes) -> Store:
+    objects = MemoryObjects()
+    write_planted(objects, make_spec(n_samples=n_samples, **changes), BAD if bad is None else bad)
+    return open_store(objects)
+
+
+@pytest.fixture(scope="module")
+def store() -> Store:
+    return planted()
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    yield
+    deadline = time.monotonic() + 5
+    while any(t.name.startswith("stream-reader") for t in threading.enumerate()):
+        assert time.monotonic() < deadline, "a test left reading threads behind"
+        time.sleep(0.01)
+
+
+@pytest.fixture(params=["scattered", "whole"])
+def path_of_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways from object to batch, whatever the size of a sample."""
+    monkeypatch.setattr("trainer.chunk_reader.SCATTER_NBYTES", 1 if request.param == "scattered" else 2**40)
+    return request.param
+
+
+def indices(stream: LayerSliceStream) -> list[list[int]]:
+    with stream:
+        return [batch.sample_index.tolist() for batch in stream]
+
+
+# B1: layers start..end inclusive, equal to direct indexing
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"precision": "float32"},
+        {"codec": "lz4", "shuffle": "byte"},
+        {"codec": "zstd-3", "shuffle": "bit"},
+        {"has_cls": False, "n_registers": 0},
+        {"n_registers": 0},
+    ],
+    ids=["float16", "float32", "lz4", "zstd-3", "patches only", "no registers"],
+)
+@pytest.mark.parametrize("span", [Span(0, 2), Span(1, 2)])
+def test_batches_hold_the_planted_states(changes: dict, span: Span, path_of_bytes: str) -> None:
+    store = planted(45, **changes)
+    n_seen = 0
+    with LayerSliceStream(store, span, batch_size=8, lanes=4, threads=3) as stream:
+        for batch in stream:
+            expected = np.concatenate([planted_states(store.spec, range(i, i + 1)) for i in batch.sample_index])
+            expected = expected[:, span.start : span.stop + 1]
+            first = int(store.spec.has_cls)
+            if store.spec.has_cls:
+                assert np.array_equal(batch.cls, expected[:, :, 0])
+            else:
+                assert batch.cls is None
+            if store.spec.n_registers:
+                assert np.array_equal(batch.registers, expected[:, :, first : first + store.spec.n_registers])
+            else:
+                assert batch.registers is None
+            assert batch.patches.dtype == np.dtype(store.spec.precision)
+            assert np.array_equal(batch.patches, expected[:, :, first + store.spec.n_registers :])
+            assert batch.patches.flags.c_contiguous
+            assert batch.patches_scale is None
+            activations = batch.to("cpu", torch.float32).activations
+            assert np.array_equal(activations.numpy(), expected)
+            assert np.array_equal(activations.numpy(), store.read(list(span.states), batch.sample_index))
+            n_seen += len(batch)
+    assert n_seen == store.n_valid
+
+
+def test_to_another_dtype_and_into_given_memory(store: Store) -> None:
+    with LayerSliceStream(store, Span(0, 1), batch_size=8) as stream:
+        batch = next(stream)
+        exact = batch.to().activations
+        assert batch.to(dtype=torch.bfloat16).activations.equal(exact.to(torch.bfloat16))
+        out = torch.full((10, *exact.shape[1:]), torch.nan)
+        into = batch.to(out=out).activations
+        assert into.equal(exact)
+        assert into.data_ptr() == out.data_ptr()
+        assert batch.to().sample_index.tolist() == batch.sample_index.tolist()
+        with pytest.raises(ValueError, match=r"out is .*float32 on cpu; at least .*float16 on cpu was expected"):
+            batch.to(dtype=torch.float16, out=out)
+
+
+def test_layers_of_a_union_come_from_their_stores(tmp_path: Path) -> None:
+    for name, layers in (("a", (0, 1)), ("b", (2, 3))):
+        write_planted(FolderObjects(tmp_path / name), make_spec(layers=layers), seed=layers[0])
+    union = open_store([tmp_path / "a", tmp_path / "b"])
+    with LayerSliceStream(union, Span(1, 2), batch_size=8) as stream:
+        for batch in stream:
+            assert np.array_equal(batch.to().activations.numpy(), union.read([1, 2], batch.sample_index))
+
+
+# B2: every valid sample exactly once, also over ranks; B4: the same order for any ranks and threads
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("threads", [1, 5])
+def test_ranks_and_threads_do_not_change_the_order(store: Store, world_size: int, threads: int) -> None:
+    order = make_pass_order(store.valid, store.spec.samples_per_chunk, seed=3, epoch=2, lanes=8)
+    expected = [order.samples(i, min(i + 7, order.n_samples)) for i in range(0, order.n_samples, 7)]
+    ranks = [
+        indices(LayerSliceStream(store, Span(0, 1), 7, 3, 2, rank, world_size, lanes=8, threads=threads))
+        for rank in range(world_size)
+    ]
+    lanes = [order.lane_entries(i, min(i + 7, order.n_samples))[0] for i in range(0, order.n_samples, 7)]
+    for rank, batches in enumerate(ranks):
+        mine = [batch[lane % world_size == rank].tolist() for batch, lane in zip(expected, lanes)]
+        assert batches == mine
+    everything = Counter(i for batches in ranks for batch in batches for i in batch)
+    assert everything == Counter(np.flatnonzero(store.valid).tolist())
+
+
+def test_a_rank_without_samples_in_a_batch_keeps_step(store: Store) -> None:
+    shares = []
+    for rank in range(8):
+        with LayerSliceStream(store, Span(0, 1), batch_size=3, rank=rank, world_size=8, lanes=8) as stream:
+            shares.append([len(batch) for batch in stream])
+            assert len(shares[-1]) == len(stream)
+    assert any(share == 0 for rank in shares for share in rank)
+    assert [sum(batch) for batch in zip(*shares)] == [3] * 32 + [1]
+    with LayerSliceStream(store, Span(0, 1), batch_size=3, rank=0, world_size=8, lanes=8) as stream:
+        empty = next(batch for batch in stream if len(batch) == 0)
+        assert empty.to().activations.shape == (0, 2, store.spec.n_tokens, store.spec.dim)
+        assert empty.n_batch == 3
+
+
+# B3: passes differ in membership, chunks are read as wholes
+
+
+def test_passes_differ_in_membership(store: Store) -> None:
+    with LayerSliceStream(store, Span(0, 1), batch_size=8) as stream:
+        first = [frozenset(batch.sample_index.tolist()) for batch in stream]
+        stream.set_epoch(1)
+        second = [frozenset(batch.sample_index.tolist()) for batch in stream]
+        stream.set_epoch(0)
+        again = [frozenset(batch.sample_index.tolist()) for batch in stream]
+    assert first == again
+    assert not set(first) & set(second)
+
+
+# B5: resume
+
+
+@pytest.mark.parametrize("lanes", [1, 8])
+def test_resume_from_every_step(store: Store, lanes: int) -> None:
+    def key(batch: HostBatch) -> tuple:
+        return tuple(batch.sample_index.tolist()), batch.number, batch.to().activations.numpy().tobytes()
+
+    check_resume_everywhere(
+        lambda: LayerSliceStream(store, Span(0, 1), batch_size=6, seed=1, epoch=4, lanes=lanes, threads=1),
+        key,
+        lambda: LayerSliceStream(store, Span(0, 1), batch_size=6, seed=8, lanes=lanes, threads=6),
+    )
+
+
+def test_resume_with_other_ranks_continues_the_same_order(store: Store) -> None:
+    with LayerSliceStream(store, Span(0, 1), batch_size=6, lanes=8) as whole:
+        batches = [batch.sample_index.tolist() for batch in whole]
+    with LayerSliceStream(store, Span(0, 1), batch_size=6, lanes=8, rank=1, world_size=2) as stream:
+        for _ in range(5):
+            next(stream)
+        state = stream.state_dict()
+    parts = []
+    for rank in range(4):
+        with LayerSliceStream(store, Span(1, 2), batch_size=6, lanes=8, rank=rank, world_size=4) as stream:
+            stream.load_state_dict(state)
+            parts.append([set(batch.sample_index.tolist()) for batch in stream])
+    assert [set.union(*batch) for batch in zip(*parts)] == [set(batch) for batch in batches[5:]]
+
+
+def test_state_of_another_pass_is_refused(store: Store) -> None:
+    with LayerSliceStream(store, Span(0, 1), batch_size=6, lanes=8) as stream:
+        state = stream.state_dict()
+    with LayerSliceStream(planted(90), Span(0, 1), batch_size=7, lanes=4) as other:
+        message = "batch_size was 6, is 7 now; n_lanes was 8, is 4 now; n_samples was 97, is 86 now; valid_digest was"
+        with pytest.raises(ValueError, match=message):
+            other.load_state_dict(state)
+        with pytest.raises(ValueError, match="version 7; expected 1"):
+            other.load_state_dict({**state, "version": 7})
+
+
+# B6: every stored byte once
+
+
+class CountingObjects(FolderObjects):
+    """Counts what is read, independently of the stream's own counters."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.ranges: Counter[tuple[str, int, int]] = Counter()
+        self._count = threading.Lock()
+
+    def read_parts(self, key: str, start: int, buffers: Sequence[memoryview]) -> Iterator[memoryview]:
+        with self._count:
+            self.ranges[key, start, sum(buffer.nbytes for buffer in buffers)] += 1
+        return super().read_parts(key, start, buffers)
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_every_stored_byte_of_the_span_once(tmp_path: Path, world_size: int, path_of_bytes: str) -> None:
+    write_planted(FolderObjects(tmp_path), make_spec(n_samples=101), BAD)
+    objects = CountingObjects(tmp_path)
+    store = open_store(objects)
+    objects.ranges.clear()
+    fetched = 0
+    for rank in range(world_size):
+        with LayerSliceStream(store, Span(1, 2), rank=rank, world_size=world_size, lanes=8) as stream:
+            assert stream.amplification == 1.0
+            for _ in stream:
+                pass
+            assert stream.amplification == 1.0
+            fetched += stream.bytes_fetched
+    needed = Counter()
+    for layer in (1, 2):
+        for kind in ("cls", "registers", "patches"):
+            for chunk in range(store.spec.n_chunks):
+                place = store.chunk(layer, kind, chunk)
+                needed[place.key, place.offset, place.nbytes] += 1
+    assert objects.ranges == needed
+    assert fetched == sum(nbytes for _, _, nbytes in needed)
+
+
+def test_amplification_is_one_at_vit_b_size(tmp_path: Path) -> None:
+    size = {"layers": (0, 1), "dim": 768, "n_registers": 4, "grid": (16, 16), "n_samples": 50}
+    write_planted(FolderObjects(tmp_path), make_spec(**size, samples_per_shard=32, samples_per_chunk=16))
+    store = open_store(tmp_path)
+    with LayerSliceStream(store, Span(0, 1)) as stream:
+        for batch in stream:
+            assert np.array_equal(batch.to().activations[:3].numpy(), store.read(samples=batch.sample_index[:3]))
+        assert stream.amplification == 1.0
+        per_sample = 2 * (256 * 768 * 2 + 5 * 768 * 4)
+        assert stream.bytes_fetched == 64 * per_sample  # four chunks of 16, the last one padded
+        assert stream.n_chunks_read == 4 * 2 * 3
+
+
+# B7: errors reach the consumer
+
+
+class FaultyObjects(FolderObjects):
+    """Calls `fault` instead of reading keys with `key_part`, after some of them were served."""
+
+    def __init__(self, root: Path, fault: Callable[[], object], after: int = 0, key_part: str = "layer") -> None:
+        super().__init__(root)
+        self.fault, self.after, self.key_part = fault, after, key_part
+        self._count = threading.Lock()
+
+    def read_parts(self, key: str, start: int, buffers: Sequence[memoryview]) -> Iterator[memoryview]:
+        if self.key_part in key:
+            with self._count:
+                self.after -= 1
+                due = self.after < 0
+            if due:
+                self.fault()
+        return super().read_parts(key, start, buffers)
+
+
+def catch_fire() -> None:
+    raise OSError("the disk is on fire")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_planted(FolderObjects(tmp_path / "store"), make_spec(n_samples=101))
+    return tmp_path / "store"
+
+
+@pytest.mark.parametrize("threads", [1, 6])
+@pytest.mark.parametrize("after", [0, 1, 40])
+def test_an_error_in_a_thread_reaches_the_consumer(folder: Path, after: int, threads: int) -> None:
+    store = open_store(FaultyObjects(folder, catch_fire, after, "layer_01"))
+    with LayerSliceStream(store, Span(0, 1), batch_size=8, threads=threads) as stream:
+        begin = time.monotonic()
+        with pytest.raises(OSError, match="on fire"):
+            for _ in stream:
+                pass
+        assert time.monotonic() - begin < 5
+        with pytest.raises(OSError, match="on fire"):
+            next(stream)
+
+
+def test_an_error_comes_before_batches_that_are_ready(folder: Path) -> None:
+    gate = threading.Event()
+
+    def late() -> None:
+        gate.wait(20)
+        catch_fire()
+
+    store = open_store(FaultyObjects(folder, late, 30))
+    with LayerSliceStream(store, Span(0, 1), batch_size=2, threads=2, lanes=1, readahead=10.0) as stream:
+        next(stream)  # and batch 1 is of the same chunk
+        gate.set()
+        deadline = time.monotonic() + 5
+        while any(t.name.startswith("stream-reader") for t in threading.enumerate()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        with pytest.raises(OSError, match="on fire"):
+            next(stream)
+
+
+def test_damage_is_named_and_never_delivered(folder: Path, path_of_bytes: str) -> None:
+    victim = next((folder / "layer_01/patches").rglob("0"))
+    while victim.is_dir():
+        victim = next(victim.iterdir())
+    key = victim.relative_to(folder).as_posix()
+    sound = victim.read_bytes()
+    store = open_store(folder)
+
+    def stream_all() -> None:
+        with LayerSliceStream(store, Span(0, 1)) as stream:
+            for _ in stream:
+                pass
+
+    flipped = bytearray(sound)
+    flipped[7] ^= 4
+    victim.write_bytes(flipped)
+    with pytest.raises(ChecksumError, match=f"{key}: bytes 0 to .* have crc32c .* the commit says") as damage:
+        stream_all()
+    assert damage.value.key == key
+    victim.write_bytes(sound[:5])
+    with pytest.raises(ShortObjectError, match=key):
+        stream_all()
+    victim.unlink()
+    with pytest.raises(ObjectMissingError, match=f"{key} is missing"):
+        stream_all()
+    victim.write_bytes(sound)
+    stream_all()
+
+
+# B8: shutdown
+
+
+@pytest.mark.parametrize("n_taken", [0, 1, 3])
+def test_close_returns_at_once_with_the_queue_full(store: Store, n_taken: int) -> None:
+    stream = LayerSliceStream(store, Span(0, 1), batch_size=4, lanes=2, threads=8)
+    for _ in range(n_taken):
+        next(stream)
+    time.sleep(0.1)  # the readers have filled every buffer and wait for room
+    begin = time.monotonic()
+    stream.close()
+    stream.close()
+    assert time.monotonic() - begin < 1
+    assert not any(t.name.startswith("stream-reader") for t in threading.enumerate())
+    with pytest.raises(RuntimeError, match="the stream is closed"):
+        next(stream)
+
+
+def test_close_from_another_thread_wakes_a_waiting_consumer(folder: Path) -> None:
+    gate = threading.Event()
+    stream = LayerSliceStream(
+        open_store(FaultyObjects(folder, lambda: gate.wait(20))), Span(0, 1), batch_size=4, threads=2
+    )
+    threading.Timer(0.2, lambda: (threading.Timer(0.2, gate.set).start(), stream.close())).start()
+    begin = time.monotonic()
+    with pytest.raises(RuntimeError, match="closed while a batch was awaited"):
+        next(stream)
+    assert time.monotonic() - begin < 5
+
+
+def test_a_read_that_never_returns_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.chunk_reader._JOIN_S", 0.2)
+    gate = threading.Event()
+    store = open_store(FaultyObjects(folder, lambda: gate.wait(20), 30))
+    stream = LayerSliceStream(store, Span(0, 1), batch_size=2, threads=1, lanes=1, readahead=10.0)
+    next(stream)
+    time.sleep(0.2)
+    with pytest.raises(TimeoutError, match="reads did not return in 0 s: stream-reader-0"):
+        stream.close()
+    gate.set()
+
+
+def test_threads_end_when_the_stream_is_forgotten(store: Store) -> None:
+    stream = LayerSliceStream(store, Span(0, 1), batch_size=4, lanes=2)
+    next(stream)
+    del stream
+    gc.collect()  # no_thread_is_left does the rest
+
+
+def test_threads_end_with_the_pass(store: Store) -> None:
+    stream = LayerSliceStream(store, Span(0, 1))
+    for _ in stream:
+        pass
+    assert not any(t.name.startswith("stream-reader") for t in threading.enumerate())
+    assert list(stream) == []
+    stream.close()
+
+
+# B9: the last batch is short and says so
+
+
+def test_last_batch_is_short_and_batches_know_their_size(store: Store) -> None:
+    with LayerSliceStream(store, Span(0, 1), batch_size=32) as stream:
+        assert len(stream) == 4
+        assert stream.n_samples == 97
+        sizes = [(batch.number, len(batch), batch.n_batch) for batch in stream]
+    assert sizes == [(0, 32, 32), (1, 32, 32), (2, 32, 32), (3, 1, 1)]
+
+
+# memory
+
+
+def test_views_hold_until_the_next_batch_and_then_refuse(store: Store) -> None:
+    with LayerSliceStream(store, Span(0, 1), batch_size=8, lanes=4, readahead=0.0) as stream:
+        previous = None
+        for batch in stream:
+            if previous is not None:
+                with pytest.raises(RuntimeError, match=r"batch \d+ was released; copy what you need"):
+                    _ = previous.patches
+            time.sleep(0.01)  # time for readers to overwrite what they may
+            assert np.array_equal(batch.to().activations.numpy(), store.read([0, 1], batch.sample_index))
+            batch.release() if batch.number % 2 else None
+            previous = batch
+
+
+@pytest.mark.parametrize("readahead", [0.0, 0.5, 1.0, 4.0])
+def test_any_readahead_delivers_the_same(store: Store, readahead: float) -> None:
+    expected = indices(LayerSliceStream(store, Span(0, 1), batch_size=5, lanes=8))
+    assert indices(LayerSliceStream(store, Span(0, 1), batch_size=5, lanes=8, readahead=readahead)) == expected
+
+
+def test_memory_is_what_the_plan_says() -> None:
+    store = planted(2048, bad={}, samples_per_shard=1024, samples_per_chunk=16)
+    sizes = {}
+    for readahead in (0.0, 1.0):
+        with LayerSliceStream(store, Span(0, 2), lanes=32, readahead=readahead) as stream:
+            sizes[readahead] = stream.memory_nbytes
+            assert stream.memory_nbytes == stream_memory_nbytes(store.spec, Span(0, 2), lanes=32, readahead=readahead)
+    per_sample = 3 * (8 * 4 + 2 * 8 * 4 + 6 * 8 * 2)
+    in_lanes = 32 * 16 * per_sample
+    assert in_lanes <= sizes[0.0] <= 1.5 * in_lanes
+    assert 1.9 * in_lanes <= sizes[1.0] <= 2.5 * in_lanes
+
+
+_PEAK = """
+import gc, sys
+from storage_schemas import open_store
+from trainer.stream import LayerSliceStream, Span
+
+def kilobytes(name):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(name)).split()[1])
+
+for location in sys.argv[1:]:
+    store = open_store(location)
+    warm = LayerSliceStream(store, Span(0, 1), batch_size=1, lanes=1, threads=1, readahead=0.0)
+    next(warm)
+    warm.close()
+    gc.collect()
+    open("/proc/self/clear_refs", "w").write("5")  # forget the peak so far
+    before = kilobytes("VmRSS")
+    with LayerSliceStream(store, Span(0, 2), batch_size=32, lanes=16) as stream:
+        for epoch in range(2):
+            stream.set_epoch(epoch)
+            for batch in stream:
+                pass
+        print((kilobytes("VmHWM") - before) * 1024, stream.memory_nbytes)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_measured_peak_stays_under_the_statement(tmp_path: Path) -> None:
+    sizes = {"dim": 128, "grid": (16, 16), "n_samples": 512, "samples_per_shard": 64, "samples_per_chunk": 16}
+    for codec, shuffle in (("none", "none"), ("lz4", "byte")):
+        spec = make_spec(**sizes, codec=codec, shuffle=shuffle)
+        states = planted_states(spec, range(64))
+        write_store(FolderObjects(tmp_path / codec), spec, make_samples(512), lambda rows, states=states: states)
+    command = [sys.executable, "-c", _PEAK, str(tmp_path / "none"), str(tmp_path / "lz4")]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    for codec, line in zip(("none", "lz4"), lines, strict=True):
+        measured, stated = map(int, line.split())
+        assert measured < 1.02 * stated + 4e6, f"{codec}: {measured:,} bytes used, {stated:,} stated"
+        assert measured > 0.7 * stated, f"{codec}: {measured:,} bytes used; a statement of {stated:,} is of no use"
+
+
+# what is refused
+
+
+def test_unfinished_store_needs_partial(folder: Path) -> None:
+    (folder / "index.parquet").unlink()
+    for shard in (2, 5):
+        next(folder.glob(f"commits/*{shard}.json")).unlink()
+    store = open_store(folder)
+    with pytest.raises(NotCommittedError, match=r"is not finished: 11 of 13 shards are committed.*PARTIAL=1"):
+        LayerSliceStream(store, Span(0, 1))
+    present = [s for s in range(13) if s not in (2, 5)]
+    with LayerSliceStream(store, Span(0, 1), batch_size=8, partial=True) as stream:
+        assert stream.shards == tuple(present)
+        seen = [i for batch in stream for i in batch.sample_index.tolist()]
+        state = stream.state_dict()
+    assert sorted({i // 8 for i in seen}) == present
+    with pytest.raises(NotCommittedError, match="shards 2 are not committed"):
+        LayerSliceStream(store, Span(0, 1), partial=True, shards=[1, 2])
+    write_planted(FolderObjects(folder), make_spec(n_samples=101))  # the store has been finished meanwhile
+    with LayerSliceStream(open_store(folder), Span(0, 1), batch_size=8) as stream:
+        stream.load_state_dict({**state, "batch": 0})
+        assert [i for batch in stream for i in batch.sample_index.tolist()] == seen, "the list of shards is frozen"
+
+
+def test_impossible_requests_are_refused(store: Store) -> None:
+    with pytest.raises(SchemaError, match=r"BLOCK=1-4:\s+.*has no layer 3, 4; it has 0, 1, 2"):
+        LayerSliceStream(store, Span(1, 4))
+    with pytest.raises(ValueError, match="16 ranks, but only 8 lanes"):
+        LayerSliceStream(store, Span(0, 1), lanes=8, rank=3, world_size=16)
+    with pytest.raises(ValueError, match="rank is 2; expected 0 to 1"):
+        LayerSliceStream(store, Span(0, 1), rank=2, world_size=2)
+    for name in ("batch_size", "threads", "lanes"):
+        with pytest.raises(ValueError, match=f"{name} is 0; expected at least 1"):
+            LayerSliceStream(store, Span(0, 1), **{name: 0})
+
+
+# B10: the rest of this file runs without CUDA; this is what CUDA adds
+
+
+@pytest.mark.gpu
+def test_cuda_gives_the_same_activations(store: Store) -> None:
+    with LayerSliceStream(store, Span(0, 2), batch_size=8, lanes=4, readahead=0.0) as stream:
+        for epoch in range(3):
+            stream.set_epoch(epoch)
+            made = [
+                (batch.to("cuda"), batch.sample_index) for batch in stream
+            ]  # buffers recycle while copies are queued
+            for on_device, sample_index in made:
+                assert np.array_equal(on_device.activations.cpu().numpy(), store.read([0, 1, 2], sample_index))
+                assert on_device.sample_index.tolist() == sample_index.tolist()
+
+
+@pytest.mark.gpu
+def test_buffers_are_pinned(store: Store) -> None:
+    with LayerSliceStream(store, Span(0, 2), batch_size=8) as stream:
+        assert torch.from_numpy(next(stream).patches).is_pinned()
