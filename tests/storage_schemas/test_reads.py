@@ -1,0 +1,399 @@
+"""Asking a store: order, errors, and that only what was asked for is fetched."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infra.objects import FolderObjects, MemoryObjects, ObjectMissingError, ShortObjectError
+from storage_schemas import open_store
+from storage_schemas.commit import Commit
+from storage_schemas.create import create_store, read_store_document
+from storage_schemas.errors import ChecksumError, NotAStoreError, NotCommittedError, SchemaError
+from storage_schemas.keys import COMMITS_PREFIX, commit_key, shard_object_key
+from storage_schemas.reader import Store
+from storage_schemas.shard_buffers import ShardBuffers, write_shard
+from storage_schemas.statistics import Statistics
+from tests.stores import make_samples, make_spec, planted_states, write_planted
+
+SPEC = make_spec()
+BAD = {5: "truncated", 20: "empty"}
+
+
+@pytest.fixture(scope="module")
+def objects() -> MemoryObjects:
+    made = MemoryObjects()
+    write_planted(made, SPEC, BAD, teacher_files={"config.json": b"{}"})
+    return made
+
+
+@pytest.fixture(scope="module")
+def store(objects: MemoryObjects) -> Store:
+    return open_store(objects)
+
+
+STATES = planted_states(SPEC, range(21))
+
+
+class TestOrder:
+    @given(
+        st.lists(st.sampled_from([i for i in range(21) if i not in BAD]), max_size=12),
+        st.lists(st.sampled_from(SPEC.layers), max_size=4),
+    )
+    def test_order_and_repeats_are_kept(self, store, rows, layers):
+        expected = STATES[np.array(rows, int)][:, np.array(layers, int)]
+        np.testing.assert_array_equal(store.read(layers, rows), expected)
+        np.testing.assert_array_equal(store.read(layers, np.array(rows, np.int32), "patches"), expected[:, :, 3:])
+
+    def test_tokens_come_in_the_order_of_the_teacher(self, store):
+        both = store.read([1], [0, 7])
+        parts = [store.read([1], [0, 7], kind) for kind in ("cls", "registers", "patches")]
+        assert [part.shape for part in parts] == [(2, 1, 1, 8), (2, 1, 2, 8), (2, 1, 6, 8)]
+        np.testing.assert_array_equal(np.concatenate(parts, axis=2), both)
+
+    def test_patch_mean_is_the_mean_of_the_raw_patches(self, store):
+        mean = STATES[:3, :, 3:].astype(np.float64).mean(axis=2).astype(np.float32)
+        np.testing.assert_array_equal(store.read(samples=[0, 1, 2], tokens="patch_mean")[:, :, 0], mean)
+
+    def test_by_default_every_valid_sample_at_every_layer(self, store):
+        np.testing.assert_array_equal(store.read(), STATES[[i for i in range(21) if i not in BAD]])
+
+    def test_nothing_asked_nothing_given(self, store):
+        assert store.read([0], []).shape == (0, 1, 9, 8)
+        assert store.read([], [0]).shape == (1, 0, 9, 8)
+        assert store.read([0], np.array([], int)).shape == (0, 1, 9, 8)
+
+
+class TestErrors:
+    @pytest.mark.parametrize(("layer", "named"), [(3, "3"), (-1, "-1"), (99, "99")])
+    def test_layers_that_are_not_there(self, store, layer, named):
+        with pytest.raises(SchemaError, match=rf"layer {named} is not stored; the store has 0, 1, 2"):
+            store.read([0, layer], [0])
+        with pytest.raises(SchemaError, match=rf"layer {named} is not stored"):
+            store.chunk(layer, "cls", 0)
+
+    def test_kinds_that_are_not_there(self, store):
+        with pytest.raises(
+            SchemaError, match="'keys' is not stored; the store has cls, registers, patches, patch_mean"
+        ):
+            store.read([0], [0], tokens="keys")
+        bare = MemoryObjects()
+        write_planted(bare, make_spec(n_registers=0))
+        with pytest.raises(SchemaError, match="'registers' is not stored; the store has cls, patches, patch_mean"):
+            open_store(bare).read([0], [0], tokens="registers")
+
+    def test_every_problem_is_listed(self, store):
+        with pytest.raises(SchemaError) as caught:
+            store.read([7, 0, 8, 7], [0], "keys")
+        assert len(caught.value.problems) == 3
+
+    @pytest.mark.parametrize("row", [-1, 21, 10**6])
+    def test_samples_outside(self, store, row):
+        with pytest.raises(IndexError, match=rf"sample {row} is not in the store; it has samples 0 to 20"):
+            store.read([0], [0, row])
+
+    def test_bad_images_are_named_with_their_reason(self, store):
+        with pytest.raises(
+            NotCommittedError, match=r"sample 5 \(class2/0005.png\) has no states, .*: truncated. 2 such"
+        ):
+            store.read([0], [0, 5, 20])
+
+    @pytest.mark.parametrize("samples", [[True, False], np.ones(21, bool), np.zeros(3), np.array(["a"])], ids=str)
+    def test_masks_and_reals_are_no_indices(self, store, samples):
+        with pytest.raises(TypeError, match=r"expected sample indices; np\.flatnonzero"):
+            store.read([0], samples)
+        with pytest.raises(TypeError, match="expected sample indices"):
+            store.read_head_input(samples)
+
+    @pytest.mark.parametrize("chunk", [-1, 6])
+    def test_chunks_outside(self, store, chunk):
+        with pytest.raises(IndexError, match=rf"chunk {chunk} is not in the store; it has chunks 0 to 5"):
+            store.chunk(0, "cls", chunk)
+
+    @pytest.mark.parametrize("shard", [-1, 3])
+    def test_shards_outside(self, store, shard):
+        with pytest.raises(IndexError, match=rf"shard {shard} is not in the store; it has shards 0 to 2"):
+            store.shard_statistics(shard)
+
+    def test_what_is_no_store(self, tmp_path):
+        for place in (tmp_path, tmp_path / "nowhere"):
+            with pytest.raises(NotAStoreError, match=r"is not a store: it has no store\.json.*make extract"):
+                open_store(place)
+        (tmp_path / "file").write_bytes(b"x")
+        with pytest.raises(NotAStoreError, match="is not a store"):
+            open_store(tmp_path / "file")
+
+    def test_a_union_of_nothing(self):
+        with pytest.raises(SchemaError, match="give at least one store"):
+            open_store([])
+
+
+class TestDamage:
+    @pytest.fixture
+    def damaged(self, objects) -> MemoryObjects:
+        made = MemoryObjects()
+        for info in objects.list():
+            made.put(info.key, objects.get(info.key))
+        return made
+
+    def test_a_flipped_bit_names_key_and_both_checksums(self, damaged):
+        key = "layer_01/patches/c/1/0/0"
+        data = bytearray(damaged.get(key))
+        data[3] ^= 1
+        damaged.put(key, data)
+        with pytest.raises(
+            ChecksumError, match=rf"{key}: bytes 0 to 384 have crc32c [0-9a-f]{{8}}, the commit says"
+        ) as e:
+            open_store(damaged).read([1], [8])
+        assert e.value.key == key
+        assert open_store(damaged).read([1], [12]).shape == (1, 1, 9, 8)  # another chunk of the same object is sound
+
+    def test_missing_and_short_objects_are_named(self, damaged):
+        key = "layer_01/cls/c/0/0"
+        damaged.put(key, damaged.get(key)[:140])
+        assert open_store(damaged).read([1], [0], "cls").shape == (1, 1, 1, 8)
+        with pytest.raises(ShortObjectError, match=key):
+            open_store(damaged).read([1], [4], "cls")
+        damaged.delete(key)
+        with pytest.raises(ObjectMissingError, match=f"{key} is missing"):
+            open_store(damaged).read([1], [0], "cls")
+
+    def test_changed_documents(self, damaged):
+        damaged.put("teacher/config.json", b"{ }")
+        damaged.put("samples.parquet", damaged.get("samples.parquet") + b" ")
+        store = open_store(damaged)
+        with pytest.raises(ChecksumError, match=r"teacher/config.json: sha256 \w+, store.json says \w+.*REPAIR=1"):
+            store.read_teacher_files()
+        with pytest.raises(ChecksumError, match=r"samples\.parquet"):
+            _ = store.samples
+
+    def test_stray_objects_are_reported(self, damaged):
+        damaged.put("layer_00/cls/c/3/0", b"x")
+        damaged.put("notes.txt", b"x")
+        damaged.put("commits/readme.json", b"x")
+        damaged.put("commits/000003.json", b"x")
+        damaged.put("log/run/status.json", b"x")
+        found = {problem.key: problem.what for problem in open_store(damaged).verify()}
+        assert found == {
+            "layer_00/cls/c/3/0": "no commit names this object",
+            "notes.txt": "not an object of this format",
+            "commits/readme.json": "not a commit of this store",
+            "commits/000003.json": "not a commit of this store",
+        }
+
+    def test_a_longer_object_is_reported(self, damaged):
+        """Readers would never see its tail; verify still does, without reading it."""
+        key = "layer_01/cls/c/0/0"
+        damaged.put(key, damaged.get(key) + bytes(1000))
+        [problem] = open_store(damaged).verify()
+        assert (problem.key, problem.what, problem.shard) == (key, "object has the wrong size", 0)
+
+
+class TestUnfinished:
+    def test_a_store_may_be_read_while_it_grows(self):
+        objects = MemoryObjects()
+        create_store(objects, SPEC, make_samples(21), {})
+        store = open_store(objects)
+        assert (store.n_samples, store.n_committed, store.n_valid) == (21, 0, 0)
+        assert store.read().shape == (0, 3, 9, 8)
+        assert store.verify() == []
+        with pytest.raises(
+            NotCommittedError, match=r"shard 0 is not committed yet; 0 of 3 shards are\. Run the same make"
+        ):
+            store.read([0], [3])
+        with pytest.raises(NotCommittedError, match="shard 1 is not committed yet"):
+            store.chunk(0, "cls", 2)
+        with pytest.raises(NotCommittedError, match="shard 2 is not committed yet"):
+            store.shard_statistics(2)
+
+    def test_objects_without_commit_are_no_problem_and_no_data(self, objects):
+        growing = MemoryObjects()
+        for info in objects.list():
+            if info.key not in (commit_key(1), "index.parquet"):
+                growing.put(info.key, objects.get(info.key))
+        store = open_store(growing)
+        assert store.verify() == []
+        assert store.committed.tolist() == [True, False, True]
+        assert store.n_committed == 13
+        with pytest.raises(NotCommittedError):
+            store.read([0], [8])
+
+
+class CountingObjects(MemoryObjects):
+    """Counts the bytes of objects read in part or whole, commits and documents not among them."""
+
+    fetched = 0
+    requests = 0
+
+    def read_parts(self, key: str, start: int, buffers: Sequence[memoryview]) -> Iterator[memoryview]:
+        self.fetched += sum(buffer.nbytes for buffer in buffers)
+        self.requests += 1
+        return super().read_parts(key, start, buffers)
+
+
+class TestOnlyWhatIsNeeded:
+    def counting(self, objects: MemoryObjects) -> CountingObjects:
+        made = CountingObjects()
+        for info in objects.list():
+            made.put(info.key, objects.get(info.key))
+        return made
+
+    def test_a_shared_chunk_is_fetched_once(self, objects):
+        counting = self.counting(objects)
+        open_store(counting).read([0, 2], [0, 1, 2, 3, 3, 0], "patches")
+        assert (counting.requests, counting.fetched) == (2, 2 * 4 * 6 * 8 * 2)
+
+    def test_only_chunks_that_hold_the_request(self, objects):
+        counting = self.counting(objects)
+        open_store(counting).read([1], [16, 4], "cls")
+        assert (counting.requests, counting.fetched) == (2, 2 * 4 * 8 * 4)
+
+    def test_opening_reads_no_data(self, objects):
+        counting = self.counting(objects)
+        open_store(counting)
+        assert counting.fetched == 0
+
+    def test_cls_of_all_layers_is_less_than_a_hundredth_at_vit_b_14(self):
+        """The shape of ViT-B/14 with registers; two chunks are enough, as shares do not depend on their number."""
+        spec = make_spec(
+            layers=tuple(range(13)),
+            dim=768,
+            n_registers=4,
+            grid=(16, 16),
+            n_samples=32,
+            samples_per_shard=32,
+            samples_per_chunk=16,
+        )
+        objects = CountingObjects()
+        write_blank(objects, spec)
+        stored = sum(info.nbytes for info in objects.list())
+        store = open_store(objects)
+        assert store.read(tokens="cls").shape == (32, 13, 1, 768)
+        assert objects.fetched / stored < 0.01
+        assert objects.fetched == 32 * 13 * 768 * 4, "nothing but the CLS tokens"
+
+
+def write_blank(objects: MemoryObjects, spec) -> None:
+    """A store of zeros, without the float64 work of a real one."""
+    document = create_store(objects, spec, make_samples(spec.n_samples), {})
+    buffers = ShardBuffers(spec, lambda nbytes: np.zeros(nbytes, np.uint8))
+    shape = (len(spec.layers), len(spec.token_kinds), spec.dim)
+    for shard in range(spec.n_shards):
+        records = write_shard(objects.put, buffers, shard, Statistics.empty(shape).to_array())
+        commit = Commit(shard=shard, store=document.digest, bad_images=(), objects=records, fidelity={})
+        objects.put(commit_key(shard), commit.to_bytes())
+
+
+class TestUnion:
+    def pair(self, **changes) -> list[MemoryObjects]:
+        made = []
+        for layers in ((0, 1), (1, 2)):
+            objects = MemoryObjects(f"memory://{layers[0]}/")
+            spec = make_spec(layers=layers, **(changes if layers[0] else {}))
+            write_planted(objects, spec, BAD)
+            made.append(objects)
+        return made
+
+    def test_layers_of_both_under_one_roof(self):
+        first, second = self.pair()
+        union = open_store([first, second])
+        assert union.layers == (0, 1, 2)
+        assert union.n_valid == 19
+        alone = [open_store(first), open_store(second)]
+        np.testing.assert_array_equal(union.read([0, 1]), alone[0].read())
+        np.testing.assert_array_equal(union.read([2]), alone[1].read([2]))
+        np.testing.assert_array_equal(union.read([2, 0], [3, 3])[:, 1], alone[0].read([0], [3, 3])[:, 0])
+        np.testing.assert_array_equal(union.statistics.mean[2], alone[1].statistics.mean[1])
+        np.testing.assert_array_equal(union.statistics.mean[:2], alone[0].statistics.mean)
+        np.testing.assert_array_equal(union.read_head_input(), alone[0].read_head_input())
+        assert union.samples.equals(alone[0].samples)
+        assert union.verify() == []
+
+    def test_chunks_lie_where_the_union_says(self):
+        union = open_store(self.pair())
+        for layer in (0, 1, 2):
+            where = union.chunk(layer, "patches", 3)
+            assert where.key == shard_object_key(union.spec, f"layer_{layer:02d}/patches", 1)
+            assert len(union.fetch(where)) == where.nbytes
+
+    def test_damage_in_either_is_reported_with_its_place(self):
+        first, second = self.pair()
+        second.delete("layer_02/cls/c/0/0")
+        first.delete("layer_00/cls/c/0/0")
+        problems = open_store([first, second]).verify()
+        assert [p.key for p in problems] == ["memory://0//layer_00/cls/c/0/0", "memory://1//layer_02/cls/c/0/0"]
+        with pytest.raises(ObjectMissingError, match="layer_02/cls/c/0/0"):
+            open_store([first, second]).read([2], [0])
+
+    def test_a_sample_must_be_committed_in_both(self):
+        first, second = self.pair()
+        for key in ("index.parquet", commit_key(1)):
+            second.delete(key)
+        union = open_store([first, second])
+        assert union.committed.tolist() == [True, False, True]
+        with pytest.raises(NotCommittedError, match="shard 1 is not committed yet"):
+            union.read([0], [8])
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"teacher_weights_digest": "5" * 64}, "teacher_weights_digest"),
+            ({"order_seed": 1}, "order_seed"),
+            ({"precision": "float32"}, "precision: the store has 'float16'"),
+            ({"n_samples": 20}, "(?s)n_samples.*other samples than"),
+        ],
+    )
+    def test_stores_that_do_not_belong_together(self, changes, message):
+        first = MemoryObjects()
+        write_planted(first, make_spec(layers=(0, 1)))
+        second = MemoryObjects()
+        write_planted(second, make_spec(layers=(2,), **changes))
+        with pytest.raises(SchemaError, match=message):
+            open_store([first, second])
+
+    def test_a_union_is_read_only(self):
+        union = open_store(self.pair())
+        for change in (lambda: union.objects.put("x", b""), lambda: union.objects.delete("x"), union.objects.sweep):
+            with pytest.raises(PermissionError, match="read-only"):
+                change()
+
+    def test_one_store_is_no_union(self):
+        [only, _] = self.pair()
+        assert type(open_store([only])) is Store
+
+
+def test_documents_are_written_before_store_json_and_commits_last():
+    """A reader that sees store.json finds all it names; one that sees a commit finds its objects."""
+    order: list[str] = []
+
+    class Recording(MemoryObjects):
+        def put(self, key, data) -> None:
+            order.append(key)
+            super().put(key, data)
+
+    objects = Recording()
+    write_planted(objects, SPEC, teacher_files={"config.json": b"{}"})
+    at = {key: i for i, key in enumerate(order)}
+    assert len(at) == len(order), "nothing is written twice"
+    document = read_store_document(objects, "")
+    assert max(at[key] for key in document.documents) < at["store.json"]
+    for key in order:
+        if key.startswith(COMMITS_PREFIX):
+            store = open_store(objects)
+            shard = int(key[8:14])
+            for kind in store.spec.token_kinds:
+                assert at[shard_object_key(SPEC, f"layer_02/{kind}", shard)] < at[key]
+    assert order[-1] == "index.parquet"
+
+
+def test_a_folder_and_its_representation(tmp_path):
+    write_planted(FolderObjects(tmp_path / "store"), SPEC, BAD)
+    store = open_store(tmp_path / "store")
+    assert repr(store) == f"<Store {tmp_path / 'store'}: 19 valid of 21 samples, layers 0 to 2 of fake, float16>"
+    assert store.verify(threads=1) == []
+    seen: list[tuple[int, int]] = []
+    store.verify(progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1][0] == seen[-1][1] == store.table.stored_nbytes
+    assert seen == sorted(seen)
