@@ -109,6 +109,14 @@ def test_rollout_feeds_predictions_back_and_keeps_the_first_state():
     assert torch.equal(rollout(raptor.blocks[1], x, 7, 10), raptor.rollout(x, 7, 10))
 
 
+def test_gradients_run_through_the_whole_rollout():
+    raptor, x = make_raptor(), seeded(1, 2, 9, 32).requires_grad_()
+    (through,) = torch.autograd.grad(raptor.rollout(x, 6, 9)[:, -1].sum(), x)
+    (stepwise,) = torch.autograd.grad(raptor(raptor(raptor(x, 7), 8), 9).sum(), x)
+    assert torch.equal(through, stepwise)
+    assert through.abs().max() > 0
+
+
 def test_rollout_of_half_precision_states_under_autocast():
     raptor, x = make_raptor(), seeded(1, 2, 9, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
