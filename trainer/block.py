@@ -25,7 +25,7 @@ class Block(nn.Module):
         return s3 * x
 
     Close to the identity when new. Under autocast the residual stream and the three scales stay in float32: bfloat16
-    would round s3, which is 1 +- 0.01, to steps of 0.4 %.
+    would round s3, which begins within 1 % of 1, to steps of 0.4 to 0.8 %.
 
     Args:
         dim: Channels per token.
