@@ -1,0 +1,212 @@
+"""What a store holds, as text. Reads commits, statistics and head inputs, never the states themselves."""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as tensors_from_bytes
+
+from infra.console import human_bytes
+from infra.objects import ObjectError
+from storage_schemas.codecs import kind_dtype, kind_shape, raw_chunk_nbytes
+from storage_schemas.errors import SchemaError, StoreError
+from storage_schemas.keys import array_kind, array_path, sharded_array_paths
+from storage_schemas.reader import Store
+from storage_schemas.spec import FORMAT_VERSION, HEAD_INPUT, StoreSpec
+
+HEAD_FILE = "head.safetensors"
+_N_NAMED = 10
+_ROWS_AT_ONCE = 8192
+
+
+def describe_store(store: Store) -> str:
+    """Everything `inspect` prints about one store: what it is, what is there, what the values look like."""
+    sections = [
+        ("", lambda: _identity_lines(store)),
+        ("bad images", lambda: _bad_image_lines(store)),
+        ("", lambda: _array_lines(store)),
+        ("norms", lambda: _norm_lines(store)),
+        ("", lambda: _fidelity_lines(store)),
+        ("teacher", lambda: _accuracy_lines(store)),
+    ]
+    lines = [store.location]
+    for name, make in sections:
+        lines += [f"  {line}" if line else "" for line in _lines_or_reason(name, make)]
+    return "\n".join(lines)
+
+
+def _lines_or_reason(name: str, make: Callable[[], list[str]]) -> list[str]:
+    """The lines, or in their place why they cannot be had: a damaged store is when one wants to see the rest."""
+    try:
+        return make()
+    except (StoreError, ObjectError) as error:
+        return [f"{name:<12} cannot be shown: {error}"]
+
+
+def next_command(stores: Sequence[Store], root: str) -> str:
+    """The one line that says what to type next, for a store or for the stores train and val below `root`."""
+    if any(store.damaged_commits for store in stores):
+        return f"Next: make verify STORE={root} IMAGES=<as extracted> REPAIR=1"
+    if not all(store.is_complete for store in stores):
+        return "Next: the same make extract again, to finish it"
+    spec = stores[0].spec
+    first, last = spec.layers[0], spec.layers[-1]
+    if first == last:
+        return f"Next: make verify STORE={root}"
+    return f"Next: make train BLOCK={first}-{min(first + 7, last)} STORE={root}"
+
+
+def teacher_accuracy(store: Store) -> float | None:
+    """Share of the valid samples that the teacher's own head gets right, from head_input alone.
+
+    Returns:
+        None where the store has no head, no head inputs or no valid sample.
+
+    Raises:
+        SchemaError: The head does not fit the head inputs.
+        ChecksumError: Head, labels or head inputs are not what was committed.
+    """
+    rows = np.flatnonzero(store.valid)
+    if not store.spec.has_head_input or not len(rows) or f"teacher/{HEAD_FILE}" not in store.document.documents:
+        return None
+    try:
+        head = tensors_from_bytes(store.read_document(f"teacher/{HEAD_FILE}"))
+        weight, bias = head["weight"], head["bias"]
+    except (SafetensorError, KeyError) as error:
+        raise SchemaError(f"teacher/{HEAD_FILE}", [f"is not a linear head: {error}"]) from error
+    if weight.shape != (len(bias), 2 * store.spec.dim):
+        raise SchemaError(f"teacher/{HEAD_FILE}", [f"maps {weight.shape}, expected (classes, {2 * store.spec.dim})"])
+    labels, n_right = store.samples["label"].to_numpy()[rows], 0
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        part = slice(start, start + _ROWS_AT_ONCE)
+        logits = store.read_head_input(rows[part]) @ weight.T + bias
+        n_right += int((logits.argmax(axis=1) == labels[part]).sum())
+    return n_right / len(rows)
+
+
+def token_norms(store: Store) -> np.ndarray:
+    """(layer, kind): root mean square norm of a token's state, from the statistics; NaN where nothing was seen."""
+    statistics = store.statistics
+    return np.sqrt((statistics.variance + statistics.mean**2).sum(axis=-1))
+
+
+def stored_nbytes(store: Store, kind: str) -> tuple[int, int]:
+    """(raw, stored) bytes of the committed chunks of one kind over all layers."""
+    raw = stored = 0
+    for path in sharded_array_paths(store.spec):
+        if array_kind(path) == kind:
+            nbytes = store.table.chunks[path][:, 1]
+            raw += int((nbytes >= 0).sum()) * raw_chunk_nbytes(store.spec, kind)
+            stored += int(nbytes[nbytes >= 0].sum())
+    return raw, stored
+
+
+def _identity_lines(store: Store) -> list[str]:
+    spec = store.spec
+    n_shards = int(store.committed.sum())
+    codec = spec.codec if spec.codec == "none" else f"{spec.codec} with {spec.shuffle} shuffle"
+    lines = [
+        f"teacher      {spec.teacher}, weights {spec.teacher_weights_digest[:16]}, computed in {spec.compute}",
+        f"samples      {spec.n_samples:,} planned, {store.n_committed:,} committed "
+        f"({n_shards:,} of {spec.n_shards:,} shards), {store.n_valid:,} valid",
+        f"layers       {_ranges(spec.layers)}; {spec.n_tokens} tokens of {spec.dim} channels: {_tokens(spec)}",
+        f"stored as    {spec.backend}, patches in {spec.precision}, codec {codec}, "
+        f"{spec.samples_per_shard} samples a shard, {spec.samples_per_chunk} a chunk",
+        f"order        seed {spec.order_seed}, source {spec.source_digest[:16]}; "
+        f"identity {store.document.digest[:16]}, format version {FORMAT_VERSION}",
+    ]
+    lines += [f"damaged      {key}: {what}" for key, what in sorted(store.damaged_commits.items())[:_N_NAMED]]
+    more = len(store.damaged_commits) - _N_NAMED
+    return [*lines, f"             and {more:,} more damaged commits"] if more > 0 else lines
+
+
+def _ranges(layers: Sequence[int]) -> str:
+    """0, 1, 2, 5 as `0 to 2, 5`."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
+
+
+def _tokens(spec: StoreSpec) -> str:
+    parts = ["CLS"] if spec.has_cls else []
+    parts += [f"{spec.n_registers} registers"] if spec.n_registers else []
+    return " + ".join([*parts, f"{spec.grid[0]} x {spec.grid[1]} patches"])
+
+
+def _bad_image_lines(store: Store) -> list[str]:
+    bad = sorted(store.table.bad_images.items())
+    if not bad:
+        return []
+    names = store.samples["sample_id"]
+    lines = [f"bad images   {len(bad):,}; their rows are invalid"]
+    lines += [f"             {names[index].as_py()}: {code}" for index, code in bad[:_N_NAMED]]
+    return [*lines, f"             and {len(bad) - _N_NAMED:,} more"] if len(bad) > _N_NAMED else lines
+
+
+def _array_lines(store: Store) -> list[str]:
+    spec = store.spec
+    kinds = [*spec.token_kinds, *([HEAD_INPUT] if spec.has_head_input else [])]
+    rows = [["kind", "shape of one sample", "dtype", "arrays", "stored", "ratio"]]
+    for kind in kinds:
+        raw, stored = stored_nbytes(store, kind)
+        rows.append(
+            [
+                kind,
+                " x ".join(map(str, kind_shape(spec, kind))),
+                kind_dtype(spec, kind).name,
+                "1" if kind == HEAD_INPUT else str(len(spec.layers)),
+                human_bytes(stored),
+                f"{raw / stored:.2f}" if stored else "-",
+            ]
+        )
+    return ["", *table(rows), f"in all {human_bytes(store.table.stored_nbytes)} in {_n_objects(store):,} data objects"]
+
+
+def _n_objects(store: Store) -> int:
+    return int(store.committed.sum()) * (len(sharded_array_paths(store.spec)) + 1)
+
+
+def _norm_lines(store: Store) -> list[str]:
+    if not store.n_valid:
+        return []
+    kinds = store.spec.token_kinds
+    rows = [["layer", *kinds]]
+    for layer, norms in zip(store.layers, token_norms(store)):
+        rows.append([str(layer), *(f"{norm:.4g}" for norm in norms)])
+    return ["", "root mean square norm of a token's state", *table(rows)]
+
+
+def _fidelity_lines(store: Store) -> list[str]:
+    """The worst shard and layer of each kind that was rounded."""
+    lines = []
+    for kind in store.spec.token_kinds:
+        paths = [array_path(layer, kind) for layer in store.layers]
+        found = [(store.table.fidelity[path], path) for path in paths if path in store.table.fidelity]
+        if found:
+            worst, path = max(found, key=lambda item: item[0].relative_mse)
+            lines += [
+                "",
+                f"{kind} in {store.spec.precision} against float32, worst shard: R2 {worst.r2:.7f}, relative MSE "
+                f"{worst.relative_mse:.1e} ({path}); largest error {max(f.worst for f, _ in found):.3g}",
+            ]
+    return lines
+
+
+def _accuracy_lines(store: Store) -> list[str]:
+    accuracy = teacher_accuracy(store)
+    return [] if accuracy is None else [f"the teacher's head gets {accuracy:.2%} of the valid samples right"]
+
+
+def table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of aligned columns: the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
+        )
+        for row in rows
+    ]
