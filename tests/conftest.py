@@ -6,6 +6,10 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
+# Before torch is imported, here and in every process that a test starts: the matrices are tiny, and a second OpenMP
+# thread on a busy core makes them many times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 settings.register_profile(
     "here", deadline=None, database=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
