@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import LifoQueue
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ READ_TRIES = 4
 READ_BACKOFF_S = 0.5
 
 
+@runtime_checkable
 class ImageBytes(Protocol):
     """The one verb that a shard needs of an image source."""
 
