@@ -117,7 +117,7 @@ class ImageFolderSource:
             raise SourceError(_join_problems(f"{self.root} cannot be listed", problems))
         if not samples:
             raise SourceError(
-                f"{self.root} has {len(present)} class folders and no image in any of them; "
+                f"{self.root} has {_count(len(present), 'class folder')} and no image in any of them; "
                 f"expected files ending in {' '.join(IMAGE_EXTENSIONS)} (in any case) inside class folders"
             )
         return samples
@@ -176,7 +176,7 @@ class DigitsSource:
         levels, labels = load_digit_arrays()
         samples = [
             ListedSample(
-                sample_id=self._sample_id(place, labels[place]),
+                sample_id=self._sample_id(place, int(labels[place])),
                 label=int(labels[place]),
                 class_name=str(labels[place]),
                 nbytes=len(encode_pgm(levels[place])),
@@ -199,7 +199,7 @@ class DigitsSource:
         """
         levels, labels = load_digit_arrays()
         place = _place_in(sample_id)
-        if place is not None and sample_id == self._sample_id(place, labels[place]):
+        if place is not None and sample_id == self._sample_id(place, int(labels[place])):
             return encode_pgm(levels[place])
         raise SourceError(f"the digits have no sample {sample_id!r} in {self.split}; an id reads like train/3/0013.pgm")
 

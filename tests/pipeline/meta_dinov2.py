@@ -75,7 +75,7 @@ def _block_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def _seeded(name: str, shape: tuple[int, ...]) -> Tensor:
-    around_one = name.endswith("gamma") or "norm" in name and name.endswith("weight")
+    around_one = name.endswith("gamma") or ("norm" in name and name.endswith("weight"))
     scale = 0.5 if name.endswith(("_embed", "_token", "_tokens")) else 0.05
     return _normal(name, shape) * (0.2 if around_one else scale) + float(around_one)
 
