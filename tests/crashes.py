@@ -1,0 +1,121 @@
+"""Kill an extraction at an exact moment: in children that are forked from a warm process, by `os._exit`."""
+
+import gc
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Literal
+
+import torch
+
+import pipeline.extract
+import pipeline.shard
+from infra.objects import Buffer, FolderObjects
+from pipeline.settings import ExtractConfig
+from storage_schemas.keys import LOG_PREFIX
+from tests.pipeline_jobs import ALONE, run_job
+
+DIED = 137  # what a shell says of a process that was killed with signal 9
+FINISHED = 0
+CHILD_TIMEOUT_S = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crash:
+    """A moment: before, during or after the n-th put or delete, counted from 1, of keys that start with a prefix.
+
+    Keys under log/ count only if the prefix asks for them: a second thread writes there now and then.
+    """
+
+    when: Literal["before", "during", "after"]
+    n: int
+    prefix: str = ""
+    verb: Literal["put", "delete"] = "put"
+
+
+class CrashingObjects(FolderObjects):
+    """A folder whose process dies at one moment."""
+
+    crash: Crash
+    n_seen = 0
+
+    def put(self, key: str, data: Buffer | Sequence[Buffer]) -> None:
+        if not self._is_the_moment("put", key):
+            super().put(key, data)
+        elif self.crash.when == "during":
+            super().put(key, _TornWrite([data] if isinstance(data, Buffer) else data))
+        else:
+            if self.crash.when == "after":
+                super().put(key, data)
+            os._exit(DIED)
+
+    def delete(self, key: str) -> None:
+        the_moment = self._is_the_moment("delete", key)
+        if not the_moment or self.crash.when == "after":
+            super().delete(key)
+        if the_moment:
+            os._exit(DIED)
+
+    def _is_the_moment(self, verb: str, key: str) -> bool:
+        counts = key.startswith(self.crash.prefix) and (self.crash.prefix or not key.startswith(LOG_PREFIX))
+        if verb != self.crash.verb or not counts:
+            return False
+        CrashingObjects.n_seen += 1
+        return CrashingObjects.n_seen == self.crash.n
+
+
+class _TornWrite(list):
+    """Buffers of which only the first half is ever written."""
+
+    def __iter__(self) -> Iterator[memoryview]:
+        whole = b"".join(bytes(memoryview(piece).cast("B")) for piece in list.__iter__(self))
+        yield memoryview(whole[: len(whole) // 2])
+        os._exit(DIED)
+
+
+def run_and_crash(jobs: Sequence[tuple[ExtractConfig, Crash]], warm_up: ExtractConfig) -> list[int]:
+    """Run each job in a process of its own that dies at its moment.
+
+    Args:
+        jobs: What to run, and when it dies.
+        warm_up: A job that is done in peace, so that children need not begin from nothing.
+
+    Returns:
+        Their exit codes: DIED, or FINISHED if the moment never came.
+    """
+    context = multiprocessing.get_context("forkserver")  # the test's own process may have threads, which forks dislike
+    context.set_forkserver_preload(["tests.crashes"])
+    here, there = context.Pipe()
+    server = context.Process(target=_serve, args=(jobs, warm_up, there))
+    server.start()
+    there.close()
+    try:
+        return here.recv()
+    finally:
+        server.join(CHILD_TIMEOUT_S)
+
+
+def _serve(jobs: Sequence[tuple[ExtractConfig, Crash]], warm_up: ExtractConfig, answer: Connection) -> None:
+    torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    run_job(warm_up, ALONE)
+    gc.collect()
+    pipeline.extract.open_objects = pipeline.shard.open_objects = CrashingObjects
+    answer.send([_die_in_child(config, crash) for config, crash in jobs])
+
+
+def _die_in_child(config: ExtractConfig, crash: Crash) -> int:
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    signal.alarm(CHILD_TIMEOUT_S)  # a hang becomes an exit code that no test expects
+    CrashingObjects.crash = crash
+    try:
+        run_job(config, ALONE)
+    except BaseException:  # noqa: BLE001 - told by the exit code, in a process that is about to end
+        os._exit(1)
+    os._exit(FINISHED)
