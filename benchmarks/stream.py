@@ -1,7 +1,8 @@
 """How fast a span of states reaches host memory: our stream against its peers and against the page cache itself."""
 
+import itertools
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,7 +32,7 @@ from benchmarks.stream_data import StreamData, make_spec, planted_states, write_
 from storage_schemas import open_store
 from storage_schemas.from_arrays import split_kinds
 from storage_schemas.spec import Span
-from trainer.stream import LayerSliceStream
+from trainer.stream import HostBatch, LayerSliceStream
 
 STREAM, GATHERED, LIMIT = "our stream, batches as stored", "our stream, one tensor a batch", "limit: preadv, 2 threads"
 
@@ -113,12 +114,13 @@ def contestants(config: StreamBenchmark, ring_nbytes: int) -> list[Contestant]:
     cores = n_cores()
     chunk = make_spec(1, config.span, small=config.small).samples_per_chunk
     reads = [{"samples_per_read": n * chunk, "ahead": ahead} for n in (2, 4, 8) for ahead in (0, 1, 2)]
-    stream = partial(our_stream, batch_size=config.batch_size, lanes=config.lanes)
+    sizes: dict[str, Any] = {"batch_size": config.batch_size, "lanes": config.lanes}
     stream_threads = tuple({"threads": n} for n in sorted({cores, 8}))
+    gather_threads = tuple({**setting, "copy_threads": n} for setting in stream_threads for n in sorted({1, cores}))
     return [
         Contestant(name=LIMIT, loader=partial(preadv_into_a_ring, ring_nbytes=ring_nbytes), settings=({"threads": 2},)),
-        Contestant(name=STREAM, loader=stream, settings=stream_threads),
-        Contestant(name=GATHERED, loader=partial(stream, gather=True), settings=stream_threads),
+        Contestant(name=STREAM, loader=partial(our_stream, **sizes), settings=stream_threads),
+        Contestant(name=GATHERED, loader=partial(our_stream_gathered, **sizes), settings=gather_threads),
         Contestant(name="zarrs pipeline", loader=zarrs_pipeline, settings=tuple(reads)),
         Contestant(name="zarr-python", loader=zarr_python, settings=tuple(reads)),
         Contestant(
@@ -141,25 +143,50 @@ def contestants(config: StreamBenchmark, ring_nbytes: int) -> list[Contestant]:
 
 
 @contextmanager
-def our_stream(data: StreamData, *, batch_size: int, lanes: int, threads: int, gather: bool = False) -> Iterator[Pass]:
+def our_stream(data: StreamData, *, batch_size: int, lanes: int, threads: int) -> Iterator[Pass]:
     """LayerSliceStream; every pass is another epoch of one stream, which keeps its buffers."""
-    spec = data.spec
-    epoch = 0
-    with LayerSliceStream(open_store(data.store), data.span, batch_size, lanes=lanes, threads=threads) as stream:
-        out = torch.empty((batch_size, data.span.n_states, spec.n_tokens, spec.dim), dtype=torch.float16)
+    with _passes(data, batch_size, lanes, threads) as host_batches:
 
         def one_pass() -> Iterator[Batch]:
-            nonlocal epoch
-            stream.set_epoch(epoch)
-            epoch += 1
-            for batch in stream:
-                if gather:
-                    tokens = batch.to("cpu", torch.float16, out=out).activations.numpy()
-                    parts = [Part(kind="tokens", state=None, values=tokens)]
-                else:
-                    arrays = (batch.cls, batch.registers, batch.patches)
-                    parts = [Part(kind=k, state=None, values=a) for k, a in zip(KINDS, arrays) if a is not None]
+            for batch in host_batches():
+                arrays = (batch.cls, batch.registers, batch.patches)
+                parts = [Part(kind=k, state=None, values=a) for k, a in zip(KINDS, arrays) if a is not None]
                 yield Batch(sample_index=batch.sample_index, parts=parts)
+
+        yield one_pass
+
+
+@contextmanager
+def our_stream_gathered(
+    data: StreamData, *, batch_size: int, lanes: int, threads: int, copy_threads: int
+) -> Iterator[Pass]:
+    """The same, every batch copied once more into one tensor that is used again, by so many threads of torch."""
+    shape = (batch_size, data.span.n_states, data.spec.n_tokens, data.spec.dim)
+    out = torch.ones(shape, dtype=torch.float16)
+    with _passes(data, batch_size, lanes, threads) as host_batches:
+
+        def one_pass() -> Iterator[Batch]:
+            before = torch.get_num_threads()
+            torch.set_num_threads(copy_threads)
+            try:
+                for batch in host_batches():
+                    tokens = batch.to("cpu", torch.float16, out=out).activations.numpy()
+                    part = Part(kind="tokens", state=None, values=tokens)
+                    yield Batch(sample_index=batch.sample_index, parts=[part])
+            finally:
+                torch.set_num_threads(before)
+
+        yield one_pass
+
+
+@contextmanager
+def _passes(data: StreamData, batch_size: int, lanes: int, threads: int) -> Iterator[Callable[[], Iterator[HostBatch]]]:
+    epochs = itertools.count()
+    with LayerSliceStream(open_store(data.store), data.span, batch_size, lanes=lanes, threads=threads) as stream:
+
+        def one_pass() -> Iterator[HostBatch]:
+            stream.set_epoch(next(epochs))
+            yield from stream
 
         yield one_pass
 
