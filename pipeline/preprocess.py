@@ -194,14 +194,14 @@ def _reader_for(data: bytes) -> type[ImageFile.ImageFile]:
 
 def _open(reader: type[ImageFile.ImageFile], data: bytes) -> ImageFile.ImageFile:
     """Read the header. Readers that may warn are silenced one at a time: Python's filters belong to the process."""
-    may_warn = reader is TiffImageFile or (reader is PngImageFile and _APNG_MARK in data)
+    may_warn = reader in (TiffImageFile, GifImageFile) or (reader is PngImageFile and _APNG_MARK in data)
     if not may_warn:
         return reader(io.BytesIO(data))
     with _warnings_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image = reader(io.BytesIO(data))
         if image.width * image.height <= MAX_PIXELS:
-            image.load()  # TIFF reads further directories while it decodes
+            image.load()  # TIFF and GIF read on while they decode
         return image
 
 

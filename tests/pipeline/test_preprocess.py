@@ -94,6 +94,7 @@ FILES: dict[str, Callable[[], bytes]] = {
     "la png": lambda: encode(photo(mode="LA"), "PNG"),
     "bilevel png": lambda: encode(photo(mode="1"), "PNG"),
     "16-bit png": sixteen_bit_grey,
+    "mpo, two pictures in one jpeg": lambda: encode(photo(), "MPO", save_all=True, append_images=[photo(seed=1)]),
     "gif": lambda: encode(photo(), "GIF"),
     "bmp": lambda: encode(photo(), "BMP"),
     "ppm": lambda: encode(photo(), "PPM"),
