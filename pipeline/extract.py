@@ -476,7 +476,7 @@ def _anywhere(source: Source) -> Source:
 
 def write_index(objects: Objects, store: Store) -> None:
     """Put index.parquet of a complete store, unless it is there already."""
-    commits, _ = read_commits(objects, store.document)
+    commits, _ = read_commits(objects, store.document, use_index=False)  # the index there may be an earlier one
     data = index_to_bytes(store.spec, store.document.digest, commits)
     try:
         if objects.get(INDEX_KEY) == data:
