@@ -154,26 +154,26 @@ class FolderObjects:
         The caller can checksum a buffer while it is still in the processor's cache. Errors are those of `read_into`.
         """
         try:
-            descriptor = os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = os.open(f"{self._root}/{check_key(key)}", os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise self._read_error(key, error) from error
-        try:
-            place = start
+        place = start
+        try:  # little is done between system calls: threads that read take turns to do it
             for buffer in buffers:
-                left = buffer.cast("B")  # slices of it are bytes, whatever the caller's items are
-                while left.nbytes:
-                    try:
-                        n = os.preadv(descriptor, [left], place)
-                    except OSError as error:
-                        raise self._read_error(key, error) from error
-                    if n == 0:
+                n = os.preadv(descriptor, [buffer], place)
+                while n < buffer.nbytes:
+                    more = os.preadv(descriptor, [buffer.cast("B")[n:]], place + n)
+                    if more == 0:
                         raise ShortObjectError(
                             key,
                             f"{self.location}/{key}: bytes {start} to {start + sum(b.nbytes for b in buffers)} were "
                             f"asked for, the object has {os.fstat(descriptor).st_size}",
                         )
-                    left, place = left[n:], place + n
+                    n += more
+                place += n
                 yield buffer
+        except OSError as error:
+            raise self._read_error(key, error) from error
         finally:
             os.close(descriptor)
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from crc32c import crc32c
 
-from storage_schemas.codecs import decode_chunk, kind_shape, raw_chunk_nbytes
+from storage_schemas.codecs import decode_chunk, raw_chunk_nbytes
 from storage_schemas.reader import ChunkLocation, Store, check_crc, check_payload
 from storage_schemas.spec import Span, StoreSpec
 from trainer.order import PassOrder, ReadPlan
@@ -21,7 +21,7 @@ SCATTER_NBYTES = 65_536
 _JOIN_S = 30.0
 
 
-_N_PLANNED = 64  # chunks whose places are worked out at a time; one by one would cost more than their checksums
+_N_PLANNED = 8  # chunks whose places are worked out at a time; one by one would cost more than their checksums
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +34,7 @@ class _Placement:
         wanted: Places within the chunk of the samples that go somewhere; None for all.
         wanted_rows: Their ring rows.
         buffers: Their buffers.
+        locations: Where the chunk's bytes lie, by state and kind.
     """
 
     chunk: int
@@ -41,6 +42,7 @@ class _Placement:
     wanted: np.ndarray | None
     wanted_rows: np.ndarray
     buffers: np.ndarray
+    locations: list[list[ChunkLocation]]
 
 
 class _Scratch:
@@ -49,6 +51,18 @@ class _Scratch:
     def __init__(self, spec: StoreSpec) -> None:
         self.payload = memoryview(bytearray(payload_nbytes(spec)))
         self.decoded = np.empty(decoded_nbytes(spec), np.uint8)
+        self._plain: dict[str, np.ndarray] = {}
+        if spec.codec == "none":  # a payload that needs no decoding is always seen in the same way
+            for kind in stream_kinds(spec):
+                if not scatters(spec, kind):
+                    self._plain[kind] = decode_chunk(spec, kind, self.payload[: raw_chunk_nbytes(spec, kind)])
+
+    def decode(self, spec: StoreSpec, kind: str, payload: memoryview) -> np.ndarray:
+        """The values of a payload that lies at the beginning of `self.payload`."""
+        plain = self._plain.get(kind)
+        if plain is not None and plain.nbytes == payload.nbytes:
+            return plain
+        return decode_chunk(spec, kind, payload, self.decoded)
 
 
 def scatters(spec: StoreSpec, kind: str) -> bool:
@@ -228,6 +242,10 @@ class ChunkReader:
                     wanted=None if len(wanted) == samples_per_chunk else wanted,
                     wanted_rows=wanted_rows,
                     buffers=wanted_rows // self._n_buffer_rows,
+                    locations=[
+                        [self._store.chunk(layer, kind, one_chunk) for kind, _ in self._kinds]
+                        for layer in self._span.states
+                    ],
                 )
             )
         return placements
@@ -235,8 +253,7 @@ class ChunkReader:
     def _read(self, placement: _Placement, state: int, scratch: _Scratch) -> None:
         self._await_copies(placement)
         needed = fetched = 0
-        for kind, scattered_nbytes in self._kinds:
-            location = self._store.chunk(self._span.start + state, kind, placement.chunk)
+        for (kind, scattered_nbytes), location in zip(self._kinds, placement.locations[state]):
             needed += location.nbytes
             if scattered_nbytes:
                 fetched += self._read_scattered(kind, scattered_nbytes, location, placement, state, scratch)
@@ -284,12 +301,10 @@ class ChunkReader:
     def _read_whole(
         self, kind: str, location: ChunkLocation, placement: _Placement, state: int, scratch: _Scratch
     ) -> int:
-        spec = self._store.spec
         payload = scratch.payload[: location.nbytes]
         self._store.objects.read_into(location.key, location.offset, payload)
         check_payload(self._store.location, location, payload)
-        values = decode_chunk(spec, kind, payload, scratch.decoded)
-        assert values.shape[1:] == kind_shape(spec, kind)
+        values = scratch.decode(self._store.spec, kind, payload)
         if placement.wanted is not None:
             values = values[placement.wanted]
         self._ring.arrays[kind][placement.wanted_rows, state] = values
