@@ -5,7 +5,8 @@ DeiT's distillation token, absent CLS tokens) is as timm has it. Layer 0 is what
 leaves block l; the final norm belongs to no layer (FORMAT.md, "Layers").
 
 Weights come from timm, from a file in timm's or in Meta's naming, or from a seed. timm's own checkpoint filter converts
-names and resamples position embeddings to the teacher's grid (bicubic, antialiased, as Meta's models with registers).
+names and resamples position embeddings to the teacher's grid: bicubic with antialiasing, as Meta does for its models
+with registers (for those without, Meta's hub entries do not antialias; timm does, and so do we).
 """
 
 import difflib

@@ -3,6 +3,7 @@
 The golden keeps only what Meta's code made of them, at a few places.
 """
 
+import functools
 import zlib
 from pathlib import Path
 
@@ -35,8 +36,12 @@ def meta_shapes() -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+@functools.cache
 def meta_state() -> dict[str, Tensor]:
-    """Float32 weights, each name from a seed of its own; large enough that every block changes the residual stream."""
+    """Float32 weights, each name from a seed of its own; large enough that every block changes the residual stream.
+
+    Made once: copy before you change.
+    """
     return {name: _seeded(name, shape) for name, shape in meta_shapes().items()}
 
 
