@@ -112,10 +112,9 @@ def check_key(key: str) -> str:
 class FolderObjects:
     """Objects as files below a folder. The folder is made by the first put.
 
-    Links inside the folder are read through, but never listed: what lies elsewhere is never deleted with a store. A put
-    writes a temporary file beside the target and renames it, so readers see the old object or the new one.
-    There is no fsync: after a power cut a committed object may be short or empty, which checksums report and repair
-    mends.
+    Links inside the folder are read through, but never listed, written or deleted through: nothing outside is changed.
+    A put writes a temporary file beside the target and renames it, so readers see the old object or the new one. There
+    is no fsync: after a power cut a committed object may be short or empty, which checksums report and repair mends.
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
@@ -187,6 +186,7 @@ class FolderObjects:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{_LEFTOVER_SUFFIX}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            self._check_inside(key, path)
             try:
                 with open(temporary, "xb", buffering=0) as file:
                     for piece in _pieces(data):
@@ -232,8 +232,10 @@ class FolderObjects:
 
     def delete(self, key: str) -> None:
         """Remove an object; no error if there is none."""
+        path = self._path(key)
+        self._check_inside(key, path)
         try:
-            self._path(key).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
         except (NotADirectoryError, IsADirectoryError):  # an object above, or a folder: no object has this key
             return
         except OSError as error:
@@ -257,6 +259,12 @@ class FolderObjects:
                         raise ObjectAccessError(key, f"{path} could not be deleted: {_reason(error)}") from error
                     n_swept += 1
         return n_swept
+
+    def _check_inside(self, key: str, path: Path) -> None:
+        """Raise ObjectAccessError if a link on the way leads out of the folder."""
+        root, parent = os.path.realpath(self._root), os.path.realpath(path.parent)
+        if os.path.commonpath([root, parent]) != root:
+            raise ObjectAccessError(key, f"{self.location}/{key} leads out of {self.location}, to {parent}: a link")
 
     def _read_error(self, key: str, error: OSError) -> ObjectError:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):

@@ -1,5 +1,6 @@
 """Chunks as bytes: dtypes, shapes, lossless codecs. Equal input gives equal bytes, in any thread."""
 
+import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -45,7 +46,7 @@ def chunk_shape(spec: StoreSpec, kind: str) -> tuple[int, ...]:
 
 def raw_chunk_nbytes(spec: StoreSpec, kind: str) -> int:
     """Bytes of one chunk before the codec; with codec "none" also its payload on disk."""
-    return int(np.prod(chunk_shape(spec, kind))) * kind_dtype(spec, kind).itemsize
+    return math.prod(chunk_shape(spec, kind)) * kind_dtype(spec, kind).itemsize
 
 
 def encode_chunk(spec: StoreSpec, kind: str, raw: memoryview) -> memoryview | bytes:

@@ -1,5 +1,6 @@
 """The document that makes a shard exist: sizes and checksums of its objects, and what is known of its samples."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from storage_schemas.codecs import BLOSC_OVERHEAD, raw_chunk_nbytes
-from storage_schemas.documents import seal, sha256, unseal
+from storage_schemas.documents import MAX_DOCUMENT_NBYTES, seal, sha256, unseal
 from storage_schemas.errors import SchemaError
 from storage_schemas.keys import (
     STATISTIC_NAMES,
@@ -109,25 +110,35 @@ def read_commit(spec: StoreSpec, store: str, shard: int, data: bytes) -> Commit:
     Raises:
         SchemaError: Every way in which it is not this shard's commit of this store.
     """
+    try:
+        commit = _parse(json.loads(data) if len(data) <= MAX_DOCUMENT_NBYTES else None)
+        exact = commit.to_bytes() == data  # which also means that its digest is right and its spelling canonical
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError):
+        exact = False
+    if not exact:
+        raise _why_not(shard, data)
+    problems = commit_problems(spec, store, shard, commit)
+    if problems:
+        raise SchemaError(commit_key(shard), problems)
+    return commit
+
+
+def _why_not(shard: int, data: bytes) -> SchemaError:
+    """What keeps these bytes from being a commit; the slow way, which says why."""
     key = commit_key(shard)
     document = unseal(key, data)
     if document.get("format_version") != FORMAT_VERSION:
         version = document.get("format_version")
-        raise SchemaError(key, [f"format version {version!r}; this version reads {FORMAT_VERSION}"])
+        return SchemaError(key, [f"format version {version!r}; this version reads {FORMAT_VERSION}"])
     try:
-        commit = _parse(document)
-        exact = commit.to_bytes() == data
+        _parse(document)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise SchemaError(key, [f"not a commit of this format: {type(error).__name__}: {error}"]) from error
-    if not exact:  # a value of another type, or a field that we do not know
-        raise SchemaError(key, ["not a commit of this format: it holds more or other than the fields of one"])
-    problems = commit_problems(spec, store, shard, commit)
-    if problems:
-        raise SchemaError(key, problems)
-    return commit
+        return SchemaError(key, [f"not a commit of this format: {type(error).__name__}: {error}"])
+    return SchemaError(key, ["not a commit of this format: it holds more or other than the fields of one"])
 
 
-def _parse(document: Mapping[str, Any]) -> Commit:
+def _parse(document: Any) -> Commit:
+    """A commit from parsed JSON, values turned into the types they should have."""
     return Commit(
         shard=int(document["shard"]),
         store=str(document["store"]),
@@ -193,12 +204,15 @@ def _record_problems(spec: StoreSpec, path: str, shard: int, record: ObjectRecor
     n_chunks = len(spec.shard_chunks(shard))
     if len(record.chunks) != n_chunks:
         return [f"{len(record.chunks)} chunks, expected {n_chunks}"]
-    offsets, nbytes = record.chunks[:, 0], record.chunks[:, 1]
-    ends = offsets + nbytes + CRC_NBYTES
-    starts = np.concatenate([[0], ends[:-1]])
-    if (nbytes <= 0).any() or (offsets != starts).any() or ends[-1] + index_nbytes(spec) != record.nbytes:
+    # plain integers: there are few chunks in an object, but very many objects
+    raw, place = raw_chunk_nbytes(spec, array_kind(path)), 0
+    least, most = (raw, raw) if spec.codec == "none" else (1, raw + BLOSC_OVERHEAD)
+    for offset, nbytes, _ in record.chunks.tolist():
+        if offset != place:
+            return ["chunks do not lie end to end in the object"]
+        if not least <= nbytes <= most:
+            return ["chunks have a wrong size"]
+        place += nbytes + CRC_NBYTES
+    if place + index_nbytes(spec) != record.nbytes:
         return ["chunks do not lie end to end in the object"]
-    raw = raw_chunk_nbytes(spec, array_kind(path))
-    if (nbytes != raw).any() if spec.codec == "none" else (nbytes > raw + BLOSC_OVERHEAD).any():
-        return ["chunks have a wrong size"]
     return []

@@ -42,8 +42,9 @@ def unseal(key: str, data: bytes) -> dict[str, Any]:
         raise SchemaError(key, ["expected a JSON object with a 'digest'"])
     written = document.pop("digest")
     try:
-        actual = sha256(canonical_json(document))
-        spelled = seal(document)
+        content = canonical_json(document)
+        actual = sha256(content)
+        spelled = canonical_json({**document, "digest": actual})
     except (ValueError, RecursionError) as error:
         raise SchemaError(key, [f"not a document of this format: {type(error).__name__}: {error}"]) from error
     if actual != written:

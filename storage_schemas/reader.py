@@ -337,8 +337,12 @@ class Store:
             one(*jobs[0])
             return
         with ThreadPoolExecutor(min(_N_READ_THREADS, len(jobs) or 1)) as pool:
-            for done in [pool.submit(one, *job) for job in jobs]:
-                done.result()
+            try:
+                for done in [pool.submit(one, *job) for job in jobs]:
+                    done.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # or all the other chunks would be read first
+                raise
 
     def _chunk_values(self, path: str, chunk: int) -> np.ndarray:
         return decode_chunk(self.spec, array_kind(path), self.fetch(self._location(path, chunk)))

@@ -121,7 +121,7 @@ def _object_problems(
         # a bounded window, so that at most `threads` objects are in memory
         for start in range(0, len(work), 16 * threads):
             window = work[start : start + 16 * threads]
-            checked = pool.map(lambda item: _check_object(objects, sizes.get(item[1]), *item), window)
+            checked = pool.map(lambda item: check_object(objects, sizes.get(item[1]), *item), window)
             for (_, _, record), found in zip(window, checked):
                 yield from found
                 done += record.nbytes
@@ -129,9 +129,10 @@ def _object_problems(
                     progress(done, total)
 
 
-def _check_object(
+def check_object(
     objects: Objects, listed_nbytes: int | None, shard: int, key: str, record: ObjectRecord
 ) -> list[Problem]:
+    """Problems of one data object; `listed_nbytes` is its size if a listing gave it."""
     if listed_nbytes is not None and listed_nbytes != record.nbytes:  # never read what may be far too large
         return [
             Problem(

@@ -150,6 +150,46 @@ def test_links_are_read_but_never_listed_or_followed_by_a_listing(tmp_path):
     assert [info.key for info in objects.list("link/")] == []
 
 
+def test_nothing_is_written_or_deleted_through_a_link_that_leads_out(tmp_path):
+    outside = FolderObjects(tmp_path / "outside")
+    outside.put("precious", b"x")
+    objects = FolderObjects(tmp_path / "store")
+    objects.put("a/key", b"y")
+    (tmp_path / "store/link").symlink_to(tmp_path / "outside")
+    for change in (
+        lambda: objects.put("link/precious", b"z"),
+        lambda: objects.put("link/new/below", b"z"),
+        lambda: objects.delete("link/precious"),
+    ):
+        with pytest.raises(ObjectAccessError, match=r"leads out of .*/store, to .*/outside"):
+            change()
+    assert [(info.key, info.nbytes) for info in outside.list()] == [("precious", 1)]
+
+
+def test_a_store_below_a_link_is_an_ordinary_store(tmp_path):
+    """The folder itself may be reached by a link, as when data/ lies on another disk."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "data").symlink_to(tmp_path / "disk")
+    objects = FolderObjects(tmp_path / "data/store")
+    objects.put("a/key", b"y")
+    assert [info.key for info in objects.list()] == ["a/key"]
+    objects.delete("a/key")
+    assert files(tmp_path / "disk") == []
+
+
+def test_a_link_in_place_of_an_object_is_replaced_not_followed(tmp_path):
+    (tmp_path / "precious").write_bytes(b"x")
+    objects = FolderObjects(tmp_path / "store")
+    objects.put("a/key", b"y")
+    for change in (lambda: objects.put("a/key", b"new"), lambda: objects.delete("a/key")):
+        (tmp_path / "store/a/key").unlink()
+        (tmp_path / "store/a/key").symlink_to(tmp_path / "precious")
+        change()
+        assert (tmp_path / "precious").read_bytes() == b"x"
+        assert not (tmp_path / "store/a/key").is_symlink()
+        objects.put("a/key", b"y")
+
+
 def test_a_name_too_long_is_an_error_with_the_key(tmp_path):
     objects = FolderObjects(tmp_path)
     with pytest.raises(ObjectAccessError, match="could not be written"):

@@ -125,7 +125,7 @@ FORGED_COMMITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "negative offset": (set_chunk(0, -4), "do not lie end to end"),
     "another offset": (set_chunk(0, 4), "do not lie end to end"),
-    "another size": (set_chunk(1, 4), "do not lie end to end"),
+    "another size": (set_chunk(1, 4), "chunks have a wrong size"),
     "fractional offset": (set_chunk(0, 0.5), "more or other than the fields"),
     "crc as text": (set_chunk(2, "ff"), "ValueError"),
     "crc too large": (set_chunk(2, 2**32), "crc32c is not in 0 to"),

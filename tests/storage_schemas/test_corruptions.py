@@ -14,8 +14,9 @@ from storage_schemas import open_store
 from storage_schemas.errors import StoreError
 from storage_schemas.from_arrays import split_kinds
 from storage_schemas.keys import layer_path
+from storage_schemas.reader import load_commits
 from storage_schemas.spec import StoreSpec
-from storage_schemas.verify import verify_store
+from storage_schemas.verify import check_object, verify_store
 from tests.stores import make_spec, planted_head_inputs, planted_states, write_planted
 
 # Two stores, since whole objects of uncompressed chunks have checksums that do not depend on what is in them.
@@ -171,6 +172,29 @@ def test_random_damage_is_reported_and_never_read_as_data(kind):
         if kind != "store.json":  # without which nothing else can be judged
             assert reported >= set(keys), f"{how} of {keys} (case {case})"
         check_reads(objects, truth, keys)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_any_flipped_byte_of_a_shard_is_reported(which):
+    """Every single place: payloads, the checksums between them, the sharding index and its own checksum."""
+    spec = make_spec(
+        **SMALL | {"n_samples": 5, "dim": 2, "grid": (1, 1)}, codec=SPECS[which].codec, shuffle=SPECS[which].shuffle
+    )
+    objects = MemoryObjects()
+    write_planted(objects, spec)
+    [commit, *_] = [record for _, record in load_commits(objects, open_store(objects).document, [0])]
+    n_places = 0
+    for key, record in commit.objects.items():
+        data = bytearray(objects.get(key))
+        for place in range(len(data)):
+            data[place] ^= 1 << place % 8
+            objects.put(key, data)
+            assert [p.key for p in check_object(objects, len(data), 0, key, record)] == [key], f"byte {place} of {key}"
+            data[place] ^= 1 << place % 8
+            n_places += 1
+        objects.put(key, data)
+        assert check_object(objects, len(data), 0, key, record) == []
+    assert n_places == sum(record.nbytes for record in commit.objects.values()) > 1000
 
 
 def test_the_check_itself_can_fail():

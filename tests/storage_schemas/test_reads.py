@@ -250,6 +250,15 @@ class TestOnlyWhatIsNeeded:
         open_store(counting).read([1], [16, 4], "cls")
         assert (counting.requests, counting.fetched) == (2, 2 * 4 * 8 * 4)
 
+    def test_an_error_ends_a_read_at_once(self):
+        """Not after all the other chunks, which may take hours."""
+        objects = CountingObjects()
+        write_planted(objects, make_spec(n_samples=400, samples_per_shard=4, samples_per_chunk=1, layers=(0,)))
+        objects.delete("layer_00/cls/c/0/0")
+        with pytest.raises(ObjectMissingError):
+            open_store(objects).read()
+        assert objects.requests < 300, "of 1,200"
+
     def test_opening_reads_no_data(self, objects):
         counting = self.counting(objects)
         open_store(counting)
