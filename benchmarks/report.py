@@ -1,6 +1,7 @@
 """What a benchmark found: as a table on the terminal, and as JSON and Markdown below benchmarks/results/."""
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -59,7 +60,8 @@ class Result:
 
     def to_text(self) -> str:
         """For a terminal."""
-        parts = [self.title, f"{self.machine}", "", *_text_table(self.rows), "", *map(str, self.goals), "", *self.notes]
+        parts = [self.title, f"{self.machine}", "", *_text_table(self.rows), "", *map(str, self.goals), ""]
+        parts += [textwrap.fill(note, 118) for note in self.notes]
         return "\n".join(parts).rstrip() + "\n"
 
     def to_markdown(self, date: str) -> str:

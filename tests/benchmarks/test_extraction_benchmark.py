@@ -11,6 +11,7 @@ from PIL import Image
 from benchmarks import __main__ as door
 from benchmarks import extraction
 from benchmarks.images import jpeg, write_images
+from infra.console import UserError
 
 
 def test_images_have_imagenets_size_and_a_natural_spectrum():
@@ -58,3 +59,9 @@ def test_the_door_prints_and_saves(tmp_path: Path, capsys):
     assert "reference style, float32" in printed
     names = sorted(path.suffix for path in (tmp_path / "results").iterdir())
     assert names == [".json", ".md"]
+
+
+def test_a_missing_place_for_data_is_refused(tmp_path: Path):
+    with pytest.raises(UserError, match="is no folder; make it"):
+        door.main(door.Options(what="stream", quick=True, dir=tmp_path / "nowhere", out=tmp_path))
+    assert not any(tmp_path.iterdir())
