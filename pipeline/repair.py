@@ -14,12 +14,12 @@ from pipeline.run_log import claimed
 from pipeline.settings import ExtractConfig, PlannedStore, make_teacher, plan_split, split_location
 from pipeline.sources import Source, open_sources
 from pipeline.teacher import Teacher, teacher_from_files
-from storage_schemas.create import StoreDocument, plan_documents, read_store_document
+from storage_schemas.create import StoreDocument, identity_differences, plan_documents, read_store_document
 from storage_schemas.documents import sha256, unseal
 from storage_schemas.errors import NotAStoreError, Problem, SchemaError
 from storage_schemas.keys import INDEX_KEY, STORE_KEY, TEACHER_PREFIX, commit_key, is_owned
 from storage_schemas.reader import list_commits
-from storage_schemas.spec import StoreSpec, differences
+from storage_schemas.spec import StoreSpec
 from storage_schemas.verify import verify_store
 
 
@@ -39,6 +39,7 @@ def repair(config: ExtractConfig, run: RunConfig) -> list[ExtractResult]:
         for store in planned:
             objects = open_objects(store.location)
             with claimed(objects, say):
+                objects.sweep()
                 _mend(store, objects)
     except ObjectError as error:
         raise JobError(f"{error}. Repair can be started again at any time") from error
@@ -67,10 +68,10 @@ def _plan(config: ExtractConfig, split: str, source: Source) -> PlannedStore:
     config = _settings_of(document.spec, config)
     planned = plan_split(config, _teacher_of(objects, document, config), split, source, say)
     expected, _ = plan_documents(planned.spec, planned.samples, planned.teacher_files)
-    if expected.digest != document.digest:
-        found = differences(document.spec, planned.spec) or ["another listing of images, or another teacher file"]
+    different = identity_differences(objects, document, expected, planned.samples)
+    if different:
         raise UserError(
-            "\n  ".join([f"IMAGES or the teacher are not those of {location}; nothing was changed:", *found])
+            "\n  ".join([f"IMAGES or the teacher are not those of {location}; nothing was changed:", *different])
         )
     return planned
 

@@ -1,0 +1,292 @@
+"""Damage of every kind to every kind of object: verify reports it, and repair brings back the store to the byte."""
+
+import random
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from infra.console import JobError, UserError
+from infra.objects import FolderObjects
+from infra.status import my_heartbeat
+from pipeline.extract import ExtractResult
+from pipeline.repair import repair
+from pipeline.run_log import HEARTBEAT_KEY
+from pipeline.settings import ExtractConfig
+from storage_schemas import open_store
+from storage_schemas.errors import NotAStoreError
+from storage_schemas.keys import LOG_PREFIX
+from storage_schemas.verify import verify_store
+from tests.pipeline_jobs import ALONE, digest_of, fake_config, leftovers, make_tree, run_job, snapshot
+
+KINDS = {
+    "store.json": r"store\.json",
+    "samples.parquet": r"samples\.parquet",
+    "zarr.json": r"(.*/)?zarr\.json",
+    "commit": r"commits/.*",
+    "index": r"index\.parquet",
+    "statistics": r"statistics/c/.*",
+    "data": r"(layer_.*|head_input)/c/.*",
+    "teacher": r"teacher/.*",
+}
+N_DEFAULT, N_SLOW = 40, 304
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tree(tmp_path_factory.mktemp("images"), 10, odd=True)
+
+
+@pytest.fixture(scope="module")
+def sound(images: Path, tmp_path_factory: pytest.TempPathFactory) -> ExtractConfig:
+    """A finished store of two shards, with bad images, extracted with other settings than the defaults."""
+    config = fake_config(images, tmp_path_factory.mktemp("sound") / "store", layers="0,2", precision="float32")
+    run_job(config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def digest(sound: ExtractConfig) -> str:
+    assert sound.store is not None
+    return digest_of(sound.store)
+
+
+@pytest.fixture
+def damaged(sound: ExtractConfig, tmp_path: Path) -> Path:
+    """A copy to be damaged."""
+    return copy_of(sound, tmp_path / "damaged")
+
+
+def copy_of(sound: ExtractConfig, place: Path) -> Path:
+    assert sound.store is not None
+    return shutil.copytree(sound.store, place)
+
+
+def keys_of(store: Path, kind: str) -> list[str]:
+    return [info.key for info in FolderObjects(store).list() if re.fullmatch(KINDS[kind], info.key)]
+
+
+def damage(store: Path, kind: str, how: str, rng: random.Random) -> str:
+    """Damage one object of a kind, or swap two; says which."""
+    keys = keys_of(store, kind)
+    key = rng.choice(keys)
+    data = (store / key).read_bytes()
+    if how == "flip":
+        changed = bytearray(data)
+        changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
+        (store / key).write_bytes(changed)
+    elif how == "truncate":
+        (store / key).write_bytes(data[: rng.randrange(len(data))])
+    elif how == "delete":
+        (store / key).unlink()
+    else:
+        other = rng.choice([k for k in keys if (store / k).read_bytes() != data])
+        (store / key).write_bytes((store / other).read_bytes())
+        (store / other).write_bytes(data)
+        return f"{key} and {other} swapped"
+    return f"{key}: {how}"
+
+
+def cases(n: int) -> list[tuple[str, str, int]]:
+    """Kind, damage and seed, in equal shares; two are swapped only where there are two."""
+    made = []
+    for i in range(n):
+        kind = list(KINDS)[i % len(KINDS)]
+        hows = ("flip", "truncate", "delete", "swap")[: 3 if kind in ("store.json", "samples.parquet", "index") else 4]
+        made.append((kind, hows[i // len(KINDS) % len(hows)], i))
+    return made
+
+
+def wanted_of(sound: ExtractConfig, store: Path, *kinds: str) -> ExtractConfig:
+    """What a person has to type: the images; and what the extraction was given if the store cannot say it any more."""
+    if {"store.json", "teacher"} & set(kinds):
+        return replace(sound, store=str(store))
+    return ExtractConfig(images=sound.images, store=str(store))
+
+
+def check_reported_and_mended(sound: ExtractConfig, digest: str, store: Path, kind: str, how: str, seed: int) -> None:
+    what = damage(store, kind, how, random.Random(seed))
+    problems = verify_store(FolderObjects(store))
+    assert problems, f"verify does not report {what} (seed {seed})"
+    if how != "swap":
+        assert any(problem.key == what.partition(":")[0] for problem in problems), (what, problems)
+    (result,) = repair(wanted_of(sound, store, kind), ALONE)
+    assert result.complete
+    assert digest_of(store) == digest, what
+    if kind not in ("commit", "statistics", "data"):
+        assert result.n_done == 0, f"{what}: only what is damaged is done again"
+    else:
+        assert 0 < result.n_done <= (8 if how != "swap" else 16), what
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_random_damage_is_reported_and_mended(kind: str, sound: ExtractConfig, digest: str, tmp_path: Path) -> None:
+    here = [case for case in cases(N_DEFAULT) if case[0] == kind]
+    assert len(here) == N_DEFAULT // len(KINDS)
+    for _, how, seed in here:
+        check_reported_and_mended(sound, digest, copy_of(sound, tmp_path / str(seed)), kind, how, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_300_random_damages(kind: str, sound: ExtractConfig, digest: str, tmp_path: Path) -> None:
+    here = [case for case in cases(N_DEFAULT + N_SLOW)[N_DEFAULT:] if case[0] == kind]
+    assert len(here) == N_SLOW // len(KINDS)
+    for _, how, seed in here:
+        check_reported_and_mended(sound, digest, copy_of(sound, tmp_path / str(seed)), kind, how, seed)
+        shutil.rmtree(tmp_path / str(seed))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_many_damages_at_once(seed: int, sound: ExtractConfig, digest: str, damaged: Path) -> None:
+    rng = random.Random(seed)
+    for kind in rng.sample(list(KINDS), 5):
+        damage(damaged, kind, rng.choice(["flip", "truncate", "delete"]), rng)
+    (result,) = repair(wanted_of(sound, damaged, "store.json"), ALONE)
+    assert result.complete
+    assert digest_of(damaged) == digest
+    assert leftovers(damaged) == []
+
+
+def test_a_sound_store_is_left_as_it_is(sound: ExtractConfig, digest: str, damaged: Path) -> None:
+    (result,) = repair(wanted_of(sound, damaged), ALONE)
+    assert (result.n_done, result.complete) == (0, True)
+    assert digest_of(damaged) == digest
+
+
+def test_an_unfinished_store_is_finished(sound: ExtractConfig, digest: str, damaged: Path) -> None:
+    for key in ("index.parquet", "commits/000001.json"):
+        (damaged / key).unlink()
+    (damaged / "layer_00/cls/c/1/0").write_bytes(b"half")
+    assert verify_store(FolderObjects(damaged)) == []  # work in progress is no damage
+    (result,) = repair(wanted_of(sound, damaged), ALONE)
+    assert result.n_done == 8
+    assert digest_of(damaged) == digest
+
+
+def test_all_commits_lost(sound: ExtractConfig, digest: str, damaged: Path) -> None:
+    shutil.rmtree(damaged / "commits")
+    assert {p.key for p in verify_store(FolderObjects(damaged))} >= {"commits/000000.json", "commits/000001.json"}
+    (result,) = repair(wanted_of(sound, damaged), ALONE)
+    assert result.n_done == 16
+    assert digest_of(damaged) == digest
+
+
+@pytest.mark.parametrize("other", ["another tree", "one image more", "one image changed"])
+def test_wrong_images_are_refused_and_nothing_is_changed(
+    other: str, sound: ExtractConfig, damaged: Path, tmp_path: Path
+) -> None:
+    damage(damaged, "data", "flip", random.Random(0))
+    images = tmp_path / "others"
+    if other == "another tree":
+        make_tree(images, 16)
+    else:
+        shutil.copytree(sound.images, images)
+        name = "class0/000.jpg" if other == "one image changed" else "class0/more.jpg"
+        (images / name).write_bytes((images / "class0/000.jpg").read_bytes() + b"x")
+    before = snapshot(damaged)
+    with pytest.raises(
+        UserError, match=r"IMAGES or the teacher are not those of .*nothing was changed:\s+source_digest"
+    ):
+        repair(ExtractConfig(images=str(images), store=str(damaged)), ALONE)
+    assert snapshot(damaged) == before
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"precision": "float16"}, {"weights": "random:1"}, {"layers": None}, {"micro_batch": 5}, {"limit": 15}]
+)
+@pytest.mark.parametrize("how", ["flip", "delete"])
+def test_a_lost_identity_and_wrong_settings_are_refused(
+    how: str, wrong: dict, sound: ExtractConfig, damaged: Path
+) -> None:
+    damage(damaged, "store.json", how, random.Random(0))
+    before = snapshot(damaged)
+    with pytest.raises(UserError, match=r"its commits belong to one with digest .*nothing was changed"):
+        repair(replace(sound, store=str(damaged), **wrong), ALONE)
+    assert snapshot(damaged) == before
+
+
+def test_a_damaged_teacher_and_other_weights_are_refused(sound: ExtractConfig, damaged: Path) -> None:
+    damage(damaged, "teacher", "flip", random.Random(0))
+    before = snapshot(damaged)
+    with pytest.raises(UserError, match=r"nothing was changed:\s+teacher_weights_digest: the store has"):
+        repair(replace(sound, store=str(damaged), weights="random:7"), ALONE)
+    assert snapshot(damaged) == before
+
+
+def test_what_is_no_store_is_not_made_one(sound: ExtractConfig, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/letter.txt").write_text("dear")
+    for place in ("home", "nowhere"):
+        with pytest.raises(NotAStoreError, match="is not a store"):
+            repair(replace(sound, store=str(tmp_path / place)), ALONE)
+    assert snapshot(tmp_path) == {"home/letter.txt": b"dear"}
+
+
+def test_strays_of_ours_go_and_others_stay_and_are_named(sound: ExtractConfig, digest: str, damaged: Path) -> None:
+    ours = ["layer_00/cls/c/7/0", "commits/000009.json", "layer_01/zarr.json", "teacher/head.safetensors"]
+    for key in ours:
+        (damaged / key).parent.mkdir(parents=True, exist_ok=True)
+        (damaged / key).write_bytes(b"stray")
+    (damaged / "layer_00/cls/c/0/.0.abc.put-tmp").write_bytes(b"torn")
+    assert {problem.key for problem in verify_store(FolderObjects(damaged))} == set(ours)
+    repair(wanted_of(sound, damaged), ALONE)
+    assert digest_of(damaged) == digest
+    assert leftovers(damaged) == []
+    (damaged / "letter.txt").write_text("dear")
+    with pytest.raises(JobError, match=r"these problems are left:\s+.*letter\.txt: not an object of this format"):
+        repair(wanted_of(sound, damaged), ALONE)
+    assert (damaged / "letter.txt").read_text() == "dear"
+
+
+def test_a_store_at_work_is_not_repaired(sound: ExtractConfig, damaged: Path) -> None:
+    damage(damaged, "data", "flip", random.Random(0))
+    (damaged / HEARTBEAT_KEY).write_bytes(my_heartbeat("another", 0.0).to_bytes())
+    before = snapshot(damaged)
+    with pytest.raises(UserError, match="is being written by another job"):
+        repair(wanted_of(sound, damaged), ALONE)
+    assert snapshot(damaged) == before
+
+
+def test_repair_that_is_killed_is_done_again(
+    sound: ExtractConfig, digest: str, damaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(3)
+    for kind in ("zarr.json", "data", "samples.parquet", "index"):
+        damage(damaged, kind, "flip", rng)
+    put, n_left = FolderObjects.put, [1]
+
+    def put_for_a_while(self: FolderObjects, key: str, data: object) -> None:
+        if not key.startswith(LOG_PREFIX):
+            n_left[0] -= 1
+            if n_left[0] < 0:
+                raise KeyboardInterrupt
+        put(self, key, data)  # type: ignore[arg-type]
+
+    for n in range(6):
+        n_left[0] = n
+        with monkeypatch.context() as patched:
+            patched.setattr(FolderObjects, "put", put_for_a_while)
+            with pytest.raises(KeyboardInterrupt):
+                repair(wanted_of(sound, damaged), ALONE)
+    repair(wanted_of(sound, damaged), ALONE)
+    assert digest_of(damaged) == digest
+
+
+def test_each_split_of_a_folder_is_mended(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        make_tree(tmp_path / "images" / split, 5)
+    config = fake_config(tmp_path / "images", tmp_path / "stores")
+    from pipeline.extract import extract
+
+    extract(config, ALONE)
+    before = digest_of(tmp_path / "stores")
+    damage(tmp_path / "stores/train", "data", "flip", random.Random(0))
+    damage(tmp_path / "stores/val", "index", "delete", random.Random(0))
+    results: list[ExtractResult] = repair(ExtractConfig(images=config.images, store=config.store), ALONE)
+    assert [result.n_done for result in results] == [5, 0]
+    assert before == digest_of(tmp_path / "stores") or [
+        open_store(tmp_path / "stores" / split).verify() for split in ("train", "val")
+    ] == [[], []]
