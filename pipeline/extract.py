@@ -35,12 +35,17 @@ from pipeline.settings import ExtractConfig, PlannedStore, make_teacher, plan_st
 from pipeline.shard import RunnerConfig, ShardReport, resolve_device
 from pipeline.sources import ImageFolderSource, Source
 from pipeline.teacher import Teacher
-from storage_schemas.create import StoreDocument, create_store, plan_documents, read_store_document
+from storage_schemas.create import (
+    StoreDocument,
+    create_store,
+    identity_differences,
+    plan_documents,
+    read_store_document,
+)
 from storage_schemas.errors import NotAStoreError, SchemaError
 from storage_schemas.index import index_to_bytes
 from storage_schemas.keys import INDEX_KEY, LOG_PREFIX, STORE_KEY, is_owned
 from storage_schemas.reader import Store, has_index, list_commits, open_store, read_commits
-from storage_schemas.spec import differences
 
 MIN_BAD_IMAGES = 10
 BAD_IMAGE_SHARE = 0.001
@@ -243,13 +248,9 @@ def check_place(objects: Objects, planned: PlannedStore, overwrite: bool) -> tup
             f"{error}\nMend it with: make verify STORE={objects.location} REPAIR=1 and the variables of the extraction"
         ) from error
     expected, _ = plan_documents(planned.spec, planned.samples, planned.teacher_files)
-    if expected.digest == found.digest:
+    different = identity_differences(objects, found, expected, planned.samples)
+    if not different:
         return found, False
-    different = differences(found.spec, planned.spec) or [
-        f"{key}: another content than the one in the store"
-        for key in sorted({*expected.documents, *found.documents})
-        if expected.documents.get(key) != found.documents.get(key)
-    ]
     if overwrite:
         return None, True
     raise UserError(

@@ -8,8 +8,8 @@ from infra.objects import Get, ObjectMissingError, Put
 from storage_schemas.documents import seal, sha256, unseal
 from storage_schemas.errors import NotAStoreError, SchemaError
 from storage_schemas.keys import SAMPLES_KEY, STORE_KEY, TEACHER_PREFIX, is_teacher_key, zarr_json_keys
-from storage_schemas.samples import Sample, samples_to_bytes
-from storage_schemas.spec import FORMAT_VERSION, StoreSpec
+from storage_schemas.samples import Sample, samples_from_bytes, samples_to_bytes
+from storage_schemas.spec import FORMAT_VERSION, StoreSpec, differences
 from storage_schemas.zarr_layout import zarr_documents
 
 
@@ -66,6 +66,38 @@ def create_store(
         objects.put(key, data)
     objects.put(STORE_KEY, document.to_bytes())
     return document
+
+
+def identity_differences(
+    objects: Get, found: StoreDocument, expected: StoreDocument, samples: Sequence[Sample]
+) -> list[str]:
+    """How the identity in a store differs from the one asked for, a line each; empty if work there can go on.
+
+    Samples are compared by what they say: another release of Arrow spells the same table in other bytes.
+
+    Args:
+        objects: Of the store.
+        found: What its store.json says.
+        expected: What `plan_documents` makes of the settings of this run.
+        samples: Of this run.
+    """
+    return differences(found.spec, expected.spec) or [
+        f"{key}: another content than the one in the store"
+        for key in sorted({*expected.documents, *found.documents})
+        if expected.documents.get(key) != found.documents.get(key)
+        and not (key == SAMPLES_KEY and _holds_samples(objects, found, samples))
+    ]
+
+
+def _holds_samples(objects: Get, found: StoreDocument, samples: Sequence[Sample]) -> bool:
+    try:
+        data = objects.get(SAMPLES_KEY)
+    except ObjectMissingError:
+        return False
+    if sha256(data) != found.documents[SAMPLES_KEY]:
+        return False
+    n_samples = found.spec.n_samples
+    return samples_from_bytes(data, n_samples).equals(samples_from_bytes(samples_to_bytes(samples), n_samples))
 
 
 def read_store_document(objects: Get, location: str) -> StoreDocument:
