@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 import tyro
@@ -58,21 +59,26 @@ def train_command(
         device=machine.device,
     )
     config = make_config(data, recipe, steps, seed)
-    run_files.claim({"train": config.to_json(), "data": data.identity})
-    if (result := run_files.read_result()) is not None:
-        print(finished_report(config, data, run_files, result))
-        print(f"\nThis run is finished; there is nothing to do. To train anew give another RUN, or delete {location}")
+    with run_files.exclusive():
+        return _train_or_show(config, data, run_files, machine)
+
+
+def _train_or_show(config: TrainConfig, data: TrainingData, run: RunFiles, machine: Machine) -> int:
+    run.claim({"train": config.to_json(), "data": data.identity})
+    if (result := run.read_result()) is not None:
+        print(finished_report(config, data, run, result))
+        print(f"\nThis run is finished; there is nothing to do. For another one give RUN, or delete {run.location}")
         return ExitCode.OK
-    print(start_report(config, data, run_files, machine), file=sys.stderr)
+    print(start_report(config, data, run, machine), file=sys.stderr)
     began = time.monotonic()
     with stop_on_signals() as stop:
-        done = train(config, data, run_files, machine=machine, stop=stop)
-    if done is None:
-        print(f"stopped; everything is saved in {location}. The same command goes on", file=sys.stderr)
+        finished = train(config, data, run, machine=machine, stop=stop) is not None
+    if not finished:
+        print(f"stopped; everything is saved in {run.location}. The same command goes on", file=sys.stderr)
         return ExitCode.INTERRUPTED
-    result = run_files.read_result()
+    result = run.read_result()
     assert result is not None
-    print(finished_report(config, data, run_files, result))
+    print(finished_report(config, data, run, result))
     print(f"\nThis command took {human_duration(time.monotonic() - began)}.")
     return ExitCode.OK
 
@@ -130,11 +136,12 @@ def _frozen_shards(run: RunFiles) -> list[int] | None:
     return list(config["data"]["shards"])
 
 
-def main() -> int:
-    """Read the command line and do it."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the command line, or the given arguments, and do it."""
     return tyro.extras.subcommand_cli_from_dict(
         {"train": train_command, "teacher": teacher_command},
         prog="python -m trainer",
+        args=arguments,
         description="Train Raptors on the states in a store, and the teacher of the built-in digits.",
     )
 

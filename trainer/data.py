@@ -86,7 +86,10 @@ def open_training_data(
         validation, taking, validated_on = val, usable, VAL
     else:
         taking, held = split_hold_out(train, usable)
-        validation, validated_on = with_samples(train, held), f"a hold-out of {HOLD_OUT_SHARE:.0%} of the chunks"
+        validation, validated_on = (
+            with_samples(train, held),
+            f"a hold-out of {100 * HOLD_OUT_SHARE:.0f} % of the chunks",
+        )
     identity = {
         "train": train.document.digest,
         "validation": val.document.digest if val is not None else validated_on,

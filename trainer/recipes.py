@@ -9,7 +9,7 @@ Recipe = Callable[..., TrainConfig]
 """recipe(span, spec, last_layer, seed=..., n_steps=...): spec is the store's, last_layer the teacher's."""
 
 
-def digits_stage1(span: Span, spec: StoreSpec, last_layer: int, *, seed: int = 0, n_steps: int = 1500) -> TrainConfig:
+def digits_stage1(span: Span, spec: StoreSpec, last_layer: int, *, seed: int = 0, n_steps: int = 600) -> TrainConfig:
     """Stage 1 on the built-in digits and their digits_vit.
 
     TO BE FILLED
@@ -22,9 +22,9 @@ def digits_stage1(span: Span, spec: StoreSpec, last_layer: int, *, seed: int = 0
         loss="mse",
         noise=0.0,
         n_steps=n_steps,
-        batch_size=64,
+        batch_size=32,
         lanes=64,
-        peak_learning_rate=3e-3,
+        peak_learning_rate=4e-3,
         final_learning_rate=1e-6,
         warmup_steps=n_steps // 30,
         teacher_forcing_steps=n_steps // 4,
@@ -32,9 +32,9 @@ def digits_stage1(span: Span, spec: StoreSpec, last_layer: int, *, seed: int = 0
         clip_norm=1.0,
         precision="float32",
         log_every=20,
-        validate_every=250,
+        validate_every=100,
         validation_samples=512,
-        checkpoint_every=250,
+        checkpoint_every=100,
     )
 
 

@@ -4,17 +4,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from infra.console import human_bytes
+from storage_schemas.spec import KINDS
 from trainer.data import TrainingData
 from trainer.machine import Machine
 from trainer.run_files import METRICS_KEY, WEIGHTS_KEY, RunFiles
 from trainer.train import TrainConfig, make_block
+from trainer.validation import ALL_TOKENS
 
 
 def start_report(config: TrainConfig, data: TrainingData, run: RunFiles, machine: Machine) -> str:
     """What is about to happen."""
     block = make_block(config, data.train.spec)
     n_parameters = sum(p.numel() for p in block.parameters())
-    passes = config.n_steps * config.batch_size / data.train.n_valid
+    passes = config.n_steps / -(-data.train.n_valid // config.batch_size)
     lines = [
         f"block {config.span} of {data.train.spec.teacher}: {n_parameters:,} parameters, recipe {config.recipe}, "
         f"seed {config.seed}",
@@ -32,8 +34,7 @@ def finished_report(config: TrainConfig, data: TrainingData, run: RunFiles, resu
     lines = [
         f"block {config.span} of {data.train.spec.teacher}, {config.n_steps:,} steps, validated on "
         f"{found['n_samples']:,} samples ({data.validated_on})",
-        f"loss: training {result['final_loss']:.4g} (last {config.log_every} steps), "
-        f"validation {found['loss']:.4g} (rolled out)",
+        f"loss: training {result['final_loss']:.4g}, validation {found['loss']:.4g}",
     ]
     if baselines is not None:
         lines += ["", *_accuracy_table(config, found["accuracy"], baselines)]
@@ -66,7 +67,8 @@ def _accuracy_table(config: TrainConfig, accuracy: float, baselines: Mapping[str
 
 
 def _r2_table(found: Mapping[str, Any]) -> list[str]:
-    rows = [(kind, values) for kind, values in found["r2"].items()] + [("as published", found["reference_r2"])]
+    kinds = [kind for kind in (*KINDS, ALL_TOKENS) if kind in found["r2"]]
+    rows = [(kind, found["r2"][kind]) for kind in kinds] + [("as published", found["reference_r2"])]
     width = max(len("R2 of layer"), *(len(name) for name, _ in rows))
     lines = [f"{'R2 of layer':<{width}}" + "".join(f"{layer:>8}" for layer in found["layers"])]
     lines += [f"{name:<{width}}" + _numbers(values) for name, values in rows]

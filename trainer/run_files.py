@@ -11,9 +11,12 @@
 Everything but tensorboard/ is put as whole objects through `infra.objects`. No pickles.
 """
 
+import fcntl
 import json
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +35,7 @@ METRICS_KEY = "metrics.jsonl"
 WEIGHTS_KEY = "block.safetensors"
 RESULT_KEY = "result.json"
 CHECKPOINTS_PREFIX = "checkpoints/"
+LOCK_NAME = ".lock"
 
 KEPT_CHECKPOINTS = 3
 _FORMAT_VERSION = 1
@@ -70,6 +74,26 @@ class RunFiles:
     def local_folder(self) -> str | None:
         """The folder, where these objects are files; TensorBoard writes to folders only."""
         return self._objects.location if isinstance(self._objects, FolderObjects) else None
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Keep other processes out of a RUN in a local folder, for a while; a dead process keeps nobody out.
+
+        Raises:
+            UserError: Another process is in it.
+        """
+        if self.local_folder is None:
+            yield
+            return
+        os.makedirs(self.local_folder, exist_ok=True)
+        with open(os.path.join(self.local_folder, LOCK_NAME), "a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"another process is training in {self.location}: wait for it, stop it, or give another RUN"
+                ) from error
+            yield
 
     # ------------------------------------------------------------ identity
 

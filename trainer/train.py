@@ -200,7 +200,9 @@ def train(
             if done % config.log_every == 0 or done == config.n_steps:
                 means, rates = meter.take()
                 log.training(done, means | {"learning_rate": learning_rate_at(config, step), "forcing": forcing}, rates)
-                progress.fields(step=f"{done:,}", loss=f"{means['loss']:.4g}", wait=f"{rates['loader_wait']:.1%}")
+                progress.fields(
+                    step=f"{done:,}", loss=f"{means['loss']:.4g}", loader_wait=f"{rates['loader_wait']:.1%}"
+                )
             if done % config.validate_every == 0 and done < config.n_steps:
                 log.validation(done, found := judge.sample(model))
                 progress.say(f"step {done:,}: {describe(found)}")

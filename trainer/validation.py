@@ -229,7 +229,12 @@ def _batches(data: ValidationSet, span: Span, machine: Machine) -> Iterator[tupl
     """States (batch, layer, token, dim) of the span and labels, on the device."""
     labels = torch.from_numpy(data.store.samples["label"].to_numpy().copy())
     stream = LayerSliceStream(
-        data.store, span, batch_size=data.batch_size, lanes=data.lanes, threads=machine.stream_threads
+        data.store,
+        span,
+        batch_size=data.batch_size,
+        lanes=data.lanes,
+        threads=machine.stream_threads,
+        partial=True,  # which samples take part was settled when the store was opened
     )
     with closing(stream), torch.no_grad():
         for batch in stream:
