@@ -8,7 +8,7 @@ from storage_schemas.commit import statistics_nbytes
 from storage_schemas.keys import array_kind, sharded_array_paths
 from storage_schemas.shard_buffers import ShardBuffers
 from storage_schemas.spec import StoreSpec
-from storage_schemas.zarr_layout import CRC_NBYTES, index_nbytes
+from storage_schemas.zarr_layout import CRC_NBYTES, index_nbytes, slot_nbytes
 
 #: Interpreter, torch, timm, pyarrow and Ray's client in one process, before anything of the job: measured 0.6 GB.
 BASE_NBYTES = 900_000_000
@@ -63,7 +63,7 @@ def shard_nbytes(spec: StoreSpec, shard: int) -> int:
     """Bytes of a shard's data objects with codec "none"."""
     n_chunks = len(spec.shard_chunks(shard))
     arrays = sum(
-        n_chunks * (raw_chunk_nbytes(spec, array_kind(path)) + CRC_NBYTES) + index_nbytes(spec)
+        n_chunks * slot_nbytes(raw_chunk_nbytes(spec, array_kind(path))) + index_nbytes(spec)
         for path in sharded_array_paths(spec)
     )
     return arrays + statistics_nbytes(spec) + CRC_NBYTES

@@ -2,11 +2,9 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from infra.console import human_bytes, human_duration, human_rate
 from pipeline.extract import ExtractResult
-from pipeline.teacher import teacher_from_files
+from storage_schemas.inspect import teacher_accuracy
 from storage_schemas.reader import Store, open_store
 
 _N_NAMED = 10
@@ -55,9 +53,7 @@ def _store_lines(result: ExtractResult) -> list[str]:
             f"  {spec.precision} against float32: R2 {fidelity.r2:.7f}, relative MSE {fidelity.relative_mse:.1e} "
             f"at worst ({path})"
         )
-    accuracy = teacher_accuracy(store)
-    if accuracy is not None:
-        lines.append(f"  the teacher's head gets {accuracy:.2%} of these images right")
+    lines += _accuracy_lines(store)
     lines += _bad_image_lines(result)
     lines += [f"  shard {outcome.shard} was given up: {outcome.cause}" for outcome in result.quarantined]
     if not result.complete:
@@ -74,18 +70,6 @@ def _bad_image_lines(result: ExtractResult) -> list[str]:
     return [f"  {len(bad)} images did not decode; their rows are invalid:", *shown, *more]
 
 
-def teacher_accuracy(store: Store) -> float | None:
-    """Share of the valid samples that the teacher's own head gets right, from head_input; None without a head."""
-    if not store.spec.has_head_input or not store.n_valid:
-        return None
-    teacher = teacher_from_files(store.read_teacher_files())
-    if teacher.head is None:
-        return None
-    rows = np.flatnonzero(store.valid)
-    labels = store.samples["label"].to_numpy()[rows]
-    weight, bias = teacher.head.weight.detach().numpy(), teacher.head.bias.detach().numpy()
-    right = 0
-    for part in np.array_split(np.arange(len(rows)), -(-len(rows) // 8192)):
-        logits = store.read_head_input(rows[part]) @ weight.T + bias
-        right += int((logits.argmax(axis=1) == labels[part]).sum())
-    return right / len(rows)
+def _accuracy_lines(store: Store) -> list[str]:
+    accuracy = teacher_accuracy(store)
+    return [] if accuracy is None else [f"  the teacher's head gets {accuracy:.2%} of these images right"]

@@ -19,7 +19,7 @@ from storage_schemas.keys import (
     statistics_key,
 )
 from storage_schemas.spec import FORMAT_VERSION, StoreSpec
-from storage_schemas.zarr_layout import CRC_NBYTES, index_nbytes
+from storage_schemas.zarr_layout import CRC_NBYTES, index_nbytes, slot_nbytes
 
 BAD_IMAGE_CODES = ("empty", "not_an_image", "truncated", "undecodable", "too_large")
 
@@ -209,10 +209,10 @@ def _record_problems(spec: StoreSpec, path: str, shard: int, record: ObjectRecor
     least, most = (raw, raw) if spec.codec == "none" else (1, raw + BLOSC_OVERHEAD)
     for offset, nbytes, _ in record.chunks.tolist():
         if offset != place:
-            return ["chunks do not lie end to end in the object"]
+            return ["chunks do not lie where they belong in the object"]
         if not least <= nbytes <= most:
             return ["chunks have a wrong size"]
-        place += nbytes + CRC_NBYTES
+        place += slot_nbytes(nbytes)
     if place + index_nbytes(spec) != record.nbytes:
-        return ["chunks do not lie end to end in the object"]
+        return ["chunks do not lie where they belong in the object"]
     return []

@@ -10,7 +10,7 @@ from storage_schemas.codecs import chunk_shape, encode_chunk, kind_dtype, kind_s
 from storage_schemas.commit import ObjectRecord
 from storage_schemas.keys import array_kind, shard_object_key, sharded_array_paths, statistics_key
 from storage_schemas.spec import StoreSpec
-from storage_schemas.zarr_layout import CRC_NBYTES, crc_bytes, index_bytes
+from storage_schemas.zarr_layout import CRC_NBYTES, crc_bytes, index_bytes, slot_nbytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +96,10 @@ class ShardBuffers:
         for i in range(n_chunks):
             payload = encode_chunk(spec, kind, whole[i * stride : i * stride + raw_nbytes])
             crc = crc32c(payload)
-            trailer = crc_bytes(crc)
+            trailer = crc_bytes(crc).ljust(slot_nbytes(len(payload)) - len(payload), b"\0")
             chunks[i] = offset, len(payload), crc
             object_crc = crc32c(trailer, crc32c(payload, object_crc))
-            offset += len(payload) + CRC_NBYTES
+            offset += len(payload) + len(trailer)
             if spec.codec == "none":
                 whole[i * stride + raw_nbytes : (i + 1) * stride] = trailer
             else:
@@ -145,4 +145,4 @@ def write_shard(
 
 
 def _stride(spec: StoreSpec, kind: str) -> int:
-    return raw_chunk_nbytes(spec, kind) + CRC_NBYTES
+    return slot_nbytes(raw_chunk_nbytes(spec, kind))

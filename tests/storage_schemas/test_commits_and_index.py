@@ -1,5 +1,6 @@
 """Commits, the index and the samples table: round trips, and forged ones that are sealed correctly."""
 
+import dataclasses
 import io
 import json
 from collections.abc import Callable
@@ -17,8 +18,14 @@ from infra.objects import MemoryObjects
 from storage_schemas import open_store
 from storage_schemas.codecs import raw_chunk_nbytes
 from storage_schemas.commit import Commit, Fidelity, ObjectRecord, read_commit, statistics_nbytes
-from storage_schemas.create import StoreDocument, parse_store_document, plan_documents
-from storage_schemas.documents import seal, unseal
+from storage_schemas.create import (
+    StoreDocument,
+    identity_differences,
+    parse_store_document,
+    plan_documents,
+    read_store_document,
+)
+from storage_schemas.documents import seal, sha256, unseal
 from storage_schemas.errors import SchemaError
 from storage_schemas.index import SCHEMA, commits_from_index, index_to_bytes, seal_parquet, unseal_parquet
 from storage_schemas.keys import (
@@ -34,7 +41,7 @@ from storage_schemas.reader import read_commits
 from storage_schemas.samples import Sample, samples_from_bytes, samples_to_bytes
 from storage_schemas.spec import StoreSpec
 from storage_schemas.verify import verify_store
-from storage_schemas.zarr_layout import CRC_NBYTES, index_nbytes
+from storage_schemas.zarr_layout import CRC_NBYTES, index_nbytes, slot_nbytes
 from tests.stores import make_samples, make_spec, write_planted
 from tests.strategies import bad_images, names, specs
 
@@ -49,7 +56,7 @@ def any_commit(spec: StoreSpec, shard: int, bad: dict[int, str], rng: np.random.
         for _ in spec.shard_chunks(shard):
             nbytes = raw if spec.codec == "none" else int(rng.integers(1, raw + 17))
             chunks.append([offset, nbytes, int(rng.integers(2**32))])
-            offset += nbytes + CRC_NBYTES
+            offset += slot_nbytes(nbytes)
         objects[shard_object_key(spec, path, shard)] = ObjectRecord(
             nbytes=offset + index_nbytes(spec), crc32c=int(rng.integers(2**32)), chunks=np.array(chunks, np.int64)
         )
@@ -123,8 +130,8 @@ FORGED_COMMITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda d: d["objects"].update({"../../etc/passwd": d["objects"][CLS]}),
         r"lists unknown \.\./\.\./etc/passwd",
     ),
-    "negative offset": (set_chunk(0, -4), "do not lie end to end"),
-    "another offset": (set_chunk(0, 4), "do not lie end to end"),
+    "negative offset": (set_chunk(0, -4), "do not lie where they belong"),
+    "another offset": (set_chunk(0, 4), "do not lie where they belong"),
     "another size": (set_chunk(1, 4), "chunks have a wrong size"),
     "fractional offset": (set_chunk(0, 0.5), "more or other than the fields"),
     "crc as text": (set_chunk(2, "ff"), "ValueError"),
@@ -133,7 +140,7 @@ FORGED_COMMITS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "chunk of two": (lambda d: d["objects"][CLS]["chunks"].__setitem__(0, [0, 128]), "ValueError"),
     "a chunk too few": (lambda d: d["objects"][CLS]["chunks"].pop() and None, "1 chunks, expected 2"),
     "no chunks": (lambda d: d["objects"][CLS].update(chunks=[]), "0 chunks, expected 2"),
-    "another object size": (lambda d: d["objects"][CLS].update(nbytes=1), "do not lie end to end"),
+    "another object size": (lambda d: d["objects"][CLS].update(nbytes=1), "do not lie where they belong"),
     "object crc as text": (lambda d: d["objects"][CLS].update(crc32c="0"), "more or other than the fields"),
     "object crc negative": (lambda d: d["objects"][CLS].update(crc32c=-1), "crc32c is not in 0 to"),
     "statistics elsewhere": (
@@ -425,3 +432,37 @@ def test_store_documents_round_trip(spec, teacher_files):
 def test_teacher_files_must_have_plain_names(name):
     with pytest.raises(SchemaError, match="is not a plain name below teacher/"):
         plan_documents(make_spec(), make_samples(21), {name: b""})
+
+
+class TestIdentityDifferences:
+    """What resuming asks: is the store that is there the one that this run would make?"""
+
+    def asked(self, objects, samples=None, files=None, **changes) -> list[str]:
+        spec, samples = make_spec(**changes), make_samples(21) if samples is None else samples
+        expected, _ = plan_documents(spec, samples, {"config.json": b"{}"} if files is None else files)
+        return identity_differences(objects, read_store_document(objects, ""), expected, samples)
+
+    def test_the_same(self, objects):
+        assert self.asked(objects) == []
+
+    def test_another_release_of_arrow_is_the_same(self, objects):
+        """Simulated by another compression of the same table, which store.json names."""
+        sink = io.BytesIO()
+        table = samples_from_bytes(objects.get(SAMPLES_KEY), 21)
+        pq.write_table(table, sink, compression="gzip")
+        assert sink.getvalue() != objects.get(SAMPLES_KEY)
+        objects.put(SAMPLES_KEY, sink.getvalue())
+        forge(objects, "store.json", lambda d: d["documents"].update({SAMPLES_KEY: sha256(sink.getvalue())}))
+        assert self.asked(objects) == []
+        objects.put(SAMPLES_KEY, sink.getvalue() + b"x")
+        assert self.asked(objects) == ["samples.parquet: another content than the one in the store"]
+
+    def test_other_settings_and_files(self, objects):
+        assert self.asked(objects, dim=16) == ["dim: the store has 8, this run asks for 16"]
+        others = [dataclasses.replace(s, nbytes=s.nbytes + 1) for s in make_samples(21)]
+        assert self.asked(objects, others) == ["samples.parquet: another content than the one in the store"]
+        changed = self.asked(objects, files={"config.json": b"{ }", "head.safetensors": b""})
+        assert changed == [
+            "teacher/config.json: another content than the one in the store",
+            "teacher/head.safetensors: another content than the one in the store",
+        ]
