@@ -120,6 +120,8 @@ def test_limits_are_those_of_the_table():
     assert list(said.values()) == [spec.MAX_SAMPLES, spec.MAX_CHUNKS, spec.MAX_CHUNK_NBYTES]
     assert f"more than {documents.MAX_DOCUMENT_NBYTES:,} bytes" in section("Sealed documents")
     assert f"at most {BLOSC_OVERHEAD} bytes" in section("Objects of a shard")
+    assert f"multiple of {zarr_layout.ALIGNMENT_NBYTES} bytes" in section("Objects of a shard")
+    assert f"first multiple of {zarr_layout.ALIGNMENT_NBYTES} behind" in section("Fields of an object's record")
     assert f"| `format_version` | integer | {spec.FORMAT_VERSION};" in section("Fields of store.json")
 
 
