@@ -10,9 +10,18 @@ Recipe = Callable[..., TrainConfig]
 
 
 def digits_stage1(span: Span, spec: StoreSpec, last_layer: int, *, seed: int = 0, n_steps: int = 600) -> TrainConfig:
-    """Stage 1 on the built-in digits and their digits_vit.
+    """Stage 1 on the built-in digits and digits_vit, the teacher that ships: 64 channels, 12 teacher blocks.
 
-    TO BE FILLED
+    Expect, for span 0-7 rolled out through the remaining teacher blocks, 98.6, 99.2 and 98.6 % (seeds 0, 1, 2) of the
+    teacher's 99.4 % top-1 on the 359 held-out digits; an untrained block and skipping blocks 1 to 7 both leave 27 %.
+    R2 of layer 7: 0.96 over all tokens. 600 steps of 32, 13 passes: about four minutes in one thread of a busy
+    machine, less on two idle cores.
+
+    The published values but for these: a peak learning rate of 4e-3 (the block has 70 thousand parameters, not 9.5
+    million) and batches of 32. Weighing token kinds equally gave better CLS and lower accuracy
+    (docs/decisions/030-digits-recipe.md).
+
+        make extract && make train BLOCK=0-7
     """
     return TrainConfig(
         recipe="digits_stage1",

@@ -31,7 +31,8 @@ class RunLog:
         self._add({"step": step, **means, **rates}, {f"train/{name}": v for name, v in {**means, **rates}.items()})
 
     def validation(self, step: int, found: Validation) -> None:
-        """Add a line."""
+        """Add a line; it replaces one of the same step, which a run that died before its result has left."""
+        self._lines = [line for line in self._lines if line["step"] != step or "validation" not in line]
         scalars = {"validation/loss": found.loss}
         if found.accuracy is not None:
             scalars["validation/accuracy"] = found.accuracy
