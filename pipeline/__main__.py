@@ -11,7 +11,7 @@ from infra.objects import ObjectError, open_objects
 from pipeline.extract import RunConfig, exit_code, extract, n_threads, say
 from pipeline.plan import describe, plan_store
 from pipeline.repair import repair as repair_stores
-from pipeline.settings import ExtractConfig, make_teacher, plan_stores, store_root
+from pipeline.settings import ExtractConfig, check_inputs, make_teacher, plan_stores, store_root
 from pipeline.summary import summarise
 from storage_schemas.errors import Problem
 from storage_schemas.find import find_stores
@@ -30,6 +30,7 @@ def run_extract(config: _Config, run: _Run) -> int:
 
 def run_plan(config: _Config, run: _Run) -> int:
     """Say what an extraction would take, and write nothing."""
+    check_inputs(config)
     for planned in plan_stores(config, make_teacher(config), say):
         weights_nbytes = sum(len(data) for data in planned.teacher_files.values())
         plan = plan_store(

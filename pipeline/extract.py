@@ -31,7 +31,7 @@ from pipeline.dispatch import (
 )
 from pipeline.plan import StorePlan, describe, plan_store
 from pipeline.run_log import HEARTBEAT_KEY, RunLog, claimed
-from pipeline.settings import ExtractConfig, PlannedStore, make_teacher, plan_stores
+from pipeline.settings import ExtractConfig, PlannedStore, check_inputs, make_teacher, plan_stores
 from pipeline.shard import RunnerConfig, ShardReport, resolve_device
 from pipeline.sources import ImageFolderSource, Source
 from pipeline.teacher import Teacher
@@ -140,6 +140,7 @@ def extract(
         UserError: Refused before work started; nothing was damaged.
         JobError: Stopped or finished with problems; what is committed stays valid.
     """
+    check_inputs(config)
     teacher = teacher_factory("cpu") if teacher_factory else make_teacher(config)
     planned = plan_stores(config, teacher, say)
     return extract_planned(planned, run or RunConfig(), overwrite=config.overwrite, teacher_factory=teacher_factory)

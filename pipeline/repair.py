@@ -11,7 +11,7 @@ from infra.console import JobError, UserError
 from infra.objects import ObjectError, Objects, open_objects
 from pipeline.extract import ExtractResult, RunConfig, extract_planned, say
 from pipeline.run_log import claimed
-from pipeline.settings import ExtractConfig, PlannedStore, make_teacher, plan_split, split_location
+from pipeline.settings import ExtractConfig, PlannedStore, check_config, make_teacher, plan_split, split_location
 from pipeline.sources import Source, open_sources
 from pipeline.teacher import Teacher, teacher_from_files
 from storage_schemas.create import StoreDocument, identity_differences, plan_documents, read_store_document
@@ -34,6 +34,7 @@ def repair(config: ExtractConfig, run: RunConfig) -> list[ExtractResult]:
         UserError: Images or settings are not those of the store; nothing was changed.
         JobError: Something is wrong that cannot be mended; it is named.
     """
+    check_config(config)
     planned = [_plan(config, split, source) for split, source in open_sources(config.images).items()]
     try:
         for store in planned:

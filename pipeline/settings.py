@@ -114,6 +114,9 @@ def check_config(config: ExtractConfig) -> None:
         for name in ("image_size", "resize_size", "limit", "samples_per_shard", "samples_per_chunk", "micro_batch")
         if (value := getattr(config, name)) is not None and value < 1
     ]
+    shard, chunk = _sizes(config)
+    if min(shard, chunk) >= 1 and shard % chunk:
+        problems.append(f"SAMPLES_PER_SHARD={shard}: expected a multiple of SAMPLES_PER_CHUNK={chunk}")
     if config.layers is not None and not re.fullmatch(r"\d+-\d+|\d+(,\d+)*", config.layers):
         problems.append(f"LAYERS={config.layers}: expected a range such as 0-12, or a list such as 0,6,12")
     for name in ("store", "images"):
@@ -121,6 +124,16 @@ def check_config(config: ExtractConfig) -> None:
             problems.append(f"{name.upper()}={getattr(config, name)}: this version works on local folders")
     if problems:
         raise UserError("\n  ".join(["these settings cannot be:", *problems]))
+
+
+def check_inputs(config: ExtractConfig) -> None:
+    """Refuse what can be seen to be wrong before a teacher is loaded, which may take minutes and a network.
+
+    Raises:
+        UserError: Settings that cannot be, or images that are not there.
+    """
+    check_config(config)
+    open_sources(config.images)
 
 
 def teacher_name(config: ExtractConfig) -> str:
@@ -204,7 +217,7 @@ class _ListingProgress:
 
 
 def _spec(config: ExtractConfig, teacher: Teacher, n_samples: int, source_digest: str) -> StoreSpec:
-    small = config.images == DIGITS
+    shard, chunk = _sizes(config)
     return StoreSpec(
         backend=config.format,
         layers=_layers(config.layers, teacher),
@@ -216,15 +229,24 @@ def _spec(config: ExtractConfig, teacher: Teacher, n_samples: int, source_digest
         codec=config.codec,
         shuffle=(config.shuffle or "byte") if config.codec != "none" else "none",
         n_samples=n_samples,
-        samples_per_shard=config.samples_per_shard or (128 if small else 256),
-        samples_per_chunk=config.samples_per_chunk or (32 if small else 16),
+        samples_per_shard=shard,
+        samples_per_chunk=chunk,
         order_seed=config.order_seed,
         teacher=teacher.name,
         teacher_weights_digest=teacher.weights_digest,
         preprocessing=_preprocessing(config, teacher).to_dict(),
         compute=config.compute,
-        micro_batch=config.micro_batch or (32 if small else 16),
+        micro_batch=config.micro_batch or (32 if config.images == DIGITS else 16),
         source_digest=source_digest,
+    )
+
+
+def _sizes(config: ExtractConfig) -> tuple[int, int]:
+    """Samples per shard and per chunk, with their defaults."""
+    shard, chunk = (128, 32) if config.images == DIGITS else (256, 16)
+    return (
+        shard if config.samples_per_shard is None else config.samples_per_shard,
+        chunk if config.samples_per_chunk is None else config.samples_per_chunk,
     )
 
 
