@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from infra.console import human_bytes, human_duration, human_rate
 from pipeline.extract import ExtractResult
-from storage_schemas.inspect import teacher_accuracy
+from storage_schemas.inspect import accuracy_line
 from storage_schemas.reader import Store, open_store
 
 _N_NAMED = 10
@@ -71,5 +71,5 @@ def _bad_image_lines(result: ExtractResult) -> list[str]:
 
 
 def _accuracy_lines(store: Store) -> list[str]:
-    accuracy = teacher_accuracy(store)
-    return [] if accuracy is None else [f"  the teacher's head gets {accuracy:.2%} of these images right"]
+    line = accuracy_line(store)
+    return [] if line is None else [f"  {line}"]

@@ -69,19 +69,44 @@ def teacher_accuracy(store: Store) -> float | None:
     rows = np.flatnonzero(store.valid)
     if not store.spec.has_head_input or not len(rows) or f"teacher/{HEAD_FILE}" not in store.document.documents:
         return None
-    try:
-        head = tensors_from_bytes(store.read_document(f"teacher/{HEAD_FILE}"))
-        weight, bias = head["weight"], head["bias"]
-    except (SafetensorError, KeyError) as error:
-        raise SchemaError(f"teacher/{HEAD_FILE}", [f"is not a linear head: {error}"]) from error
-    if weight.shape != (len(bias), 2 * store.spec.dim):
-        raise SchemaError(f"teacher/{HEAD_FILE}", [f"maps {weight.shape}, expected (classes, {2 * store.spec.dim})"])
+    weight, bias = _read_head(store)
     labels, n_right = store.samples["label"].to_numpy()[rows], 0
     for start in range(0, len(rows), _ROWS_AT_ONCE):
         part = slice(start, start + _ROWS_AT_ONCE)
         logits = store.read_head_input(rows[part]) @ weight.T + bias
         n_right += int((logits.argmax(axis=1) == labels[part]).sum())
     return n_right / len(rows)
+
+
+def accuracy_line(store: Store) -> str | None:
+    """The teacher's accuracy in words, with what makes it doubtful; None as for `teacher_accuracy`."""
+    accuracy = teacher_accuracy(store)
+    if accuracy is None:
+        return None
+    n_known = len(_read_head(store)[1])
+    labels = store.samples["label"].to_numpy()[store.valid]
+    n_here = len(np.unique(labels))
+    if labels.max() >= n_known or labels.min() < 0:
+        return (
+            f"the teacher's head knows {n_known:,} classes, but labels go to {labels.max():,}: it is of other classes"
+        )
+    line = f"the teacher's head gets {accuracy:.2%} of these images right"
+    if n_here < n_known and labels.max() < n_known - 1:
+        return f"{line} (it knows {n_known:,} classes, here are {n_here:,}: are they numbered alike?)"
+    return line
+
+
+def _read_head(store: Store) -> tuple[np.ndarray, np.ndarray]:
+    """Weight (classes, 2 dim) and bias (classes) of the teacher's head."""
+    place = f"teacher/{HEAD_FILE}"
+    try:
+        head = tensors_from_bytes(store.read_document(place))
+        weight, bias = head["weight"], head["bias"]
+    except (SafetensorError, KeyError) as error:
+        raise SchemaError(place, [f"is not a linear head: {error}"]) from error
+    if weight.shape != (len(bias), 2 * store.spec.dim):
+        raise SchemaError(place, [f"maps {weight.shape}, expected (classes, {2 * store.spec.dim})"])
+    return weight, bias
 
 
 def token_norms(store: Store) -> np.ndarray:
@@ -197,8 +222,8 @@ def _fidelity_lines(store: Store) -> list[str]:
 
 
 def _accuracy_lines(store: Store) -> list[str]:
-    accuracy = teacher_accuracy(store)
-    return [] if accuracy is None else [f"the teacher's head gets {accuracy:.2%} of the valid samples right"]
+    line = accuracy_line(store)
+    return [] if line is None else [line]
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -16,7 +16,15 @@ from storage_schemas.create import create_store
 from storage_schemas.digest import content_digest
 from storage_schemas.errors import SchemaError
 from storage_schemas.from_arrays import write_store
-from storage_schemas.inspect import describe_store, next_command, stored_nbytes, table, teacher_accuracy, token_norms
+from storage_schemas.inspect import (
+    accuracy_line,
+    describe_store,
+    next_command,
+    stored_nbytes,
+    table,
+    teacher_accuracy,
+    token_norms,
+)
 from storage_schemas.keys import INDEX_KEY, commit_key
 from tests.stores import make_samples, make_spec, write_planted
 
@@ -60,7 +68,7 @@ def test_accuracy_is_that_of_the_head_on_valid_samples():
     write_with_head(objects, 7, IDENTITY_HEAD)  # rows 0 to 6 are wrong, row 5 is bad: 6 of 19 valid ones are wrong
     store = open_store(objects)
     assert teacher_accuracy(store) == pytest.approx(13 / 19)
-    assert "the teacher's head gets 68.42% of the valid samples right" in describe_store(store)
+    assert "the teacher's head gets 68.42% of these images right" in describe_store(store)
 
 
 def test_a_bias_counts():
@@ -68,6 +76,19 @@ def test_a_bias_counts():
     write_with_head(objects, 0, head_file(np.eye(3, 16), np.array([0, 0, 5.0])))
     labels = [i % 3 for i in range(21) if i not in BAD]
     assert teacher_accuracy(open_store(objects)) == pytest.approx(labels.count(2) / 19)
+
+
+def test_a_head_of_other_classes_is_doubted():
+    few, many = MemoryObjects(), MemoryObjects()
+    write_with_head(few, 0, head_file(np.eye(2, 16), np.zeros(2)))
+    assert accuracy_line(open_store(few)) == (
+        "the teacher's head knows 2 classes, but labels go to 2: it is of other classes"
+    )
+    write_with_head(many, 0, head_file(np.eye(10, 16), np.zeros(10)))
+    assert accuracy_line(open_store(many)) == (
+        "the teacher's head gets 100.00% of these images right "
+        "(it knows 10 classes, here are 3: are they numbered alike?)"
+    )
 
 
 @pytest.mark.parametrize(
@@ -147,7 +168,7 @@ def test_the_whole_text_of_a_small_store():
         "  0      2.828      2.828    2.828       2.828",
         "  patches in float16 against float32, worst shard: R2 1.0000000, relative MSE 0.0e+00 (layer_00/patches); "
         "largest error 0",
-        "  the teacher's head gets 100.00% of the valid samples right",
+        "  the teacher's head gets 100.00% of these images right",
     ]:
         assert line in text.splitlines(), f"{line!r} is not in\n{text}"
 
