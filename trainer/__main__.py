@@ -8,8 +8,9 @@ from pathlib import Path, PurePath
 
 import tyro
 
-from infra.console import ExitCode, UserError, human_duration, run_door, stop_on_signals
-from infra.objects import Objects, open_objects
+from infra.console import ExitCode, JobError, UserError, human_duration, run_door, stop_on_signals
+from infra.objects import ObjectError, Objects, open_objects
+from storage_schemas.errors import StoreError
 from trainer.data import TrainingData, open_training_data
 from trainer.machine import Machine
 from trainer.recipes import RECIPES, recipe_for
@@ -71,8 +72,11 @@ def _train_or_show(config: TrainConfig, data: TrainingData, run: RunFiles, machi
         return ExitCode.OK
     print(start_report(config, data, run, machine), file=sys.stderr)
     began = time.monotonic()
-    with stop_on_signals() as stop:
-        finished = train(config, data, run, machine=machine, stop=stop) is not None
+    try:
+        with stop_on_signals() as stop:
+            finished = train(config, data, run, machine=machine, stop=stop) is not None
+    except (StoreError, ObjectError) as error:
+        raise JobError(f"{error}\nThe same command goes on from the last checkpoint in {run.location}") from error
     if not finished:
         print(f"stopped; everything is saved in {run.location}. The same command goes on", file=sys.stderr)
         return ExitCode.INTERRUPTED

@@ -80,13 +80,17 @@ class RunFiles:
         """Keep other processes out of a RUN in a local folder, for a while; a dead process keeps nobody out.
 
         Raises:
-            UserError: Another process is in it.
+            UserError: Another process is in it, or the folder cannot be made.
         """
         if self.local_folder is None:
             yield
             return
-        os.makedirs(self.local_folder, exist_ok=True)
-        with open(os.path.join(self.local_folder, LOCK_NAME), "a") as lock:
+        try:
+            os.makedirs(self.local_folder, exist_ok=True)
+            lock = open(os.path.join(self.local_folder, LOCK_NAME), "a")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"RUN={self.location} cannot be written: {error.strerror}; give another place") from error
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import save_file
 
 from infra.console import ExitCode, UserError, run_door
 from infra.objects import FolderObjects, MemoryObjects
@@ -177,6 +178,46 @@ def test_unknown_recipe_and_remote_run(door: Door, store: str, tmp_path: Path) -
     assert (code, "digits_stage1, imagenet_stage1" in err) == (ExitCode.BAD_INPUT, True)
     code, _, err = door(store=store, block="0-2", run="gopher://run")
     assert (code, "gopher://run" in err) == (ExitCode.BAD_INPUT, True)
+
+
+def test_run_that_cannot_be_a_folder(door: Door, store: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, _, err = door(store=store, block="0-2", run=tmp_path / "file" / "run")
+    assert code == ExitCode.BAD_INPUT
+    assert "cannot be written: Not a directory" in err
+
+
+def test_damaged_store_stops_the_training_and_names_the_object(door: Door, tmp_path: Path) -> None:
+    """Also mid-run: what was reached stays, and the same command goes on once the store is mended."""
+    place = Path(write_tiny_pair(tmp_path / "store"))
+    key = "train/layer_01/patches/c/2/0/0"
+    damaged = bytearray(sound := (place / key).read_bytes())
+    damaged[1000] ^= 1
+    (place / key).write_bytes(damaged)
+    code, _, err = door(store=place, block="0-2", run=tmp_path / "run", steps=4)
+    assert code == ExitCode.PROBLEMS == 3
+    assert key in err
+    assert "Traceback" not in err
+    (place / key).write_bytes(sound)
+    assert door(store=place, block="0-2", run=tmp_path / "run", steps=4)[0] == ExitCode.OK
+
+
+def test_head_from_a_file_gives_accuracy(door: Door, tmp_path: Path) -> None:
+    teacher = tiny_teacher()
+    headless = dataclasses.replace(teacher, head=None)
+    for split, n in (("train", 41), ("val", 18)):
+        write_tiny(FolderObjects(tmp_path / "store" / split), teacher, n, seed=n, teacher_files=headless.to_files())
+    assert teacher.head is not None
+    save_file({k: v.contiguous() for k, v in teacher.head.state_dict().items()}, tmp_path / "head.safetensors")
+    common = {"store": tmp_path / "store", "block": "0-2", "steps": 2}
+    code, out, err = door(**common, run=tmp_path / "without")
+    assert (code, "untrained block" in out) == (ExitCode.OK, False)
+    assert "no accuracy, as the teacher has no head" in err
+    code, out, _ = door(**common, run=tmp_path / "with", head=tmp_path / "head.safetensors")
+    assert (code, "untrained block" in out) == (ExitCode.OK, True)
+    code, _, err = door(**common, run=tmp_path / "with")
+    assert code == ExitCode.BAD_INPUT
+    assert "data.teacher: the run has" in err
 
 
 # ---------------------------------------------------------------- unfinished stores, hold-out

@@ -14,6 +14,7 @@ from tests.trainer.tiny import CPU, tiny_config, tiny_data, tiny_teacher, write_
 from trainer.block import Block
 from trainer.data import TrainingData
 from trainer.losses import TokenWeighted, mse
+from trainer.machine import Machine
 from trainer.objectives import annealed_loss
 from trainer.recipes import RECIPES, digits_stage1, imagenet_stage1, recipe_for
 from trainer.run_files import RunFiles
@@ -210,6 +211,19 @@ def test_bfloat16_training_matches_float32_at_first(data: TrainingData) -> None:
         losses[precision] = next(line["loss"] for line in run.read_metrics() if line["step"] == 5)
     assert losses["bfloat16"] != losses["float32"]
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gpu_training_matches_the_cpus(data: TrainingData, tmp_path, compiled: bool) -> None:
+    """float32 and without noise, whose generator differs: the same losses up to the order of sums."""
+    losses = {}
+    for machine in (CPU, Machine(device=torch.device("cuda"), compile=compiled, stream_threads=2)):
+        run = RunFiles(MemoryObjects())
+        there = tiny_data(tmp_path / machine.device.type, device=machine.device)
+        assert train(tiny_config(noise=0.0), there, run, machine=machine) is not None
+        losses[machine.device.type] = [line["loss"] for line in run.read_metrics() if "loss" in line]
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3)
 
 
 # ---------------------------------------------------------------- configs and recipes

@@ -132,7 +132,7 @@ def test_reference_r2_equals_its_formula(adding: tuple[Teacher, Store]) -> None:
 
 
 def test_teachers_own_blocks_reproduce_its_accuracy_exactly(real: tuple[Teacher, Store]) -> None:
-    """The student is the teacher: its roll-out, then the remaining blocks, norm and head, name what the teacher names."""
+    """The student is the teacher: its roll-out through remaining blocks, norm and head names what the teacher names."""
     teacher, store = real
     labels = store.samples["label"].to_numpy()
     last = torch.from_numpy(store.read(layers=[12])[:, 0])

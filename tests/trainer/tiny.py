@@ -33,7 +33,14 @@ def with_head(teacher: Teacher) -> Teacher:
     return dataclasses.replace(teacher, head=head.requires_grad_(False))
 
 
-def write_tiny(objects: Objects, teacher: Teacher, n_samples: int, seed: int, **changes: object) -> None:
+def write_tiny(
+    objects: Objects,
+    teacher: Teacher,
+    n_samples: int,
+    seed: int,
+    teacher_files: dict[str, bytes] | None = None,
+    **changes: object,
+) -> None:
     """A float32 store of the teacher's states on random pixels; labels are the teacher's own but for every fourth."""
     pixels = torch.randn(
         n_samples, 3, teacher.image_size, teacher.image_size, generator=torch.Generator().manual_seed(seed)
@@ -69,7 +76,7 @@ def write_tiny(objects: Objects, teacher: Teacher, n_samples: int, seed: int, **
     def states_of(rows: range) -> np.ndarray:
         return np.ascontiguousarray(array[rows.start : rows.stop, layers])
 
-    write_store(objects, spec, samples, states_of, teacher_files=teacher.to_files())
+    write_store(objects, spec, samples, states_of, teacher_files=teacher_files or teacher.to_files())
 
 
 def write_tiny_pair(root: Path) -> str:
@@ -80,8 +87,8 @@ def write_tiny_pair(root: Path) -> str:
     return str(root)
 
 
-def tiny_data(root: Path, block: str = "0-2") -> TrainingData:
-    return open_training_data(write_tiny_pair(root), block)
+def tiny_data(root: Path, block: str = "0-2", device: torch.device | str = "cpu") -> TrainingData:
+    return open_training_data(write_tiny_pair(root), block, device=device)
 
 
 def tiny_config(**changes: object) -> TrainConfig:
