@@ -1,7 +1,6 @@
 """Where things lie in a store: object keys and array paths, and back. Opens nothing."""
 
 import re
-from collections.abc import Iterator
 
 from storage_schemas.spec import HEAD_INPUT, KINDS, StoreSpec
 
@@ -84,6 +83,19 @@ def is_teacher_key(key: str) -> bool:
     return key.startswith(TEACHER_PREFIX) and is_owned(key)
 
 
-def expected_keys(spec: StoreSpec, shards: Iterator[int] | range) -> set[str]:
-    """Keys of data objects and commits of these shards."""
-    return {key for shard in shards for key in (*shard_object_keys(spec, shard), commit_key(shard))}
+def is_shard_object(spec: StoreSpec, key: str) -> bool:
+    """Whether a key is that of a data object of some shard of this store."""
+    path, _, place = key.partition("/c/")
+    shard = place.partition("/")[0]
+    if not shard.isdecimal() or len(shard) > 10 or int(shard) >= spec.n_shards:
+        return False
+    if path == STATISTICS:
+        return key == statistics_key(int(shard))
+    return _is_sharded_array(spec, path) and key == shard_object_key(spec, path, int(shard))
+
+
+def _is_sharded_array(spec: StoreSpec, path: str) -> bool:
+    if path == HEAD_INPUT:
+        return spec.has_head_input
+    match = re.fullmatch(r"layer_([0-9]{2})/(\w+)", path)
+    return match is not None and int(match[1]) in spec.layers and match[2] in spec.token_kinds

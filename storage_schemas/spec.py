@@ -25,7 +25,8 @@ PRECISION_NBYTES = {"float32": 4, "float16": 2}
 
 # Limits that no real store meets; they keep a hostile store.json from claiming all memory before anything is read.
 MAX_SAMPLES = 2**31 - 1
-MAX_CHUNKS = 2**28  # of all arrays together
+MAX_SHARDS = 2**22
+MAX_CHUNKS = 2**27  # of all arrays together
 MAX_CHUNK_NBYTES = 2**31 - 17  # before the codec; what Blosc takes
 
 
@@ -247,6 +248,8 @@ def _field_problems(spec: Any) -> list[str]:
 def _size_problems(spec: StoreSpec) -> Iterator[str]:
     if spec.n_samples > MAX_SAMPLES:
         yield f"n_samples is {spec.n_samples}, at most {MAX_SAMPLES:,} are supported"
+    if spec.n_shards > MAX_SHARDS:
+        yield f"{spec.n_shards} shards, at most {MAX_SHARDS:,} are supported; take more samples_per_shard"
     n_chunks = len(spec.layers) * len(spec.token_kinds) * max(spec.n_chunks, spec.chunks_per_shard)
     if n_chunks > MAX_CHUNKS:
         yield f"{n_chunks} chunks in all, at most {MAX_CHUNKS:,} are supported; take more samples_per_chunk"

@@ -18,8 +18,8 @@ from storage_schemas.keys import (
     SAMPLES_KEY,
     STORE_KEY,
     commit_key,
-    expected_keys,
     is_owned,
+    is_shard_object,
 )
 from storage_schemas.reader import has_index, list_commits, load_commits
 from storage_schemas.samples import samples_from_bytes
@@ -199,8 +199,8 @@ def _index_problems(objects: Objects, document: StoreDocument, commits: list[Com
 
 def _stray_problems(document: StoreDocument, sizes: Mapping[str, int]) -> Iterator[Problem]:
     """Objects that belong to nothing. Those of a shard without commit do belong: they are work in progress."""
-    known = {STORE_KEY, INDEX_KEY, *document.documents, *expected_keys(document.spec, range(document.spec.n_shards))}
+    known = {STORE_KEY, INDEX_KEY, *document.documents}
     for key, nbytes in sizes.items():
-        if key not in known and not key.startswith(COMMITS_PREFIX):
+        if key not in known and not key.startswith(COMMITS_PREFIX) and not is_shard_object(document.spec, key):
             what = "no commit names this object" if is_owned(key) else "not an object of this format"
             yield Problem(key=key, what=what, expected="nothing here", found=f"{nbytes:,} bytes")

@@ -3,7 +3,7 @@
 import dataclasses
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infra.objects import MemoryObjects
+from infra.objects import MemoryObjects, ObjectError
 from storage_schemas import open_store
 from storage_schemas.codecs import raw_chunk_nbytes
 from storage_schemas.commit import Commit, Fidelity, ObjectRecord, read_commit, statistics_nbytes
@@ -26,7 +26,7 @@ from storage_schemas.create import (
     read_store_document,
 )
 from storage_schemas.documents import seal, sha256, unseal
-from storage_schemas.errors import SchemaError
+from storage_schemas.errors import SchemaError, StoreError
 from storage_schemas.index import SCHEMA, commits_from_index, index_to_bytes, seal_parquet, unseal_parquet
 from storage_schemas.keys import (
     INDEX_KEY,
@@ -43,7 +43,7 @@ from storage_schemas.spec import StoreSpec
 from storage_schemas.verify import verify_store
 from storage_schemas.zarr_layout import CRC_NBYTES, index_nbytes, slot_nbytes
 from tests.stores import make_samples, make_spec, write_planted
-from tests.strategies import bad_images, names, specs
+from tests.strategies import bad_images, json_values, names, specs
 
 STORE = "5" * 64
 
@@ -466,3 +466,69 @@ class TestIdentityDifferences:
             "teacher/config.json: another content than the one in the store",
             "teacher/head.safetensors: another content than the one in the store",
         ]
+
+
+def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """The way to every value inside a JSON document."""
+    yield path
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, child in children:
+        yield from places(child, (*path, name))
+
+
+def with_value(document: Any, path: tuple, value: Any) -> Any:
+    """The document with another value at a place, or without that place if the value is `...`."""
+    if not path:
+        return {} if value is ... else value
+    changed = dict(document) if isinstance(document, dict) else list(document)
+    if len(path) == 1 and value is ...:
+        del changed[path[0]]
+    else:
+        changed[path[0]] = with_value(changed[path[0]], path[1:], value)
+    return changed
+
+
+hostile = st.one_of(
+    json_values,
+    st.just(...),
+    st.sampled_from(
+        [-1, 2**31, 2**63, 2**64, 10**30, "", "..", "../../x", "/etc/passwd", [], {}, [[]], [[0, 0, 0]], 1.5]
+    ),
+)
+
+
+@settings(max_examples=150)
+@given(key=st.sampled_from(["store.json", "commits/000000.json"]), data=st.data(), value=hostile)
+def test_any_forged_value_is_refused_or_harmless(key, data, value):
+    """Sealed correctly: whatever it says, only our errors are raised, and verify reports it or it is the same store."""
+    objects = _copy(_small_store())
+    document = unseal(key, objects.get(key))
+    place = data.draw(st.sampled_from(list(places(document))))
+    forged = with_value(document, place, value)
+    if not isinstance(forged, dict) or "digest" in forged:
+        return
+    objects.put(key, seal(forged))
+    problems = verify_store(objects)
+    assert problems or objects.get(key) == _small_store().get(key), f"{place} = {value!r} is not reported"
+    try:
+        store = open_store(objects)
+        found = store.read([0], [0, 1])
+        _ = store.statistics, store.samples, store.read_teacher_files()
+    except (StoreError, ObjectError, IndexError):
+        return
+    np.testing.assert_array_equal(found, open_store(_small_store()).read([0], [0, 1]))
+
+
+@cache
+def _small_store() -> MemoryObjects:
+    made = MemoryObjects()
+    spec = make_spec(n_samples=5, layers=(0,), samples_per_shard=4, samples_per_chunk=2)
+    write_planted(made, spec, {3: "empty"}, teacher_files={"config.json": b"{}"})
+    return made
+
+
+def _copy(objects: MemoryObjects) -> MemoryObjects:
+    made = MemoryObjects()
+    for info in objects.list():
+        made.put(info.key, objects.get(info.key))
+    return made

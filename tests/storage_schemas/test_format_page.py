@@ -117,7 +117,12 @@ def test_allowed_values_are_those_of_the_table():
 
 def test_limits_are_those_of_the_table():
     said = {row[0]: int(row[1].replace(",", "")) for row in tables("Allowed values")[1]}
-    assert list(said.values()) == [spec.MAX_SAMPLES, spec.MAX_CHUNKS, spec.MAX_CHUNK_NBYTES]
+    assert list(said.values()) == [
+        spec.MAX_SAMPLES,
+        spec.MAX_SHARDS,
+        spec.MAX_CHUNKS,
+        spec.MAX_CHUNK_NBYTES,
+    ]
     assert f"more than {documents.MAX_DOCUMENT_NBYTES:,} bytes" in section("Sealed documents")
     assert f"at most {BLOSC_OVERHEAD} bytes" in section("Objects of a shard")
     assert f"multiple of {zarr_layout.ALIGNMENT_NBYTES} bytes" in section("Objects of a shard")
