@@ -4,6 +4,7 @@ Doing it again is the normal way to go on after anything: shards that are commit
 """
 
 import os
+import re
 import shutil
 import sys
 import time
@@ -114,6 +115,25 @@ class ExtractResult:
         return self.n_before + self.n_done == self.planned.spec.n_samples
 
 
+def check_run(run: RunConfig) -> None:
+    """Refuse ways of working that cannot be, all at once.
+
+    Raises:
+        UserError: Lists every setting that is wrong, with what it may be.
+    """
+    problems = [
+        f"{name.upper()}={value}: expected a number of at least 1"
+        for name in ("workers", "cpus_per_worker", "depth", "shard_timeout_s")
+        if (value := getattr(run, name)) is not None and value < 1
+    ]
+    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", run.device) is None:
+        problems.append(f"DEVICE={run.device}: expected cpu, cuda or auto")
+    elif run.no_ray and run.device.startswith("cuda") and not torch.cuda.is_available():
+        problems.append(f"DEVICE={run.device}: there is no CUDA device here; expected cpu or auto")
+    if problems:
+        raise UserError("\n  ".join(["these settings cannot be:", *problems]))
+
+
 def say(message: str) -> None:
     """One line to the person, on standard error, in order with progress."""
     print(message, file=sys.stderr, flush=True)
@@ -140,6 +160,7 @@ def extract(
         UserError: Refused before work started; nothing was damaged.
         JobError: Stopped or finished with problems; what is committed stays valid.
     """
+    check_run(run or RunConfig())
     check_inputs(config)
     teacher = teacher_factory("cpu") if teacher_factory else make_teacher(config)
     planned = plan_stores(config, teacher, say)

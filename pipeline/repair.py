@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from infra.console import JobError, UserError
 from infra.objects import ObjectError, Objects, open_objects
-from pipeline.extract import ExtractResult, RunConfig, extract_planned, say
+from pipeline.extract import ExtractResult, RunConfig, check_run, extract_planned, say
 from pipeline.run_log import claimed
 from pipeline.settings import ExtractConfig, PlannedStore, check_config, make_teacher, plan_split, split_location
 from pipeline.sources import Source, open_sources
@@ -34,6 +34,7 @@ def repair(config: ExtractConfig, run: RunConfig) -> list[ExtractResult]:
         UserError: Images or settings are not those of the store; nothing was changed.
         JobError: Something is wrong that cannot be mended; it is named.
     """
+    check_run(run)
     check_config(config)
     planned = [_plan(config, split, source) for split, source in open_sources(config.images).items()]
     try:

@@ -154,7 +154,9 @@ def test_grey_cmyk_and_rotated_images_are_read_as_pil_reads_them(store: Store, i
     assert np.abs(expected[2] - expected[0]).max() > 0.01  # the comparison could fail
 
 
-def test_head_input_gives_the_logits_of_the_teachers_own_head(store: Store, images: Path, teacher: Teacher) -> None:
+def test_head_input_gives_the_logits_of_the_teachers_own_head(
+    first: ExtractResult, store: Store, images: Path, teacher: Teacher
+) -> None:
     names = [name for name, valid in zip(store.samples["sample_id"].to_pylist(), store.valid) if valid]
     last = torch.from_numpy(reference_states(images, names, teacher)[:, -1])
     head_input = store.read_head_input()
@@ -163,13 +165,7 @@ def test_head_input_gives_the_logits_of_the_teachers_own_head(store: Store, imag
     with torch.no_grad():
         assert torch.allclose(teacher.head(torch.from_numpy(head_input)), teacher.logits(last), atol=1e-4)
     right = (teacher.logits(last).argmax(dim=1).numpy() == store.samples["label"].to_numpy()[store.valid]).mean()
-    assert f"head gets {right:.2%} of these images right" in summarise_of(store)
-
-
-def summarise_of(store: Store) -> str:
-    from pipeline.summary import teacher_accuracy
-
-    return f"the teacher's head gets {teacher_accuracy(store):.2%} of these images right"
+    assert f"{right:.2%} of these images right" in summarise([first], store.location)
 
 
 def test_statistics_are_those_of_the_valid_states_before_rounding(store: Store, images: Path, teacher: Teacher) -> None:
