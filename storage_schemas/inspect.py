@@ -49,11 +49,10 @@ def next_command(stores: Sequence[Store], root: str) -> str:
         return f"Next: make verify STORE={root} IMAGES=<as extracted> REPAIR=1"
     if not all(store.is_complete for store in stores):
         return "Next: the same make extract again, to finish it"
-    spec = stores[0].spec
-    first, last = spec.layers[0], spec.layers[-1]
-    if first == last:
+    run = next((run for run in _runs(stores[0].layers) if len(run) > 1), None)  # a span needs every state within
+    if run is None:
         return f"Next: make verify STORE={root}"
-    return f"Next: make train BLOCK={first}-{min(first + 7, last)} STORE={root}"
+    return f"Next: make train BLOCK={run[0]}-{min(run[0] + 7, run[-1])} STORE={root}"
 
 
 def teacher_accuracy(store: Store) -> float | None:
@@ -147,13 +146,18 @@ def _identity_lines(store: Store) -> list[str]:
 
 def _ranges(layers: Sequence[int]) -> str:
     """0, 1, 2, 5 as `0 to 2, 5`."""
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in _runs(layers))
+
+
+def _runs(layers: Sequence[int]) -> list[list[int]]:
+    """0, 1, 2, 5 as [0, 1, 2] and [5]."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][-1] + 1:
             runs[-1].append(layer)
         else:
             runs.append([layer])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
+    return runs
 
 
 def _tokens(spec: StoreSpec) -> str:

@@ -186,7 +186,9 @@ class TestNextCommand:
 
     def test_finished(self):
         assert next_command(self.stores(), "s") == "Next: make train BLOCK=0-2 STORE=s"
-        assert next_command(self.stores(layers=(3, 4, 12)), "s") == "Next: make train BLOCK=3-10 STORE=s"
+        assert next_command(self.stores(layers=tuple(range(3, 13))), "s") == "Next: make train BLOCK=3-10 STORE=s"
+        assert next_command(self.stores(layers=(0, 3, 4, 12)), "s") == "Next: make train BLOCK=3-4 STORE=s"
+        assert next_command(self.stores(layers=(0, 2)), "s") == "Next: make verify STORE=s"
         assert next_command(self.stores(layers=(3,)), "s") == "Next: make verify STORE=s"
 
     def test_unfinished(self):
