@@ -76,6 +76,9 @@ class _RoutedObjects:
     def read_parts(self, key: str, start: int, buffers: Sequence[memoryview]) -> Iterator[memoryview]:
         return self._owner(key).read_parts(key, start, buffers)
 
+    def read_rows(self, key: str, start: int, out: np.ndarray, rows: np.ndarray) -> int:
+        return self._owner(key).read_rows(key, start, out, rows)
+
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         yield from self._owner(prefix).list(prefix)
 

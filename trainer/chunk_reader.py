@@ -6,21 +6,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from crc32c import crc32c
 
 from storage_schemas.codecs import decode_chunk, raw_chunk_nbytes
-from storage_schemas.reader import ChunkLocation, Store, check_crc, check_payload
+from storage_schemas.reader import ChunkLocation, Store, check_crc
 from storage_schemas.spec import Span, StoreSpec
 from trainer.order import PassOrder, ReadPlan
-from trainer.ring import Ring, sample_nbytes, stream_kinds
-
-# Samples at least this large are read from the object straight to their places; smaller ones come with their whole
-# chunk and are copied from the cache, since a system call each would cost more than the copy.
-SCATTER_NBYTES = 65_536
+from trainer.ring import Ring, stream_kinds
 
 _JOIN_S = 30.0
-
-
+_HEADER = 1024  # bytes that a codec may add to what it cannot compress
 _N_PLANNED = 8  # chunks whose places are worked out at a time; one by one would cost more than their checksums
 
 
@@ -34,52 +28,26 @@ class _Placement:
         wanted: Places within the chunk of the samples that go somewhere; None for all.
         wanted_rows: Their ring rows.
         buffers: Their buffers.
-        locations: Where the chunk's bytes lie, by state and kind.
     """
 
     chunk: int
-    rows: list[int]
+    rows: np.ndarray
     wanted: np.ndarray | None
     wanted_rows: np.ndarray
     buffers: np.ndarray
-    locations: list[list[ChunkLocation]]
+
+
+def scratch_nbytes(spec: StoreSpec) -> int:
+    """Memory of one thread for payloads and what they decode to; nothing without a codec."""
+    return 0 if spec.codec == "none" else 2 * max(raw_chunk_nbytes(spec, kind) for kind in stream_kinds(spec)) + _HEADER
 
 
 class _Scratch:
-    """One thread's own memory, made once: for payloads to unpack, and for bytes that nobody asked for."""
+    """One thread's own memory, made once."""
 
     def __init__(self, spec: StoreSpec) -> None:
-        self.payload = memoryview(bytearray(payload_nbytes(spec)))
-        self.decoded = np.empty(decoded_nbytes(spec), np.uint8)
-        self._plain: dict[str, np.ndarray] = {}
-        if spec.codec == "none":  # a payload that needs no decoding is always seen in the same way
-            for kind in stream_kinds(spec):
-                if not scatters(spec, kind):
-                    self._plain[kind] = decode_chunk(spec, kind, self.payload[: raw_chunk_nbytes(spec, kind)])
-
-    def decode(self, spec: StoreSpec, kind: str, payload: memoryview) -> np.ndarray:
-        """The values of a payload that lies at the beginning of `self.payload`."""
-        plain = self._plain.get(kind)
-        if plain is not None and plain.nbytes == payload.nbytes:
-            return plain
-        return decode_chunk(spec, kind, payload, self.decoded)
-
-
-def scatters(spec: StoreSpec, kind: str) -> bool:
-    """Whether samples of a kind are read straight to their places."""
-    return spec.codec == "none" and sample_nbytes(spec, kind) >= SCATTER_NBYTES
-
-
-def payload_nbytes(spec: StoreSpec) -> int:
-    """Scratch bytes of a thread for stored payloads; a codec may add a little to what it cannot compress."""
-    whole = [raw_chunk_nbytes(spec, kind) for kind in stream_kinds(spec) if not scatters(spec, kind)]
-    one = [sample_nbytes(spec, kind) for kind in stream_kinds(spec)]
-    return max(whole + one) + (0 if spec.codec == "none" else 65_536)
-
-
-def decoded_nbytes(spec: StoreSpec) -> int:
-    """Scratch bytes of a thread for decoded chunks."""
-    return 0 if spec.codec == "none" else max(raw_chunk_nbytes(spec, kind) for kind in stream_kinds(spec))
+        memory = np.empty(scratch_nbytes(spec), np.uint8)
+        self.payload, self.decoded = memory[: (len(memory) + _HEADER) // 2], memory[(len(memory) + _HEADER) // 2 :]
 
 
 class ChunkReader:
@@ -114,10 +82,9 @@ class ChunkReader:
         self._batch_size, self._n_buffer_rows = batch_size, n_buffer_rows
         self._rank_starts, self._rank_lanes = rank_starts, rank_lanes
         self._opens_at = plan.opens_at.tolist()
-        self._kinds = [
-            (kind, sample_nbytes(store.spec, kind) if scatters(store.spec, kind) else 0)
-            for kind in stream_kinds(store.spec)
-        ]
+        self._kinds = stream_kinds(store.spec)
+        self._targets = [[ring.arrays[kind][:, state] for kind in self._kinds] for state in range(span.n_states)]
+        self._plain = store.spec.codec == "none"
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)  # readers wait here for buffers
         self._filled = threading.Condition(self._lock)  # the consumer waits here for its batch
@@ -175,7 +142,7 @@ class ChunkReader:
             self._filled.notify_all()
 
     def join(self) -> None:
-        """Wait until the stopped threads are gone: each ends after the sample it is reading.
+        """Wait until the stopped threads are gone: each ends after the chunk it is reading.
 
         Raises:
             TimeoutError: A read did not come back.
@@ -238,14 +205,10 @@ class ChunkReader:
             placements.append(
                 _Placement(
                     chunk=one_chunk,
-                    rows=one_rows.tolist(),
+                    rows=one_rows,
                     wanted=None if len(wanted) == samples_per_chunk else wanted,
                     wanted_rows=wanted_rows,
                     buffers=wanted_rows // self._n_buffer_rows,
-                    locations=[
-                        [self._store.chunk(layer, kind, one_chunk) for kind, _ in self._kinds]
-                        for layer in self._span.states
-                    ],
                 )
             )
         return placements
@@ -253,12 +216,13 @@ class ChunkReader:
     def _read(self, placement: _Placement, state: int, scratch: _Scratch) -> None:
         self._await_copies(placement)
         needed = fetched = 0
-        for (kind, scattered_nbytes), location in zip(self._kinds, placement.locations[state]):
+        for kind, target in zip(self._kinds, self._targets[state]):
+            location = self._store.chunk(self._span.start + state, kind, placement.chunk)
             needed += location.nbytes
-            if scattered_nbytes:
-                fetched += self._read_scattered(kind, scattered_nbytes, location, placement, state, scratch)
+            if self._plain:
+                fetched += self._read_plain(location, target, placement)
             else:
-                fetched += self._read_whole(kind, location, placement, state, scratch)
+                fetched += self._read_encoded(kind, location, target, placement, scratch)
             if self._stopped:
                 return
         if state == 0:
@@ -283,29 +247,19 @@ class ChunkReader:
                 copied.synchronize()
                 self._copies[buffer] = None
 
-    def _read_scattered(
-        self, kind: str, nbytes: int, location: ChunkLocation, placement: _Placement, state: int, scratch: _Scratch
-    ) -> int:
-        assert location.nbytes == nbytes * len(placement.rows)
-        nowhere = scratch.payload[:nbytes]
-        parts = [self._ring.place(kind, row, state) if row >= 0 else nowhere for row in placement.rows]
-        crc = fetched = 0
-        for part in self._store.objects.read_parts(location.key, location.offset, parts):
-            crc = crc32c(part, crc)  # a sample at a time: what was just read is still in the cache
-            fetched += part.nbytes
-            if self._stopped:
-                return fetched
+    def _read_plain(self, location: ChunkLocation, target: np.ndarray, placement: _Placement) -> int:
+        fetched = len(placement.rows) * target[0].nbytes
+        assert fetched == location.nbytes
+        crc = self._store.objects.read_rows(location.key, location.offset, target, placement.rows)
         check_crc(self._store.location, location, crc)
         return fetched
 
-    def _read_whole(
-        self, kind: str, location: ChunkLocation, placement: _Placement, state: int, scratch: _Scratch
+    def _read_encoded(
+        self, kind: str, location: ChunkLocation, target: np.ndarray, placement: _Placement, scratch: _Scratch
     ) -> int:
         payload = scratch.payload[: location.nbytes]
-        self._store.objects.read_into(location.key, location.offset, payload)
-        check_payload(self._store.location, location, payload)
-        values = scratch.decode(self._store.spec, kind, payload)
-        if placement.wanted is not None:
-            values = values[placement.wanted]
-        self._ring.arrays[kind][placement.wanted_rows, state] = values
+        crc = self._store.objects.read_rows(location.key, location.offset, payload[None], np.zeros(1, np.int64))
+        check_crc(self._store.location, location, crc)
+        values = decode_chunk(self._store.spec, kind, payload.data, scratch.decoded)
+        target[placement.wanted_rows] = values if placement.wanted is None else values[placement.wanted]
         return payload.nbytes

@@ -53,25 +53,15 @@ class Ring:
             with suppress(OSError):  # a kernel built without them
                 memory.madvise(mmap.MADV_HUGEPAGE)
         _touch(np.frombuffer(memory, np.uint8))
-        self._bytes = memoryview(memory)
         self.arrays: dict[str, np.ndarray] = {}
-        self._places: dict[str, tuple[int, int]] = {}
         start = 0
         for kind in stream_kinds(spec):
-            one, shape = sample_nbytes(spec, kind), kind_shape(spec, kind)
+            shape = kind_shape(spec, kind)
             array = np.frombuffer(memory, kind_dtype(spec, kind), n_rows * n_states * prod(shape), start)
             self.arrays[kind] = array.reshape(n_rows, n_states, *shape)
-            self._places[kind] = (start, one)
-            start += _aligned(n_rows * n_states * one)
-        self._n_states = n_states
+            start += _aligned(array.nbytes)
         if torch.cuda.is_available():
             _pin(self, self.arrays[stream_kinds(spec)[0]].ctypes.data, nbytes)
-
-    def place(self, kind: str, row: int, state: int) -> memoryview:
-        """The bytes of one sample of a kind at one state."""
-        start, nbytes = self._places[kind]
-        start += (row * self._n_states + state) * nbytes
-        return self._bytes[start : start + nbytes]
 
 
 def _aligned(nbytes: int) -> int:

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int64
 from storage_schemas.errors import NotCommittedError, SchemaError
 from storage_schemas.reader import Store
 from storage_schemas.spec import Span, StoreSpec
-from trainer.chunk_reader import ChunkReader, decoded_nbytes, payload_nbytes
+from trainer.chunk_reader import ChunkReader, scratch_nbytes
 from trainer.order import PassOrder, make_pass_order, make_read_plan
 from trainer.ring import Ring, ring_nbytes, stream_kinds
 
@@ -214,7 +214,7 @@ class LayerSliceStream:
         """Bytes of this rank's buffers: lanes x chunk x states x (1 + readahead), in whole batches, and scratch."""
         spec = self.store.spec
         ring = ring_nbytes(spec, self.span.n_states, self._plan.n_buffers * self._n_buffer_rows)
-        return ring + self._n_threads * (payload_nbytes(spec) + decoded_nbytes(spec))
+        return ring + self._n_threads * scratch_nbytes(spec)
 
     @property
     def bytes_fetched(self) -> int:
@@ -473,7 +473,7 @@ def stream_memory_nbytes(
         plan = make_read_plan(order, batch_size, rank=rank, world_size=world_size, readahead=readahead)
         n_rows = int(np.diff(order.rank_starts(batch_size, rank, world_size)).max())
         worst = max(worst, ring_nbytes(spec, span.n_states, plan.n_buffers * n_rows))
-    return worst + threads * (payload_nbytes(spec) + decoded_nbytes(spec))
+    return worst + threads * scratch_nbytes(spec)
 
 
 def _make_out(
