@@ -43,6 +43,9 @@ help: ## list targets and variables
 #: BLOCK       a-b: the block takes state a and produces a+1..b                                 [must be given]
 #: RUN         folder of a training run                            [data/runs/<store>/<BLOCK>-seed<SEED>]
 #: STEPS SEED  length and seed of a training                                                   [the recipe's; 0]
+#: RECIPE      digits_stage1 or imagenet_stage1                                    [the one that fits the store]
+#: PARTIAL=1   train on a store that is not finished, with the shards that it has now                      [off]
+#: DEVICE      cpu, cuda or cuda:0                                                     [the GPU if there is one]
 #: REPAIR=1    with make verify: mend what is wrong (give IMAGES as extracted)                             [off]
 #: RAY_ADDRESS a Ray cluster to run on                                                     [Ray in this machine]
 #: WORKERS     teacher actors                                                    [one per GPU, else per machine]
@@ -75,7 +78,7 @@ verify: $(READY) ## re-read and check every object of a store; REPAIR=1 mends
 	@$(PYTHON) -m pipeline verify $(EXTRACT_FLAGS) $(call switch,REPAIR)
 
 train: $(READY) ## train one Raptor block on a store: make train BLOCK=0-7
-	@$(PYTHON) -m trainer train $(call flags,STORE BLOCK RUN STEPS SEED) $(call switch,PARTIAL) $(ARGS)
+	@$(PYTHON) -m trainer train $(call flags,STORE BLOCK RUN STEPS SEED HEAD DEVICE RECIPE) $(call switch,PARTIAL) $(ARGS)
 
 teacher: $(READY) ## train digits_vit, the small teacher that ships with the project (minutes)
 	@$(PYTHON) -m trainer teacher $(ARGS)
