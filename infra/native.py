@@ -11,6 +11,8 @@ import sys
 import tempfile
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -35,7 +37,8 @@ def _load() -> "ctypes._NamedFuncPointer | None":
     if compiler is None or platform.machine() not in ("x86_64", "aarch64") or sys.platform != "linux":
         return None
     try:
-        library = ctypes.CDLL(str(_build(compiler)))
+        with _cache_folder() as folder:
+            library = ctypes.CDLL(str(_build(compiler, folder)))
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
         warnings.warn(
@@ -59,12 +62,12 @@ def _compiler() -> str | None:
     return next((found for name in candidates if name and (found := shutil.which(name))), None)
 
 
-def _build(compiler: str) -> Path:
-    """The shared library of this source, from the cache if it was built before. Many processes may build it at once."""
+def _build(compiler: str, folder: Path) -> Path:
+    """The shared library of this source, from the folder if it was built before. Many processes may build at once."""
     recipe = "\0".join([_SOURCE.read_text(), platform.machine(), *_FLAGS])
-    library = _cache_folder() / f"read_rows-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
+    library = folder / f"read_rows-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}.so"
     if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         made = library.with_suffix(f".{secrets.token_hex(4)}.tmp")
         command = [compiler, *_FLAGS, "-o", str(made), str(_SOURCE)]
         try:
@@ -75,13 +78,11 @@ def _build(compiler: str) -> Path:
     return library
 
 
-def _cache_folder() -> Path:
-    """Beside the packages of the virtual environment, which only its owner writes; else one of this process's own."""
+@contextmanager
+def _cache_folder() -> Iterator[Path]:
+    """Beside the packages of the virtual environment, or else one that is gone after loading."""
     if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
-        return Path(sys.prefix) / "native"
-    return _own_folder()
-
-
-@cache
-def _own_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="read_rows-"))
+        yield Path(sys.prefix) / "native"
+        return
+    with tempfile.TemporaryDirectory(prefix="read_rows-") as folder:
+        yield Path(folder)

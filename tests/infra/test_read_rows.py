@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -103,8 +104,8 @@ def test_files_are_closed(objects: Objects) -> None:
 def test_processes_may_build_at_once(tmp_path: Path) -> None:
     """Three builds side by side into one empty cache: all get a working function, one library stays."""
     program = (
-        "import sys, pathlib, infra.native as native\n"
-        "native._cache_folder = lambda: pathlib.Path(sys.argv[1])\n"
+        "import contextlib, sys, pathlib, infra.native as native\n"
+        "native._cache_folder = lambda: contextlib.nullcontext(pathlib.Path(sys.argv[1]))\n"
         "assert native.read_rows_function() is not None"
     )
     started = [subprocess.Popen([sys.executable, "-W", "error", "-c", program, str(tmp_path)]) for _ in range(3)]
@@ -117,9 +118,17 @@ def test_without_a_compiler_there_is_none(monkeypatch: pytest.MonkeyPatch) -> No
     assert native._load.__wrapped__() is None
 
 
+@pytest.mark.skipif(read_rows_function() is None, reason="no compiler here")
+def test_without_an_environment_to_keep_it_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sys.prefix", sys.base_prefix)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert native._load.__wrapped__() is not None
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failing_compiler_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CC", "false")
-    monkeypatch.setattr(native, "_cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(native, "_cache_folder", lambda: nullcontext(tmp_path))
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr("sys.platform", "linux")
     with pytest.warns(RuntimeWarning, match=r"read_rows.c could not be built with .*false; reading goes on in Python"):
