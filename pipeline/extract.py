@@ -164,6 +164,7 @@ def extract(
     check_inputs(config)
     teacher = teacher_factory("cpu") if teacher_factory else make_teacher(config)
     planned = plan_stores(config, teacher, say)
+    del teacher  # workers make their own
     return extract_planned(planned, run or RunConfig(), overwrite=config.overwrite, teacher_factory=teacher_factory)
 
 

@@ -63,12 +63,14 @@ def _plan(config: ExtractConfig, split: str, source: Source) -> PlannedStore:
     except (NotAStoreError, SchemaError) as error:
         if isinstance(error, NotAStoreError) and not list_commits(objects):
             raise  # nothing of a store is here to be mended
-        planned = plan_split(config, make_teacher(config), split, source, say)
+        teacher = make_teacher(config)
+        planned = plan_split(config, teacher, teacher.to_files(), split, source, say)
         expected, _ = plan_documents(planned.spec, planned.samples, planned.teacher_files)
         _check_against_commits(objects, expected, location)
         return planned
     config = _settings_of(document.spec, config)
-    planned = plan_split(config, _teacher_of(objects, document, config), split, source, say)
+    teacher = _teacher_of(objects, document, config)
+    planned = plan_split(config, teacher, teacher.to_files(), split, source, say)
     expected, _ = plan_documents(planned.spec, planned.samples, planned.teacher_files)
     different = identity_differences(objects, document, expected, planned.samples)
     if different:

@@ -163,8 +163,8 @@ def plan_stores(
         UserError: Images or settings cannot be used.
     """
     check_config(config)
-    sources = open_sources(config.images)
-    return [plan_split(config, teacher, split, source, say) for split, source in sources.items()]
+    sources, files = open_sources(config.images), teacher.to_files()
+    return [plan_split(config, teacher, files, split, source, say) for split, source in sources.items()]
 
 
 def split_location(config: ExtractConfig, split: str) -> str:
@@ -175,11 +175,12 @@ def split_location(config: ExtractConfig, split: str) -> str:
 def plan_split(
     config: ExtractConfig,
     teacher: Teacher,
+    teacher_files: dict[str, bytes],
     split: str,
     source: Source,
     say: Callable[[str], None] = lambda message: None,
 ) -> PlannedStore:
-    """The store of one split."""
+    """The store of one split; `teacher_files` is teacher.to_files(), made once for all splits."""
     listing = source.listing(progress=_ListingProgress(split or source.name, say))
     order = storage_order(len(listing), config.order_seed)[: config.limit]
     samples = [
@@ -198,7 +199,7 @@ def plan_split(
         source=source,
         spec=_spec(config, teacher, len(samples), digest),
         samples=samples,
-        teacher_files=teacher.to_files(),
+        teacher_files=teacher_files,
         n_states=teacher.n_layers,
         notes=source.notes(listing),
     )

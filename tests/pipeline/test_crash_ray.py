@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -191,21 +192,23 @@ def test_a_hundred_random_kills(seed: int, ray_cluster: None, images: Path, undi
     rng = random.Random(seed)
     kills: Counter[str] = Counter()
     n_uncommitted = n_half = n_stores = 0
-    store, driver = tmp_path / "0", None
+    store, driver, n_before = tmp_path / "0", None, 0
     began = time.monotonic()
     while sum(kills.values()) < N_KILLS // N_PARTS:
         if driver is None:
             driver = Driver(images, store, ray_address())
-        is_early = rng.random() < 0.15  # while it plans, connects, creates
-        if not is_early:
-            wait_for(lambda driver=driver: bool(shard_workers()) or driver.exit_code() is not None)
-        time.sleep(rng.uniform(0, 8 if is_early else 2))
+        if rng.random() < 0.2:  # while it plans, connects, creates, starts workers
+            time.sleep(rng.uniform(0, 10))
+        else:  # at work
+            wait_for(partial(has_moved, driver, store, n_before))
+            time.sleep(rng.uniform(0, 1))
+        n_before = n_commits(store)
         if driver.exit_code() is not None:
             # 3: one shard was alone on three workers that were killed, or five were killed before they were ready
             assert driver.exit_code() in (0, 3), driver.told
             if driver.exit_code() == 0:
                 assert_undisturbed(store, undisturbed)
-                n_stores, store = n_stores + 1, tmp_path / str(n_stores + 1)
+                n_stores, n_before, store = n_stores + 1, 0, tmp_path / str(n_stores + 1)
             driver = None
             continue
         target = rng.choice(["worker", "driver", "both"])
@@ -230,6 +233,11 @@ def test_a_hundred_random_kills(seed: int, ray_cluster: None, images: Path, undi
         f"{n_stores + 1} stores finished, in {time.monotonic() - began:.0f} s"
     )
     assert n_uncommitted >= sum(kills.values()) / 2
+
+
+def has_moved(driver: Driver, store: Path, n_before: int) -> bool:
+    """Whether a shard was committed since, or the driver has ended."""
+    return n_commits(store) > n_before or driver.exit_code() is not None
 
 
 def assert_undisturbed(store: Path, undisturbed: str) -> None:
