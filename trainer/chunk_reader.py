@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from storage_schemas.codecs import decode_chunk, raw_chunk_nbytes
+from storage_schemas.codecs import DecodeError, decode_chunk, raw_chunk_nbytes
 from storage_schemas.reader import ChunkLocation, Store, check_crc
 from storage_schemas.spec import Span, StoreSpec
 from trainer.order import PassOrder, ReadPlan
@@ -260,6 +260,9 @@ class ChunkReader:
         payload = scratch.payload[: location.nbytes]
         crc = self._store.objects.read_rows(location.key, location.offset, payload[None], np.zeros(1, np.int64))
         check_crc(self._store.location, location, crc)
-        values = decode_chunk(self._store.spec, kind, payload.data, scratch.decoded)
+        try:
+            values = decode_chunk(self._store.spec, kind, payload.data, scratch.decoded)
+        except DecodeError as error:
+            raise DecodeError(f"{self._store.location}/{location.key}, chunk {placement.chunk}: {error}") from error
         target[placement.wanted_rows] = values if placement.wanted is None else values[placement.wanted]
         return payload.nbytes

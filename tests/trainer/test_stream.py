@@ -16,6 +16,7 @@ import torch
 from infra.native import read_rows_function
 from infra.objects import FolderObjects, MemoryObjects, ObjectMissingError, ShortObjectError
 from storage_schemas import open_store
+from storage_schemas.codecs import DecodeError
 from storage_schemas.errors import ChecksumError, NotCommittedError, SchemaError
 from storage_schemas.from_arrays import write_store
 from storage_schemas.reader import Store
@@ -364,6 +365,13 @@ def test_damage_is_named_and_never_delivered(folder: Path, way_of_reading: None)
     stream_all()
 
 
+def test_a_chunk_that_does_not_decode_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = planted(codec="lz4", shuffle="byte")
+    monkeypatch.setattr("storage_schemas.codecs._blosc_nbytes", lambda payload: 17)
+    with LayerSliceStream(store, Span(0, 1)) as stream, pytest.raises(DecodeError, match=r"layer_0\d/.*decodes to 17"):
+        next(stream)
+
+
 # B8: shutdown
 
 
@@ -471,6 +479,7 @@ def test_memory_is_what_the_plan_says() -> None:
 _PEAK = """
 import gc, sys
 from storage_schemas import open_store
+from storage_schemas.codecs import DecodeError
 from trainer.stream import LayerSliceStream, Span
 
 def kilobytes(name):
