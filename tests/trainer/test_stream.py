@@ -366,9 +366,12 @@ def test_damage_is_named_and_never_delivered(folder: Path, way_of_reading: None)
 
 
 def test_a_chunk_that_does_not_decode_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = planted(codec="lz4", shuffle="byte")
-    monkeypatch.setattr("storage_schemas.codecs._blosc_nbytes", lambda payload: 17)
-    with LayerSliceStream(store, Span(0, 1)) as stream, pytest.raises(DecodeError, match=r"layer_0\d/.*decodes to 17"):
+    def fail(*_: object) -> np.ndarray:
+        raise DecodeError("a chunk of the wrong kind")
+
+    monkeypatch.setattr("trainer.chunk_reader.decode_chunk", fail)  # no sound commit leads to such bytes
+    named = pytest.raises(DecodeError, match=r"layer_0\d/.*, chunk \d+: a chunk of the wrong kind")
+    with LayerSliceStream(planted(codec="lz4", shuffle="byte"), Span(0, 1)) as stream, named:
         next(stream)
 
 
