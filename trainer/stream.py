@@ -492,11 +492,7 @@ def _assemble(parts: Sequence[torch.Tensor], activations: torch.Tensor) -> None:
     """Write (batch, state, token, dim) parts side by side along the tokens."""
     start = 0
     for part in parts:
-        place = activations[:, :, start : start + part.shape[2]]
-        if part.device.type == "cpu" and part.dtype == place.dtype:
-            np.copyto(place.numpy(), part.numpy())  # torch would wake its thread pool, which spins beside our readers
-        else:
-            place.copy_(part)
+        activations[:, :, start : start + part.shape[2]].copy_(part)
         start += part.shape[2]
 
 
