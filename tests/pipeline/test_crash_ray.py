@@ -192,23 +192,26 @@ def test_a_hundred_random_kills(seed: int, ray_cluster: None, images: Path, undi
     rng = random.Random(seed)
     kills: Counter[str] = Counter()
     n_uncommitted = n_half = n_stores = 0
-    store, driver, n_before = tmp_path / "0", None, 0
+    store, driver = tmp_path / "0", None
     began = time.monotonic()
     while sum(kills.values()) < N_KILLS // N_PARTS:
+        is_early = rng.random() < 0.2  # while it plans, connects, creates, starts workers; and old workers still write
+        if not is_early:
+            wait_for(lambda: not shard_workers())
+        n_before = n_commits(store)
         if driver is None:
             driver = Driver(images, store, ray_address())
-        if rng.random() < 0.2:  # while it plans, connects, creates, starts workers
+        if is_early:
             time.sleep(rng.uniform(0, 10))
-        else:  # at work
+        else:
             wait_for(partial(has_moved, driver, store, n_before))
             time.sleep(rng.uniform(0, 1))
-        n_before = n_commits(store)
         if driver.exit_code() is not None:
             # 3: one shard was alone on three workers that were killed, or five were killed before they were ready
             assert driver.exit_code() in (0, 3), driver.told
             if driver.exit_code() == 0:
                 assert_undisturbed(store, undisturbed)
-                n_stores, n_before, store = n_stores + 1, 0, tmp_path / str(n_stores + 1)
+                n_stores, store = n_stores + 1, tmp_path / str(n_stores + 1)
             driver = None
             continue
         target = rng.choice(["worker", "driver", "both"])

@@ -83,13 +83,15 @@ MEASURED = {
 }  # fmt: skip
 
 _PROGRAM = """
-import json, resource, sys
+import json, re, sys
+from pathlib import Path
 from pipeline.extract import RunConfig, extract
 from pipeline.settings import ExtractConfig
 config, run = json.loads(sys.argv[1])
 (result,) = extract(ExtractConfig(**config), RunConfig(**run))
 assert result.complete
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# not ru_maxrss, which begins with what the parent had when it forked
+peak = 1024 * int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1])
 print(json.dumps({"peak": peak, "stated": result.plan.worker_nbytes}))
 """
 
