@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from infra.console import human_bytes
+from pipeline.preprocess import DECODE_NBYTES_PER_PIXEL, LARGE_PIXELS
 from storage_schemas.codecs import raw_chunk_nbytes
 from storage_schemas.commit import statistics_nbytes
 from storage_schemas.keys import array_kind, sharded_array_paths
@@ -74,11 +75,13 @@ def runner_nbytes(spec: StoreSpec, *, n_states: int, depth: int, n_threads: int)
 
     Buffers of the shards in flight; for each thread all states of a micro-batch, the rounded patches of those stored,
     the float64 copy of one layer and its differences (6 states), and the inside of one teacher block (queries, keys,
-    values, an MLP of ratio 4 before and after its activation: 16 states).
+    values, an MLP of ratio 4 before and after its activation: 16 states), and an image being decoded. One image over
+    LARGE_PIXELS at a time takes DECODE_NBYTES_PER_PIXEL more, which only shows when there are such images.
     """
     state = spec.micro_batch * spec.n_tokens * spec.dim * 4
     rounded = 0 if spec.precision == "float32" else -(-len(spec.layers) // 2)
-    return depth * ShardBuffers.nbytes(spec) + n_threads * state * (n_states + rounded + 6 + 16)
+    teacher = state * (n_states + rounded + 6 + 16)
+    return depth * ShardBuffers.nbytes(spec) + n_threads * (teacher + LARGE_PIXELS * DECODE_NBYTES_PER_PIXEL)
 
 
 def describe(plan: StorePlan, spec: StoreSpec, location: str) -> list[str]:
@@ -88,7 +91,8 @@ def describe(plan: StorePlan, spec: StoreSpec, location: str) -> list[str]:
         f"{location}: {plan.n_samples:,} images, layers {spec.layers[0]} to {spec.layers[-1]} of {spec.teacher}, "
         f"{spec.n_tokens} tokens x {spec.dim} channels, patches in {spec.precision}",
         f"  {human_bytes(plan.data_nbytes)}{bound} in {plan.n_objects:,} objects, {plan.n_shards:,} shards of "
-        f"{human_bytes(plan.shard_nbytes)}; each worker stays under {human_bytes(plan.worker_nbytes)} of memory",
+        f"{human_bytes(plan.shard_nbytes)}; each worker stays under {human_bytes(plan.worker_nbytes)} of memory "
+        f"(images over {LARGE_PIXELS // 10**6} Mpx: {DECODE_NBYTES_PER_PIXEL} MB more per Mpx of the largest)",
     ]
 
 

@@ -174,6 +174,14 @@ def test_what_is_no_image_gets_its_code(kind: str) -> None:
     assert caught.value.code == code
 
 
+@pytest.mark.parametrize("size", [(1, 65_000), (65_000, 1), (2, 60_000)])
+def test_a_strip_that_the_resize_would_blow_up_is_refused(size: tuple[int, int]) -> None:
+    """One row of 65,000 px, resized to a short side of 256, is 4 Gpx."""
+    with pytest.raises(BadImageError, match="would become") as caught:
+        decode_image(encode(Image.new("L", size), "PNG"), preprocessing(224))
+    assert caught.value.code == "too_large"
+
+
 def test_a_bomb_is_refused_by_its_declared_size_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def decode(self: ImageFile.ImageFile) -> None:
         raise AssertionError("nothing of it may be decoded")
