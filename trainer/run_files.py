@@ -15,6 +15,7 @@ import fcntl
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,8 +38,11 @@ RESULT_KEY = "result.json"
 CHECKPOINTS_PREFIX = "checkpoints/"
 LOCK_NAME = ".lock"
 
+CHECKPOINT_FILES = ("block", "optimizer", "random")
+
 KEPT_CHECKPOINTS = 3
 _FORMAT_VERSION = 1
+_CHECKPOINT_KEY = re.compile(rf"{CHECKPOINTS_PREFIX}(\d{{9,}})(\.json|/({'|'.join(CHECKPOINT_FILES)})\.safetensors)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +51,8 @@ class Checkpoint:
 
     Attributes:
         step: Optimizer steps taken.
-        tensors: Tensors by name, by file ("block", "optimizer", "random").
-        state: Plain JSON values: position in the stream, losses not logged yet.
+        tensors: Tensors by name, by file (`CHECKPOINT_FILES`).
+        state: Plain JSON values: position in the stream, losses not logged yet, the last one logged.
     """
 
     step: int
@@ -85,17 +89,26 @@ class RunFiles:
         if self.local_folder is None:
             yield
             return
+        if os.path.exists(self.local_folder) and not os.path.isdir(self.local_folder):
+            raise UserError(f"RUN={self.location} is a file, not a folder: give another place (RUN=...)")
         try:
             os.makedirs(self.local_folder, exist_ok=True)
             lock = open(os.path.join(self.local_folder, LOCK_NAME), "a")  # noqa: SIM115
         except OSError as error:
-            raise UserError(f"RUN={self.location} cannot be written: {error.strerror}; give another place") from error
+            raise UserError(
+                f"RUN={self.location} cannot be written: {error.strerror}. Give another place (RUN=...)"
+            ) from error
         with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise UserError(
                     f"another process is training in {self.location}: wait for it, stop it, or give another RUN"
+                ) from error
+            except OSError as error:
+                raise UserError(
+                    f"RUN={self.location} lies on a file system without locks ({error.strerror}), so two processes "
+                    "could write into it at once: give a place on a local disk (RUN=...)"
                 ) from error
             yield
 
@@ -107,14 +120,17 @@ class RunFiles:
         return None if document is None else document["run"]
 
     def claim(self, config: Mapping[str, Any]) -> None:
-        """Make this RUN that of `config`, or see that it is already.
+        """Make this RUN that of `config`, or see that it is already, and sweep what torn writes left in it.
+
+        Call it within `exclusive`.
 
         Raises:
-            UserError: The RUN holds another run; lists every field that differs.
+            UserError: The RUN holds another run, and every field that differs is listed; or it holds files and no run.
         """
         asked = json.loads(json.dumps(config))  # tuples become lists, as in what was read
         found = self.read_config()
         if found is None:
+            self._check_empty()
             self._objects.put(CONFIG_KEY, seal({"format_version": _FORMAT_VERSION, "run": asked}))
         elif found != asked:
             raise UserError(
@@ -126,6 +142,16 @@ class RunFiles:
                     ]
                 )
             )
+        self._objects.sweep()
+
+    def _check_empty(self) -> None:
+        """A folder that is no run must hold nothing: a run deletes old checkpoints, and resumes from those it finds."""
+        found = [info.key for info in self._objects.list() if info.key != LOCK_NAME]
+        if found:
+            raise UserError(
+                f"RUN={self.location} has no {CONFIG_KEY}, so it is no run, but it holds {', '.join(found[:5])}"
+                f"{f' and {len(found) - 5:,} more' if len(found) > 5 else ''}. Give an empty or new place (RUN=...)"
+            )
 
     # ------------------------------------------------------------ checkpoints
 
@@ -134,6 +160,7 @@ class RunFiles:
         name = _checkpoint_name(checkpoint.step)
         digests = {}
         for file, tensors in checkpoint.tensors.items():
+            assert file in CHECKPOINT_FILES, "a file by another name would never be deleted"
             data = tensors_to_bytes({key: value.contiguous() for key, value in tensors.items()})
             digests[file] = sha256(data)
             self._objects.put(f"{name}/{file}.safetensors", data)
@@ -141,13 +168,26 @@ class RunFiles:
         self._objects.put(f"{name}.json", seal({**document, "sha256": digests}))
         self._delete_checkpoints_but(self._checkpoint_steps()[-KEPT_CHECKPOINTS:])
 
-    def newest_checkpoint(self, report: Callable[[str], None] = print) -> Checkpoint | None:
-        """The newest whole checkpoint, or None; a damaged one is reported and passed over for the one before it."""
-        for step in reversed(self._checkpoint_steps()):
+    def newest_checkpoint(self, report: Callable[[str], None] | None = None) -> Checkpoint | None:
+        """The newest whole checkpoint; None if there is none, not even a damaged one.
+
+        A damaged one is reported (to standard error by default) and passed over for the one before it.
+
+        Raises:
+            UserError: All of them are damaged. To begin again in silence could throw days of work away.
+        """
+        steps = self._checkpoint_steps()
+        for step in reversed(steps):
             try:
                 return self._read_checkpoint(step)
             except DamagedCheckpointError as error:
-                report(f"{self.location}: checkpoint of step {step:,} is damaged ({error}); looking for an earlier one")
+                (report or _say)(f"{self.location}: the checkpoint of step {step:,} is damaged: {error}")
+        if steps:
+            raise UserError(
+                f"{self.location}: all {len(steps)} checkpoints are damaged, of steps "
+                f"{', '.join(f'{step:,}' for step in steps)}. Bring one back from a copy, or delete "
+                f"{self.location}/{CHECKPOINTS_PREFIX.rstrip('/')} to train from the beginning"
+            )
         return None
 
     def _read_checkpoint(self, step: int) -> Checkpoint:
@@ -168,18 +208,18 @@ class RunFiles:
         return tensors_from_bytes(data)
 
     def _checkpoint_steps(self) -> list[int]:
-        names = (re.fullmatch(rf"{CHECKPOINTS_PREFIX}(\d{{9}})\.json", i.key) for i in self._list_checkpoints())
-        return sorted(int(name[1]) for name in names if name)
+        return sorted(step for key, step in self._checkpoint_keys().items() if key.endswith(".json"))
 
     def _delete_checkpoints_but(self, steps: Sequence[int]) -> None:
         """The document goes first, so that what is left of an interrupted deletion is no checkpoint."""
-        kept = tuple(_checkpoint_name(step) for step in steps)
-        doomed = [info.key for info in self._list_checkpoints() if not info.key.startswith(kept)]
+        doomed = [key for key, step in self._checkpoint_keys().items() if step not in steps]
         for key in sorted(doomed, key=lambda key: not key.endswith(".json")):
             self._objects.delete(key)
 
-    def _list_checkpoints(self) -> list[Any]:
-        return list(self._objects.list(CHECKPOINTS_PREFIX))
+    def _checkpoint_keys(self) -> dict[str, int]:
+        """What we wrote below checkpoints/, each with its step; other people's files there are not ours to delete."""
+        found = (_CHECKPOINT_KEY.fullmatch(info.key) for info in self._objects.list(CHECKPOINTS_PREFIX))
+        return {match[0]: int(match[1]) for match in found if match}
 
     # ------------------------------------------------------------ metrics
 
@@ -188,12 +228,28 @@ class RunFiles:
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
         self._objects.put(METRICS_KEY, text.encode())
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; none where there is no such file."""
+    def read_metrics(self, report: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; none where there is no such file.
+
+        Lines that are damaged are left out and reported, to standard error by default: training does not need them.
+        """
         try:
-            return [json.loads(line) for line in self._objects.get(METRICS_KEY).splitlines()]
+            data = self._objects.get(METRICS_KEY)
         except ObjectMissingError:
             return []
+        lines, bad = [], []
+        for number, text in enumerate(data.splitlines(), 1):
+            line = _metrics_line(text)
+            if line is None:
+                bad.append(number)
+            else:
+                lines.append(line)
+        if bad:
+            (report or _say)(
+                f"{self.location}/{METRICS_KEY}: {len(bad)} of {len(bad) + len(lines)} lines are damaged and left out: "
+                f"{', '.join(map(str, bad[:10]))}{' ...' if len(bad) > 10 else ''}"
+            )
+        return lines
 
     # ------------------------------------------------------------ the end
 
@@ -250,3 +306,16 @@ def differences(found: Mapping[str, Any], asked: Mapping[str, Any], prefix: str 
 
 def _checkpoint_name(step: int) -> str:
     return f"{CHECKPOINTS_PREFIX}{step:09d}"
+
+
+def _metrics_line(text: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl, or None if it is none."""
+    try:
+        line = json.loads(text)
+    except ValueError:  # no JSON, or no UTF-8
+        return None
+    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

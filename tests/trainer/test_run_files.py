@@ -1,12 +1,15 @@
 """RUN folders: nothing is damaged by a crash at any write, and nothing of another run is continued."""
 
+import errno
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from infra.console import UserError
-from infra.objects import MemoryObjects
+from infra.objects import FolderObjects, MemoryObjects
 from trainer.run_files import KEPT_CHECKPOINTS, Checkpoint, RunFiles
 
 
@@ -163,3 +166,129 @@ def test_changed_config_is_reported_not_trusted() -> None:
     objects.put("config.json", objects.get("config.json").replace(b'"seed":0', b'"seed":1'))
     with pytest.raises(UserError, match="it was changed"):
         run.claim({"seed": 0})
+
+
+# ---------------------------------------------------------------- what is not ours
+
+
+def test_files_of_others_among_the_checkpoints_stay() -> None:
+    """Such as a published checkpoint that was put beside ours; only the oldest of our own is deleted."""
+    objects = MemoryObjects()
+    run = RunFiles(objects)
+    foreign = {
+        "checkpoints/final_raptor_step_312500.pt",
+        "checkpoints/000000001/notes.txt",
+        "checkpoints/000000001.json.bak",
+        "checkpoints/1.json",
+        "checkpoints/000000001/block.safetensors/readme",
+    }
+    for key in foreign:
+        objects.put(key, b"theirs")
+    for step in range(1, KEPT_CHECKPOINTS + 3):
+        run.save_checkpoint(make_checkpoint(step))
+    left = {info.key for info in objects.list("checkpoints/")}
+    assert foreign <= left
+    own = {key.split("/")[1][:9] for key in left - foreign}
+    assert own == {f"{step:09d}" for step in range(3, KEPT_CHECKPOINTS + 3)}
+    assert len(left - foreign) == 3 * KEPT_CHECKPOINTS
+
+
+def test_folder_with_other_files_is_not_taken_for_a_run(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for i in range(7):
+        (tmp_path / f"photos/{i}.jpg").write_bytes(b"jpg")
+    run = RunFiles(FolderObjects(tmp_path))
+    with run.exclusive(), pytest.raises(UserError, match=r"no config.json.*photos/0.jpg.* and 2 more.*RUN=") as caught:
+        run.claim({"seed": 0})
+    assert str(tmp_path) in str(caught.value)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_checkpoints_without_a_config_are_not_gone_on_with() -> None:
+    """Nobody knows what run they are of."""
+    run = RunFiles(MemoryObjects())
+    run.save_checkpoint(make_checkpoint(3))
+    with pytest.raises(UserError, match=r"it holds checkpoints/000000003"):
+        run.claim({"seed": 0})
+
+
+def test_claiming_sweeps_torn_writes(tmp_path: Path) -> None:
+    run = RunFiles(FolderObjects(tmp_path))
+    for again in range(2):
+        torn = [tmp_path / ".config.json.0123456789ab.put-tmp"]
+        if again:
+            torn.append(tmp_path / "checkpoints/000000003/.optimizer.safetensors.0123456789ab.put-tmp")
+        for path in torn:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(bytes(100))
+        with run.exclusive():
+            run.claim({"seed": 0})
+        assert not any(path.exists() for path in torn)
+
+
+# ---------------------------------------------------------------- places that cannot be a RUN
+
+
+def test_run_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(UserError, match=r"RUN=.*/run is a file, not a folder"), _exclusive(tmp_path / "run"):
+        pass
+    assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_run_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match=r"RUN=.* cannot be written: Not a directory"),
+        _exclusive(tmp_path / "file/run"),
+    ):
+        pass
+
+
+def test_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with (
+        pytest.raises(UserError, match=r"RUN=.* file system without locks \(No locks available\)"),
+        _exclusive(tmp_path / "run"),
+    ):
+        pass
+
+
+def _exclusive(place: Path):
+    return RunFiles(FolderObjects(place)).exclusive()
+
+
+# ---------------------------------------------------------------- damage
+
+
+def test_run_whose_checkpoints_are_all_damaged_is_refused() -> None:
+    """Not begun again in silence."""
+    objects = MemoryObjects()
+    run = RunFiles(objects)
+    for step in (3, 6):
+        run.save_checkpoint(make_checkpoint(step))
+        objects.put(f"checkpoints/{step:09d}/block.safetensors", b"junk")
+    said: list[str] = []
+    with pytest.raises(UserError, match=r"all 2 checkpoints are damaged, of steps 3, 6\. .*delete"):
+        run.newest_checkpoint(said.append)
+    assert len(said) == 2
+
+
+def test_whole_lines_of_damaged_metrics_are_kept() -> None:
+    objects = MemoryObjects()
+    run = RunFiles(objects)
+    lines = [{"step": step, "loss": 1.0 / step} for step in range(1, 6)]
+    run.write_metrics(lines)
+    texts = objects.get("metrics.jsonl").splitlines(keepends=True)
+    texts[1] = b'{"step": 2, "lo\xff\n'
+    texts[3] = b"[]\n"
+    objects.put("metrics.jsonl", b"".join(texts)[:-4])  # and the last one torn
+    said: list[str] = []
+    assert run.read_metrics(said.append) == [lines[0], lines[2]]
+    assert len(said) == 1
+    assert "metrics.jsonl: 3 of 5 lines are damaged and left out: 2, 4, 5" in said[0]
+    objects.delete("metrics.jsonl")
+    assert run.read_metrics(said.append) == []
