@@ -401,6 +401,7 @@ def read_commits(
         Sound commits in shard order, and the message of each damaged one by key. Where there is an index the store was
         finished once, so a commit that is missing then counts as damaged.
     """
+    was_finished = has_index(objects)  # before the listing: the index is written after all commits
     listed = list_commits(objects)
     n_shards = document.spec.n_shards
     shards = {shard for shard in listed.values() if shard is not None and shard < n_shards}
@@ -415,7 +416,7 @@ def read_commits(
             commits.append(commit)
         else:
             damaged[key] = commit
-    if len(shards) < n_shards and has_index(objects):
+    if was_finished:
         damaged |= {commit_key(shard): MISSING_COMMIT for shard in range(n_shards) if shard not in shards}
     return commits, damaged
 

@@ -51,11 +51,12 @@ def verify_store(objects: Objects, *, progress: ProgressCallback | None = None, 
     except SchemaError as error:
         return [Problem(key=STORE_KEY, what="damaged", expected="as written", found="; ".join(error.problems))]
     problems = list(_document_problems(objects, document))
-    commits, commit_problems = _check_commits(objects, document)
+    was_finished = has_index(objects)  # before the commits are listed: it is written after all of them
+    commits, commit_problems = _check_commits(objects, document, was_finished)
     sizes = {info.key: info.nbytes for info in objects.list() if not info.key.startswith(LOG_PREFIX)}
     problems += commit_problems
     problems += _object_problems(objects, commits, sizes, progress, threads)
-    problems += _index_problems(objects, document, commits)
+    problems += _index_problems(objects, document, commits, was_finished)
     problems += _stray_problems(document, sizes)
     return sorted(problems, key=lambda p: (p.key, p.what))
 
@@ -78,7 +79,7 @@ def _document_problems(objects: Objects, document: StoreDocument) -> Iterator[Pr
                 yield Problem(key=key, what="unfit", expected="the samples table", found="; ".join(error.problems))
 
 
-def _check_commits(objects: Objects, document: StoreDocument) -> tuple[list[Commit], list[Problem]]:
+def _check_commits(objects: Objects, document: StoreDocument, was_finished: bool) -> tuple[list[Commit], list[Problem]]:
     listed = list_commits(objects)
     n_shards = document.spec.n_shards
     strange = [key for key, shard in listed.items() if shard is None or shard >= n_shards]
@@ -93,7 +94,7 @@ def _check_commits(objects: Objects, document: StoreDocument) -> tuple[list[Comm
             commits.append(commit)
         else:
             problems.append(Problem(key=key, what="damaged commit", expected="as written", found=commit, shard=shard))
-    if has_index(objects):  # the index is written when the last shard is committed, so none may be missing now
+    if was_finished:  # every shard was committed then, so no commit may be missing now
         problems += [
             Problem(
                 key=commit_key(shard),
@@ -173,9 +174,11 @@ def check_object(
     ]
 
 
-def _index_problems(objects: Objects, document: StoreDocument, commits: list[Commit]) -> Iterator[Problem]:
-    is_complete = len(commits) == document.spec.n_shards
-    if not is_complete and not has_index(objects):
+def _index_problems(
+    objects: Objects, document: StoreDocument, commits: list[Commit], was_finished: bool
+) -> Iterator[Problem]:
+    """Of a store that was finished, or complete, when its commits were listed; an extraction may have ended since."""
+    if not was_finished and len(commits) < document.spec.n_shards:
         return
     try:
         indexed = commits_from_index(document.spec, document.digest, objects.get(INDEX_KEY))
