@@ -11,7 +11,8 @@ READY   := .venv/.ready
 
 # $(call flag,NAME): --name 'value' if the variable is set.  $(call switch,NAME): --name if it is 1.
 lower  = $(subst _,-,$(shell echo '$(1)' | tr 'A-Z' 'a-z'))
-flag   = $(if $(strip $($(1))),--$(call lower,$(1)) '$(strip $($(1)))')
+quote  = '$(subst ','\'',$(strip $(1)))'
+flag   = $(if $(strip $($(1))),--$(call lower,$(1)) $(call quote,$($(1))))
 switch = $(if $(filter 1 yes true,$($(1))),--$(call lower,$(1)))
 flags  = $(foreach name,$(1),$(call flag,$(name)))
 
@@ -54,7 +55,7 @@ help: ## list targets and variables
 
 $(READY): requirements.txt pyproject.toml
 	@echo "making .venv from requirements.txt (once; about a minute)"
-	@test -x $(PYTHON) || $(PYTHON3) -m venv .venv
+	@$(PYTHON) -m pip --version >/dev/null 2>&1 || $(PYTHON3) -m venv --clear .venv
 	@$(PYTHON) -m pip install --quiet --disable-pip-version-check uv
 	@.venv/bin/uv pip install --quiet --compile-bytecode --python $(PYTHON) --requirements requirements.txt
 	@.venv/bin/uv pip install --quiet --python $(PYTHON) --no-deps --no-build-isolation --editable . \

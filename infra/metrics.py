@@ -149,10 +149,10 @@ def sum_stages(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 ADVICE: Mapping[str, str] = {
     "decode": "give each worker more cores",
-    "device": "a faster device, more workers, or COMPUTE=bfloat16 would help",
-    "copy": "PRECISION=float16 halves what crosses the bus",
-    "encode": "CODEC=none is fastest; more cores help too",
-    "write": "a faster store, more workers, or PRECISION=float16 would help",
+    "device": "a faster device or more workers would help",
+    "copy": "fewer LAYERS, or fewer bytes a value (PRECISION), would help",
+    "encode": "more cores, or a lighter CODEC, would help",
+    "write": "a faster store, fewer LAYERS, or fewer bytes a value (PRECISION, CODEC) would help",
     "commit": "the store answers small writes slowly; larger shards need fewer",
 }
 BUSY = 0.6  # a stage that is in use for less than this share of the time limits nothing by itself

@@ -1,5 +1,6 @@
 """The door of this package: `python -m pipeline extract | plan | verify`. The Makefile calls only this."""
 
+import shlex
 import sys
 import time
 from typing import Annotated
@@ -15,6 +16,7 @@ from pipeline.settings import ExtractConfig, check_inputs, make_teacher, plan_st
 from pipeline.summary import summarise
 from storage_schemas.errors import Problem
 from storage_schemas.find import find_stores
+from storage_schemas.reader import open_store
 from storage_schemas.verify import verify_store
 
 _Config = Annotated[ExtractConfig, tyro.conf.arg(name="")]
@@ -64,13 +66,13 @@ def run_verify(config: _Config, run: _Run, repair: bool = False) -> int:
         raise JobError(str(error)) from error
     if not problems:
         return ExitCode.OK
-    print(f"{len(problems)} problems. Mend them: make verify STORE={root} IMAGES=<as extracted> REPAIR=1")
+    print(f"{len(problems)} problems. Mend them: make verify STORE={shlex.quote(root)} IMAGES=<as extracted> REPAIR=1")
     return ExitCode.PROBLEMS
 
 
 def _verify(location: str, split: str) -> list[Problem]:
     began, checked = time.monotonic(), 0
-    with Progress(total=100, unit="% of the bytes", label=f"verify {split}".strip()) as progress:
+    with Progress(total=100, unit="%", label=f"verify {split}".strip()) as progress:
 
         def on_object(done: int, total: int) -> None:
             nonlocal checked
@@ -80,7 +82,12 @@ def _verify(location: str, split: str) -> list[Problem]:
         problems = verify_store(open_objects(location), progress=on_object)
     if not problems:
         seconds = human_duration(time.monotonic() - began)
-        print(f"{location}: sound; {human_bytes(checked)} re-read and checked in {seconds}")
+        store = open_store(location)
+        n_committed, n_shards = int(store.committed.sum()), store.spec.n_shards
+        sound = "sound" if store.is_complete else f"sound so far, {n_committed:,} of {n_shards:,} shards are committed"
+        print(f"{location}: {sound}; {human_bytes(checked)} re-read and checked in {seconds}")
+        if not store.is_complete:
+            print("  The make extract that began it goes on with the missing ones.")
         return []
     shards = {problem.shard for problem in problems if problem.shard is not None}
     print(f"{location} has {len(problems)} problems" + (f" in {len(shards)} shards:" if shards else ":"))

@@ -119,7 +119,9 @@ def _read(path: str) -> Any:
             "torch.save(model.state_dict(), 'weights.pth')"
         ) from error
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise WeightsError(f"{path} cannot be read as {suffix}: {_first_line(error)}") from error
+        raise WeightsError(
+            f"{path} is no {suffix} file of weights, or a damaged one ({type(error).__name__}: {_first_line(error)})"
+        ) from error
 
 
 def _describe(loaded: Any) -> str:

@@ -27,6 +27,10 @@ class FatalError(Exception):
     """Raised by a runner when no other shard can pass either (disk full, access refused): the whole job stops."""
 
 
+class FinalError(Exception):
+    """Raised by a runner when this shard, and maybe only this one, can never pass: it is quarantined at once."""
+
+
 class DispatchError(Exception):
     """The job cannot go on for a reason that is no shard's fault, for instance no worker can be started."""
 
@@ -124,12 +128,16 @@ def never() -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """What came of running a shard once: a report, or a cause. Plain text, so that it always crosses processes."""
+    """What came of running a shard once: a report, or a cause. Plain text, so that it always crosses processes.
+
+    `fatal`: no shard can pass. `final`: this shard will fail again in the same way, so it is not tried again.
+    """
 
     report: Any = None
     cause: str = ""
     trace: str = ""
     fatal: bool = False
+    final: bool = False
 
 
 def attempt(work: Callable[[], Any]) -> Attempt:
@@ -142,7 +150,8 @@ def attempt(work: Callable[[], Any]) -> Attempt:
     except FatalError as error:
         return Attempt(cause=str(error), trace=traceback.format_exc(), fatal=True)
     except Exception as error:  # noqa: BLE001 - nothing is swallowed: the caller books, retries and reports each cause
-        return Attempt(cause=f"{type(error).__name__}: {error}", trace=traceback.format_exc())
+        final = isinstance(error, FinalError)
+        return Attempt(cause=f"{type(error).__name__}: {error}", trace=traceback.format_exc(), final=final)
 
 
 class Ledger:
@@ -214,11 +223,13 @@ class Ledger:
         del self._in_flight[worker][shard]
         return Outcome(shard=shard, ok=True, report=report, cause="", attempts=self._attempts[shard])
 
-    def raised(self, worker: Hashable, shard: int, cause: str, trace: str = "") -> Outcome | None:
+    def raised(
+        self, worker: Hashable, shard: int, cause: str, trace: str = "", *, final: bool = False
+    ) -> Outcome | None:
         """Book that the shard raised while its worker lived on. Returns its outcome if that was once too often."""
         del self._in_flight[worker][shard]
         self._raises[shard] += 1
-        if self._raises[shard] >= self._tries:
+        if final or self._raises[shard] >= self._tries:
             return self._quarantine(shard, cause, trace)
         self._tell(ShardRetried(shard=shard, cause=cause, trace=trace))
         self._queue_again(shard)
@@ -259,7 +270,7 @@ def settle(ledger: Ledger, worker: Hashable, shard: int, result: Attempt) -> Out
     if result.fatal:
         raise FatalError(result.cause)
     if result.cause:
-        return ledger.raised(worker, shard, result.cause, result.trace)
+        return ledger.raised(worker, shard, result.cause, result.trace, final=result.final)
     return ledger.finished(worker, shard, result.report)
 
 

@@ -1,6 +1,7 @@
 """What a person asks of an extraction, checked, and turned into the identity of each store to be written."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,6 +65,15 @@ class ExtractConfig:
     micro_batch: int | None = None
     order_seed: int = 42
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        """Local paths mean the same in every process and folder: ~ is the home, and relative ones begin here."""
+        for name in ("images", "weights", "head"):
+            value = getattr(self, name)
+            if value and value != DIGITS and "://" not in value and not value.startswith("random"):
+                object.__setattr__(self, name, os.path.abspath(os.path.expanduser(value)))
+        if self.store and "://" not in self.store:
+            object.__setattr__(self, "store", os.path.normpath(os.path.expanduser(self.store)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +144,12 @@ def check_inputs(config: ExtractConfig) -> None:
     """
     check_config(config)
     open_sources(config.images)
+    store, images = os.path.realpath(store_root(config)), os.path.realpath(config.images)
+    if config.images != DIGITS and (store == images or store.startswith(images.rstrip("/") + "/")):
+        raise UserError(
+            f"STORE={store_root(config)} lies inside IMAGES={config.images}, where it would be listed as a class of "
+            "images. Give a STORE elsewhere"
+        )
 
 
 def teacher_name(config: ExtractConfig) -> str:
@@ -143,10 +159,7 @@ def teacher_name(config: ExtractConfig) -> str:
 
 def store_root(config: ExtractConfig) -> str:
     """Where the store, or the folder with stores train and val, goes."""
-    if config.store:
-        return config.store.rstrip("/")
-    name = config.images.rstrip("/").rpartition("/")[2] or "images"
-    return f"{DEFAULT_STORES}/{name}"
+    return config.store or f"{DEFAULT_STORES}/{os.path.basename(config.images) or 'images'}"
 
 
 def make_teacher(config: ExtractConfig) -> Teacher:

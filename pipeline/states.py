@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 
+from pipeline.dispatch import FinalError
 from storage_schemas.commit import Fidelity
 from storage_schemas.from_arrays import make_fidelity
 from storage_schemas.keys import array_path
@@ -21,7 +22,7 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _WIDE = torch.float64
 
 
-class StateError(ValueError):
+class StateError(FinalError, ValueError):
     """The teacher produced a state that cannot be stored; names layer, kind, channel and value."""
 
 

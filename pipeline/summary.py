@@ -1,10 +1,11 @@
 """What an extraction says when it ends: sizes, speed, problems, and the next command to type."""
 
+import shlex
 from collections.abc import Sequence
 
 from infra.console import human_bytes, human_duration, human_rate
 from pipeline.extract import ExtractResult
-from storage_schemas.inspect import accuracy_line
+from storage_schemas.inspect import accuracy_line, next_command
 from storage_schemas.reader import Store, open_store
 
 _N_NAMED = 10
@@ -17,10 +18,12 @@ def summarise(results: Sequence[ExtractResult], root: str) -> str:
     if any(result.quarantined or not result.complete for result in results):
         lines.append("The same command goes on from here.")
         return "\n".join(lines)
-    store = "" if root == _DEFAULT_STORE else f" STORE={root}"
-    last = results[0].planned.spec.layers[-1]
-    block = f"0-{min(7, last)}"
-    lines.append(f"Next: make train BLOCK={block}{store}    (or look at it: make inspect{store})")
+    place = shlex.quote(root)
+    if any(result.planned.split in ("", "train") for result in results):
+        stores = [open_store(result.planned.location) for result in results]
+        lines.append(next_command(stores, place).removesuffix(f" STORE={_DEFAULT_STORE}"))
+    else:  # a store of val alone is nothing to train on
+        lines.append(f"Next: make inspect STORE={place}")
     return "\n".join(lines)
 
 

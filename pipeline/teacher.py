@@ -13,6 +13,7 @@ import difflib
 import functools
 import hashlib
 import json
+import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -181,7 +182,10 @@ class Teacher:
 
     def final_norm(self, x: Float32[torch.Tensor, "batch token dim"]) -> Float32[torch.Tensor, "batch token dim"]:
         """The norm after the last block, which belongs to no layer."""
-        return self.model.norm(x).float()
+        norm = self.model.norm
+        if isinstance(norm, nn.Identity):  # models that pool before they norm keep it under another name
+            norm = getattr(self.model, "fc_norm", norm)
+        return norm(x).float()
 
     def head_input(self, normed: Float32[torch.Tensor, "batch token dim"]) -> Float32[torch.Tensor, "batch features"]:
         """[final-norm CLS; mean of final-norm patches], 2 dim values: what the linear heads read.
@@ -237,9 +241,9 @@ class Teacher:
 
 def load_teacher(
     name: str,
-    weights: str | None = None,
+    weights: str | os.PathLike[str] | None = None,
     image_size: int | None = None,
-    head: str | None = None,
+    head: str | os.PathLike[str] | None = None,
     device: str | torch.device = "cpu",
     compute: str = "float32",
 ) -> Teacher:
@@ -261,6 +265,8 @@ def load_teacher(
     """
     if compute not in COMPUTES:
         raise TeacherError(f"compute is {compute!r}; expected one of {', '.join(COMPUTES)}")
+    weights = None if weights is None else os.fspath(weights)
+    head = None if head is None else os.fspath(head)
     model, preprocessing = _load_model(name, weights, image_size)
     linear = read_linear_head(head, 2 * model.embed_dim) if head is not None else None
     if linear is None and name == "digits_vit" and weights is None:

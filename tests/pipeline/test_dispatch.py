@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from pipeline.dispatch import (
     Event,
     FatalError,
+    FinalError,
     Ledger,
     Outcome,
     ShardQuarantined,
@@ -209,6 +210,24 @@ def test_plain_retries_what_raises_and_quarantines_it_alone() -> None:
     assert sum(isinstance(event, ShardRetried) for event in events) == 4
     assert not any(isinstance(event, ShardSuspected) for event in events)
     assert WorkersReady(ready=1, total=1) in events
+
+
+def test_plain_tries_what_can_never_pass_once() -> None:
+    runs: Counter[int] = Counter()
+
+    class Runner:
+        def run(self, shard: int) -> int:
+            runs[shard] += 1
+            if shard == 1:
+                raise FinalError("too large for float16")
+            return shard
+
+    outcomes = {o.shard: o for o in run_plain(range(3), Runner, tries=3)}
+    assert runs == {0: 1, 1: 1, 2: 1}
+    assert (outcomes[1].ok, outcomes[1].attempts) == (False, 1)
+    assert "too large for float16" in outcomes[1].cause
+    assert outcomes[0].ok
+    assert outcomes[2].ok
 
 
 def test_plain_overlaps_shards_and_never_more_than_depth() -> None:

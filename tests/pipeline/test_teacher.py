@@ -235,7 +235,7 @@ def test_weight_files_that_are_none_are_refused_and_never_run(tmp_path: Path) ->
         "module.pth": "pickled code",
         "list.pth": "holds no state dict .*, but a list",
         "text.pth": "pickled code|cannot be read",
-        "text.safetensors": r"cannot be read as \.safetensors",
+        "text.safetensors": r"is no \.safetensors file of weights",
         "weights.npz": r"ends in \.npz; weights are read from",
         "missing.pth": r"there is no weights file .*missing\.pth",
         "s3://bucket/weights.pth": "is an address",

@@ -143,7 +143,7 @@ def test_weights_that_do_not_fit(refuse: Refuse, images: Path, tmp_path: Path) -
     }
     assert "do not fit fake_vit" in said["other.pth"]
     assert "holds pickled code, which is never run here" in said["pickled.pth"]
-    assert "cannot be read as .pth" in said["torn.pth"]
+    assert "is no .pth file of weights" in said["torn.pth"]
     assert "there is no weights file" in said["missing.pth"]
     assert "expected a file, random:<seed>" in said["random"] or "random:0" in said["random"]
     assert not (tmp_path / "store").exists()
