@@ -1,10 +1,11 @@
 """Metrics of a run: a line of JSON each in metrics.jsonl, and the same for TensorBoard."""
 
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.run_files import Checkpoint, RunFiles
+from trainer.run_files import METRICS_KEY, Checkpoint, RunFiles
 from trainer.validation import Validation
 
 _FLUSH_S = 10.0
@@ -16,18 +17,26 @@ class RunLog:
     Lines of training have step, loss, gradient_norm (means over the samples, and steps, since the line before),
     learning_rate, forcing (weight of the teacher-forced loss), samples_per_s and loader_wait (share of the time spent
     waiting for the store). Lines of validation have step and validation.
+
+    Attributes:
+        last_loss: Of the last line of training; None before the first.
     """
 
     def __init__(self, run: RunFiles, resume: Checkpoint | None) -> None:
         """Go on with the run's lines up to a checkpoint, or with none."""
         self._run = run
         old = [] if resume is None else run.read_metrics()
+        if resume is not None and not old:
+            print(f"{run.location}/{METRICS_KEY} is missing; it begins anew at step {resume.step:,}", file=sys.stderr)
         self._lines = [line for line in old if resume is not None and line["step"] <= resume.step]
+        # From the checkpoint, as metrics.jsonl is for people and may be edited or lost.
+        self.last_loss: float | None = None if resume is None else resume.state["last_loss"]
         self._tensorboard = _open_tensorboard(run, None if resume is None else resume.step + 1)
         self.flush()
 
     def training(self, step: int, means: Mapping[str, float], rates: Mapping[str, float]) -> None:
         """Add a line; `rates` are the values that depend on the machine."""
+        self.last_loss = means["loss"]
         self._add({"step": step, **means, **rates}, {f"train/{name}": v for name, v in {**means, **rates}.items()})
 
     def validation(self, step: int, found: Validation) -> None:
@@ -39,11 +48,6 @@ class RunLog:
         for kind, values in found.r2.items():
             scalars |= {f"r2_{kind}/layer_{layer:02d}": value for layer, value in zip(found.layers, values)}
         self._add({"step": step, "validation": found.to_json()}, scalars)
-
-    @property
-    def last_loss(self) -> float:
-        """Of the last line of training."""
-        return next(line["loss"] for line in reversed(self._lines) if "loss" in line)
 
     def flush(self) -> None:
         """Bring everything to the run's files."""

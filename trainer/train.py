@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -31,6 +31,9 @@ from trainer.stream import LayerSliceStream
 from trainer.validation import Baselines, Validation, ValidationSet, measure_baselines, validate
 
 LossName = Literal["mse", "cosine", "mse_cosine"]
+Precision = Literal["float32", "bfloat16"]
+
+_VALIDATION_LANES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +87,7 @@ class TrainConfig:
     teacher_forcing_steps: int
     weight_decay: float
     clip_norm: float
-    precision: Literal["float32", "bfloat16"]
+    precision: Precision
     log_every: int
     validate_every: int
     validation_samples: int
@@ -176,7 +179,9 @@ def train(
     with Feed(data.train, config, machine) as feed, RunLog(run, resume=saved) as log, feed.progress(first) as progress:
         meter = Meter(feed)
         if saved is None:
+            progress.status("validating")
             log.validation(0, judge.sample(model))
+            progress.status("")
         else:
             progress.say(f"going on from step {first:,}")
             _restore(model, optimizer, random, saved.tensors)
@@ -204,14 +209,16 @@ def train(
                     step=f"{done:,}", loss=f"{means['loss']:.4g}", loader_wait=f"{rates['loader_wait']:.1%}"
                 )
             if done % config.validate_every == 0 and done < config.n_steps:
+                progress.status("validating")
                 log.validation(done, found := judge.sample(model))
+                progress.status("")
                 progress.say(f"step {done:,}: {describe(found)}")
                 meter.restart_clock()
             stopping = stop()
             if stopping or done % config.checkpoint_every == 0 or done == config.n_steps:
                 log.flush()  # first, so that no checkpoint is ahead of the metrics
                 tensors = _tensors(model, optimizer, random)
-                state = {"feed": feed.state_dict(), "meter": meter.state_dict()}
+                state = {"feed": feed.state_dict(), "meter": meter.state_dict(), "last_loss": log.last_loss}
                 run.save_checkpoint(Checkpoint(step=done, tensors=tensors, state=state))
             if stopping:
                 return None
@@ -219,6 +226,7 @@ def train(
         progress.status("validating")
         final = judge.whole(model)
         log.validation(config.n_steps, final)
+        assert log.last_loss is not None, "the last step is always logged"
         result = TrainResult(validation=final, baselines=judge.baselines(), final_loss=log.last_loss)
         run.finish(model.state_dict(), {**result.to_json(), "block": model.arguments, "span": str(config.span)})
         return result
@@ -303,9 +311,7 @@ class Meter:
     def __init__(self, feed: Feed) -> None:
         self._feed = feed
         self._step = 0
-        self._losses: list[Tensor] = []
-        self._norms: list[Tensor] = []
-        self._sizes: list[int] = []
+        self._start_anew()
         self.restart_clock()
 
     def add(self, step: int, loss: Tensor, norm: Tensor, n_samples: int) -> None:
@@ -329,9 +335,17 @@ class Meter:
             "samples_per_s": self._n_timed / elapsed,
             "loader_wait": (self._feed.waited_s - self._waited_s) / elapsed,
         }
-        self._losses, self._norms, self._sizes = [], [], []
+        self._start_anew()
         self.restart_clock()
         return means, rates
+
+    def _start_anew(self) -> None:
+        # Restored ones are on the host, those of this process on the device, which is why they are kept apart.
+        self._restored_losses: list[float] = []
+        self._restored_norms: list[float] = []
+        self._losses: list[Tensor] = []
+        self._norms: list[Tensor] = []
+        self._sizes: list[int] = []  # of both
 
     def restart_clock(self) -> None:
         """Leave out of the rates what came since the last line."""
@@ -344,8 +358,8 @@ class Meter:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from there."""
-        self._losses = [torch.tensor(value) for value in state["losses"]]
-        self._norms = [torch.tensor(value) for value in state["norms"]]
+        self._start_anew()
+        self._restored_losses, self._restored_norms = list(state["losses"]), list(state["norms"])
         self._sizes = list(state["sizes"])
 
     def _read(self) -> tuple[list[float], list[float]]:
@@ -354,9 +368,10 @@ class Meter:
         Raises:
             JobError: One is infinite or NaN: what follows from it must reach neither metrics nor checkpoint.
         """
-        if not self._losses:
-            return [], []
-        losses, norms = torch.stack([torch.stack(self._losses), torch.stack(self._norms)]).tolist()
+        losses, norms = self._restored_losses, self._restored_norms
+        if self._losses:
+            new_losses, new_norms = torch.stack([torch.stack(self._losses), torch.stack(self._norms)]).tolist()
+            losses, norms = losses + new_losses, norms + new_norms
         bad = [value for value in (*losses, *norms) if not math.isfinite(value)]
         if bad:
             raise JobError(
@@ -402,8 +417,17 @@ class Judge:
         )
 
     def _set(self, store: Store) -> ValidationSet:
-        config = self._config
-        return ValidationSet(store=store, teacher=self._data.teacher, batch_size=config.batch_size, lanes=config.lanes)
+        return ValidationSet(
+            store=store,
+            teacher=self._data.teacher,
+            batch_size=self._config.batch_size,
+            lanes=validation_lanes(self._config),
+        )
+
+
+def validation_lanes(config: TrainConfig) -> int:
+    """Few: mixing means nothing here, and the memory of a stream grows with its lanes."""
+    return min(_VALIDATION_LANES, config.lanes)
 
 
 def describe(validation: Validation) -> str:
@@ -442,26 +466,44 @@ def _restore(
 
 
 def _config_problems(config: TrainConfig) -> Iterator[str]:
-    for name, least in (
-        ("n_heads", 1),
-        ("n_steps", 1),
-        ("batch_size", 1),
-        ("lanes", 1),
-        ("log_every", 1),
-        ("validate_every", 1),
-        ("validation_samples", 1),
-        ("checkpoint_every", 1),
-        ("seed", 0),
-        ("noise", 0),
-        ("warmup_steps", 0),
-        ("teacher_forcing_steps", 0),
-        ("peak_learning_rate", 0),
-        ("final_learning_rate", 0),
-        ("weight_decay", 0),
+    for kind, name, least in (
+        (int, "seed", 0),
+        (int, "n_heads", 1),
+        (int, "n_steps", 1),
+        (int, "batch_size", 1),
+        (int, "lanes", 1),
+        (int, "log_every", 1),
+        (int, "validate_every", 1),
+        (int, "validation_samples", 1),
+        (int, "checkpoint_every", 1),
+        (int, "warmup_steps", 0),
+        (int, "teacher_forcing_steps", 0),
+        (float, "noise", 0),
+        (float, "peak_learning_rate", 0),
+        (float, "final_learning_rate", 0),
+        (float, "weight_decay", 0),
+        (float, "clip_norm", 0),
     ):
-        if not getattr(config, name) >= least:
-            yield f"{name} is {getattr(config, name)!r}, expected {least} or more"
-    if not config.clip_norm > 0:
+        value = getattr(config, name)
+        if not _is_number(value, kind) or value < least:
+            yield f"{name} is {value!r}, expected {'a whole number, ' * (kind is int)}{least} or more"
+    if config.clip_norm == 0:
         yield f"clip_norm is {config.clip_norm!r}, expected more than 0"
-    if config.warmup_steps > config.n_steps:
+    counts = config.warmup_steps, config.n_steps
+    if all(_is_number(count, int) for count in counts) and config.warmup_steps > config.n_steps:
         yield f"warmup_steps is {config.warmup_steps:,}, expected at most the {config.n_steps:,} steps of the run"
+    if config.precision not in get_args(Precision):
+        yield f"precision is {config.precision!r}, expected {' or '.join(get_args(Precision))}"
+    if isinstance(config.loss, TokenWeights):
+        for name, weight in dataclasses.asdict(config.loss).items():
+            if not _is_number(weight, float) or weight < 0:
+                yield f"loss weighs {name} by {weight!r}, expected 0 or more"
+    elif config.loss not in get_args(LossName):
+        yield f"loss is {config.loss!r}, expected {', '.join(get_args(LossName))} or weights of token kinds"
+
+
+def _is_number(value: object, kind: type) -> bool:
+    """Whether it is a finite number, and a whole one if that is asked for."""
+    if isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
+        return False
+    return math.isfinite(value)

@@ -236,7 +236,7 @@ def _batches(data: ValidationSet, span: Span, machine: Machine) -> Iterator[tupl
         threads=machine.stream_threads,
         partial=True,  # which samples take part was settled when the store was opened
     )
-    with closing(stream), torch.no_grad():
+    with closing(stream):
         for batch in stream:
             chosen = labels[torch.as_tensor(batch.sample_index)]
             yield batch.to(machine.device, torch.float32).activations, chosen.to(machine.device)

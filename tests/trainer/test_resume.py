@@ -129,6 +129,37 @@ def test_interrupted_last_validation_is_made_up_for(data: TrainingData, undistur
     assert_same_run(run, undisturbed)
 
 
+@pytest.mark.parametrize("damage", ["missing", "torn"])
+def test_metrics_that_were_lost_do_not_stop_a_run(
+    data: TrainingData, undisturbed: RunFiles, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Even after the last step: the result's training loss comes from the checkpoint."""
+    objects = MemoryObjects()
+    run = RunFiles(objects)
+    assert not train(tiny_config(), data, run, machine=CPU, stop=StopAfter(tiny_config().n_steps))
+    if damage == "missing":
+        objects.delete("metrics.jsonl")
+    else:
+        objects.put("metrics.jsonl", objects.get("metrics.jsonl")[:-30])
+    assert train(tiny_config(), data, run, machine=CPU) is not None
+    assert run.read_result() == undisturbed.read_result()
+    kept = metrics_of(undisturbed)
+    assert metrics_of(run) == (kept[-1:] if damage == "missing" else kept[:-2] + kept[-1:])
+    said = capsys.readouterr().err
+    assert "metrics.jsonl is missing" in said if damage == "missing" else "1 of 6 lines are damaged" in said
+
+
+class StopAfter:
+    """Says yes when it is asked for the n-th time."""
+
+    def __init__(self, n: int) -> None:
+        self.left = n
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left == 0
+
+
 SLOW_TRAINING = """
 import sys, time, torch
 torch.set_num_threads(1)

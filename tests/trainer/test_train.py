@@ -1,5 +1,6 @@
 """The loop: what it logs, how it weighs, when it stops, and that it learns."""
 
+import json
 import math
 import sys
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from infra.console import JobError, UserError
+from infra.console import JobError, Progress, UserError
 from infra.objects import FolderObjects, MemoryObjects
 from storage_schemas import Span, open_store
 from tests.trainer.tiny import CPU, tiny_config, tiny_data, tiny_teacher, write_tiny
@@ -18,7 +19,8 @@ from trainer.machine import Machine
 from trainer.objectives import annealed_loss
 from trainer.recipes import RECIPES, digits_stage1, imagenet_stage1, recipe_for
 from trainer.run_files import RunFiles
-from trainer.train import Feed, TokenWeights, TrainConfig, learning_rate_at, make_block, make_loss, train
+from trainer.train import Feed, Meter, TokenWeights, TrainConfig, learning_rate_at, make_block, make_loss, train
+from trainer.validation import ValidationSet, validate
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +228,72 @@ def test_gpu_training_matches_the_cpus(data: TrainingData, tmp_path, compiled: b
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=1e-3)
 
 
+@pytest.mark.gpu
+def test_gpu_training_resumes_between_lines_of_metrics(tmp_path) -> None:
+    machine = Machine(device=torch.device("cuda"), compile=False, stream_threads=2)
+    data, run = tiny_data(tmp_path, device=machine.device), RunFiles(MemoryObjects())
+    config = tiny_config(log_every=5, checkpoint_every=1)
+    asked = 0
+
+    def stop_after_seven() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked == 7
+
+    assert train(config, data, run, machine=machine, stop=stop_after_seven) is None
+    assert train(config, data, run, machine=machine) is not None
+    assert [line["step"] for line in run.read_metrics() if "loss" in line] == [5, 10, 12]
+
+
+def test_restored_losses_stay_on_the_host_whatever_the_device(data: TrainingData) -> None:
+    """A checkpoint between two lines of metrics; "meta" stands for a device whose values lie elsewhere."""
+    config = tiny_config()
+    with Feed(data.train, config, CPU) as feed:
+        before, after = Meter(feed), Meter(feed)
+        for step, value in enumerate((0.1, 0.7), 1):
+            before.add(step, torch.tensor(value), torch.tensor(2 * value), 16)
+        with torch.device("meta"):
+            after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+            assert after.state_dict() == before.state_dict()
+        for meter in (before, after):
+            meter.add(3, torch.tensor(1.0), torch.tensor(3.0), 9)
+        assert after.state_dict() == before.state_dict()
+        assert after.take()[0] == before.take()[0]
+        assert after.state_dict() == {"losses": [], "norms": [], "sizes": []}
+
+
+def test_progress_says_when_it_validates(data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first step too: on ImageNet that takes minutes."""
+    seen: list[str] = []
+    status = ""
+
+    def remember(_: Progress, text: str) -> None:
+        nonlocal status
+        status = text
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        seen.append(status)
+        return validate(*args, **kwargs)
+
+    monkeypatch.setattr(Progress, "status", remember)
+    monkeypatch.setattr("trainer.train.validate", watched)
+    train(tiny_config(n_steps=5, warmup_steps=0), data, RunFiles(MemoryObjects()), machine=CPU)
+    assert seen == ["validating"] * 3  # steps 0, 4 and 5
+
+
+def test_validation_uses_few_lanes(data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
+    lanes = []
+
+    def watched(model: Any, sets: ValidationSet, *args: Any, **kwargs: Any) -> Any:
+        lanes.append(sets.lanes)
+        return validate(model, sets, *args, **kwargs)
+
+    monkeypatch.setattr("trainer.train.validate", watched)
+    for config in (tiny_config(n_steps=2, lanes=64), tiny_config(n_steps=2, lanes=4)):
+        train(config, data, RunFiles(MemoryObjects()), machine=CPU)
+    assert lanes == [8, 8, 4, 4]
+
+
 # ---------------------------------------------------------------- configs and recipes
 
 
@@ -233,8 +301,35 @@ def test_config_lists_every_problem() -> None:
     with pytest.raises(UserError) as caught:
         tiny_config(batch_size=0, n_steps=1, warmup_steps=2, clip_norm=0.0)
     message = str(caught.value)
-    for part in ("batch_size is 0, expected 1 or more", "warmup_steps is 2, expected at most", "clip_norm is 0.0"):
+    for part in (
+        "batch_size is 0, expected a whole number, 1 or more",
+        "warmup_steps is 2, expected at most",
+        "clip_norm is 0.0",
+    ):
         assert part in message
+
+
+def test_config_checks_kinds_and_names_too() -> None:
+    config = tiny_config()
+    # fmt: off
+    wrong = {"batch_size": 2.5, "n_steps": "9", "seed": True, "noise": math.nan, "precision": "float64",
+             "loss": "huber", "lanes": -1}
+    # fmt: on
+    for name, value in wrong.items():
+        object.__setattr__(config, name, value)  # as if built where nothing checks types, unlike in these tests
+    with pytest.raises(UserError) as caught:
+        config.__post_init__()
+    assert [line.strip() for line in str(caught.value).splitlines()[1:]] == [
+        "seed is True, expected a whole number, 0 or more",
+        "n_steps is '9', expected a whole number, 1 or more",
+        "batch_size is 2.5, expected a whole number, 1 or more",
+        "lanes is -1, expected a whole number, 1 or more",
+        "noise is nan, expected 0 or more",
+        "precision is 'float64', expected float32 or bfloat16",
+        "loss is 'huber', expected mse, cosine, mse_cosine or weights of token kinds",
+    ]
+    with pytest.raises(UserError, match=r"loss weighs registers by -0.5, expected 0 or more"):
+        tiny_config(loss=TokenWeights(cls=1.0, registers=-0.5, patches=1.0))
 
 
 @pytest.mark.parametrize("loss", ["mse", TokenWeights(cls=0.34, registers=0.33, patches=0.33)])

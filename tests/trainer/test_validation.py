@@ -12,7 +12,7 @@ from tests.trainer.tiny import CPU, tiny_teacher, with_head, write_tiny
 from trainer.block import Block
 from trainer.losses import mse
 from trainer.raptor import Raptor
-from trainer.validation import ValidationSet, measure_baselines, reference_r2, validate
+from trainer.validation import ValidationSet, _batches, measure_baselines, reference_r2, validate
 
 SPAN = Span(0, 3)
 
@@ -191,3 +191,12 @@ def test_bfloat16_validation_is_near_float32(real: tuple[Teacher, Store]) -> Non
     rounded = validate(block, make_set(store, teacher), Span(0, 4), mse, machine=CPU, precision="bfloat16")
     assert rounded.epsilon != exact.epsilon
     assert rounded.epsilon == pytest.approx(exact.epsilon, rel=1e-2)
+
+
+def test_batches_leave_the_callers_gradients_alone(adding: tuple[Teacher, Store]) -> None:
+    """Also while a loop over them is under way, or was left in the middle."""
+    teacher, store = adding
+    batches = _batches(make_set(store, teacher), SPAN, CPU)
+    next(batches)
+    assert torch.is_grad_enabled()
+    batches.close()
