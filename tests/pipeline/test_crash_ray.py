@@ -205,7 +205,7 @@ def test_a_hundred_random_kills(seed: int, ray_cluster: None, images: Path, undi
             time.sleep(rng.uniform(0, 10))
         else:
             wait_for(partial(has_moved, driver, store, n_before))
-            time.sleep(rng.uniform(0, 1))
+            time.sleep(rng.uniform(0, 0.8))
         if driver.exit_code() is not None:
             # 3: one shard was alone on three workers that were killed, or five were killed before they were ready
             assert driver.exit_code() in (0, 3), driver.told
@@ -235,7 +235,17 @@ def test_a_hundred_random_kills(seed: int, ray_cluster: None, images: Path, undi
         f"\n{dict(kills)}: {n_uncommitted} while a shard was uncommitted, {n_half} of them with half a shard on disk; "
         f"{n_stores + 1} stores finished, in {time.monotonic() - began:.0f} s"
     )
-    assert n_uncommitted >= sum(kills.values()) / 2
+    ALL_KILLS.update(kills=sum(kills.values()), uncommitted=n_uncommitted, half=n_half)
+
+
+ALL_KILLS: Counter[str] = Counter()
+
+
+@pytest.mark.slow
+def test_half_of_those_kills_hit_an_uncommitted_shard() -> None:
+    print(dict(ALL_KILLS))
+    assert ALL_KILLS["uncommitted"] >= ALL_KILLS["kills"] / 2
+    assert ALL_KILLS["half"] >= ALL_KILLS["kills"] / 20
 
 
 def has_moved(driver: Driver, store: Path, n_before: int) -> bool:
