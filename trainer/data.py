@@ -3,7 +3,7 @@ wrong with them.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from trainer.order import random64
 
 TRAIN, VAL = "train", "val"
 HOLD_OUT_SHARE = 0.02
+_ALL = "all"
 # The same hold-out for every seed and span, so that blocks of one store can be compared and joined without leakage.
 _HOLD_OUT_KEY = 20_260
 
@@ -54,7 +55,7 @@ def open_training_data(
     *,
     head: str | None = None,
     partial: bool = False,
-    frozen_shards: Sequence[int] | None = None,
+    frozen: Mapping[str, Sequence[int]] | None = None,
     device: torch.device | str = "cpu",
 ) -> TrainingData:
     """Open STORE and check that BLOCK can be trained on it.
@@ -64,7 +65,7 @@ def open_training_data(
         block: Such as "0-7"; both ends are states.
         head: File with a linear classifier, in the place of the teacher's own.
         partial: Train on an unfinished store, with the shards that are there.
-        frozen_shards: With partial, exactly these shards: those that the run began with.
+        frozen: With partial, exactly these shards of train and val, by split: those that the run began with.
         device: Of the teacher.
 
     Raises:
@@ -74,16 +75,19 @@ def open_training_data(
     train, val = _open_stores(location, problems)
     teacher = _load_teacher(train, head, device, problems) if train else None
     span = _parse_span(block, train, teacher, problems)
-    if train is not None:
-        problems += _unfinished(train, partial, frozen_shards) + (_unfinished(val, partial, None) if val else [])
+    chosen = {TRAIN: (frozen or {}).get(TRAIN), VAL: (frozen or {}).get(VAL)}
+    for split, store in ((TRAIN, train), (VAL, val)):
+        if store is not None:
+            problems += _unfinished(store, partial, chosen[split]) or _without_samples(store, chosen[split])
     if train is not None and val is not None:
         problems += _foreign_val(train, val)
     if problems or train is None or span is None:
         raise UserError("\n  ".join(["make train cannot start:", *problems]))
-    shards = _frozen(train, frozen_shards) if partial else None
+    shards = _frozen(train, chosen[TRAIN]) if partial else None
+    val_shards = _frozen(val, chosen[VAL]) if partial and val is not None else None
     usable = train.valid & _in_shards(train, shards)
     if val is not None:
-        validation, taking, validated_on = val, usable, VAL
+        validation, taking, validated_on = with_samples(val, _in_shards(val, val_shards)), usable, VAL
     else:
         taking, held = split_hold_out(train, usable)
         validation, validated_on = (
@@ -93,7 +97,8 @@ def open_training_data(
     identity = {
         "train": train.document.digest,
         "validation": val.document.digest if val is not None else validated_on,
-        "shards": "all" if shards is None else list(shards),
+        "shards": _ALL if shards is None else list(shards),
+        "validation_shards": _ALL if val_shards is None else list(val_shards),
         "teacher": "none" if teacher is None else teacher.weights_digest,  # with the head's
     }
     return TrainingData(
@@ -104,6 +109,12 @@ def open_training_data(
         validated_on=validated_on,
         identity=identity,
     )
+
+
+def frozen_shards(identity: Mapping[str, Any]) -> dict[str, list[int]]:
+    """The shards that a run began with, from its identity: by split, where it began with some of them only."""
+    by_split = {TRAIN: identity["shards"], VAL: identity["validation_shards"]}
+    return {split: list(shards) for split, shards in by_split.items() if shards != _ALL}
 
 
 def with_samples(store: Store, chosen: Bool[np.ndarray, " sample"]) -> Store:
@@ -213,6 +224,16 @@ def _unfinished(store: Store, partial: bool, frozen_shards: Sequence[int] | None
     return [
         f"{store.location} is not finished: {int(committed.sum()):,} of {len(committed):,} shards are there. "
         "Run the same make extract again, or train on what is there: PARTIAL=1"
+    ]
+
+
+def _without_samples(store: Store, frozen_shards: Sequence[int] | None) -> list[str]:
+    if (store.valid & _in_shards(store, frozen_shards)).any():
+        return []
+    n_read = int(store.committed.sum())
+    return [
+        f"{store.location} has no sample to use: the images of all {n_read:,} shards that are there were bad. "
+        f"See which and why: make inspect STORE={store.location}"
     ]
 
 
