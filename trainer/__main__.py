@@ -6,13 +6,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
+import torch
 import tyro
 
 from infra.console import ExitCode, JobError, UserError, human_duration, run_door, stop_on_signals
 from infra.objects import ObjectError, Objects, open_objects
 from storage_schemas.errors import StoreError
-from trainer.data import TrainingData, open_training_data
-from trainer.machine import Machine
+from trainer.data import TrainingData, frozen_shards, open_training_data
+from trainer.machine import Machine, torch_threads
 from trainer.recipes import RECIPES, recipe_for
 from trainer.report import finished_report, start_report
 from trainer.run_files import RunFiles
@@ -34,6 +35,7 @@ def train_command(
     head: str | None = None,
     partial: bool = False,
     device: str | None = None,
+    threads: int | None = None,
 ) -> int:
     """Train one block of a Raptor on the states of a span (stage 1). The same command again resumes.
 
@@ -47,8 +49,12 @@ def train_command(
         head: File with a linear classifier of 2 dim values, in the place of the teacher's own, for accuracy.
         partial: Train on an unfinished store, with the shards that it has now.
         device: For example cpu or cuda:0. None: the GPU if there is one.
+        threads: Of torch on a CPU; a run is repeated bit for bit with the same number. None: one for blocks of fewer
+            than 256 channels, else one per core.
     """
     machine = Machine.found(device)
+    if threads is not None and threads < 1:
+        raise UserError(f"THREADS={threads}: expected 1 or more")
     location = run or default_run(store, block, seed)
     run_files = RunFiles(_open_run(location))
     data = open_training_data(
@@ -56,10 +62,11 @@ def train_command(
         block,
         head=head,
         partial=partial,
-        frozen_shards=_frozen_shards(run_files) if partial else None,
+        frozen=_frozen_shards(run_files) if partial else None,
         device=machine.device,
     )
     config = make_config(data, recipe, steps, seed)
+    torch.set_num_threads(threads or torch_threads(data.train.spec.dim))
     with run_files.exclusive():
         return _train_or_show(config, data, run_files, machine)
 
@@ -72,11 +79,8 @@ def _train_or_show(config: TrainConfig, data: TrainingData, run: RunFiles, machi
         return ExitCode.OK
     print(start_report(config, data, run, machine), file=sys.stderr)
     began = time.monotonic()
-    try:
-        with stop_on_signals() as stop:
-            finished = train(config, data, run, machine=machine, stop=stop) is not None
-    except (StoreError, ObjectError) as error:
-        raise JobError(f"{error}\nThe same command goes on from the last checkpoint in {run.location}") from error
+    with stop_on_signals() as stop:
+        finished = train(config, data, run, machine=machine, stop=stop) is not None
     if not finished:
         print(f"stopped; everything is saved in {run.location}. The same command goes on", file=sys.stderr)
         return ExitCode.INTERRUPTED
@@ -128,26 +132,27 @@ def default_run(store: str, block: str, seed: int) -> str:
 def _open_run(location: str) -> Objects:
     try:
         return open_objects(location)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"RUN={error}") from error
 
 
-def _frozen_shards(run: RunFiles) -> list[int] | None:
+def _frozen_shards(run: RunFiles) -> dict[str, list[int]]:
     """The shards that an earlier start of this run found, so that it goes on with the same."""
     config = run.read_config()
-    if config is None or config["data"]["shards"] == "all":
-        return None
-    return list(config["data"]["shards"])
+    return {} if config is None else frozen_shards(config["data"])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line, or the given arguments, and do it."""
-    return tyro.extras.subcommand_cli_from_dict(
-        {"train": train_command, "teacher": teacher_command},
-        prog="python -m trainer",
-        args=arguments,
-        description="Train Raptors on the states in a store, and the teacher of the built-in digits.",
-    )
+    try:
+        return tyro.extras.subcommand_cli_from_dict(
+            {"train": train_command, "teacher": teacher_command},
+            prog="python -m trainer",
+            args=arguments,
+            description="Train Raptors on the states in a store, and the teacher of the built-in digits.",
+        )
+    except (StoreError, ObjectError) as error:
+        raise JobError(f"{error}\nOnce that is mended, the same command goes on from the last checkpoint") from error
 
 
 if __name__ == "__main__":

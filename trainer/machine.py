@@ -6,6 +6,17 @@ from dataclasses import dataclass
 
 import torch
 
+from infra.console import UserError
+
+# Below so many channels a CPU's second thread saves little, and where another process has a core it costs a lot: each
+# small operation then ends in a barrier that waits for the slowest thread.
+_DIM_FOR_THREADS = 256
+
+
+def torch_threads(dim: int) -> int:
+    """Threads for torch on a CPU: one for small blocks, else one per core."""
+    return len(os.sched_getaffinity(0)) if dim >= _DIM_FOR_THREADS else 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
@@ -23,8 +34,18 @@ class Machine:
 
     @classmethod
     def found(cls, device: str | None = None) -> "Machine":
-        """The named device, else the GPU if there is one, else the CPU."""
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        """The named device, else the GPU if there is one, else the CPU.
+
+        Raises:
+            UserError: There is no such device here.
+        """
+        try:
+            chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except RuntimeError as error:
+            raise UserError(f"DEVICE={device} is not a device: expected cpu, cuda or cuda:0") from error
+        n_gpus = torch.cuda.device_count()
+        if chosen.type == "cuda" and (chosen.index or 0) >= n_gpus:
+            raise UserError(f"DEVICE={device}: this machine has {n_gpus} usable GPUs; leave it out, or give cpu")
         n_cores = len(os.sched_getaffinity(0))
         return cls(device=chosen, compile=chosen.type == "cuda", stream_threads=max(2, min(8, n_cores)))
 

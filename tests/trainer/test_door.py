@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from infra.console import ExitCode, UserError, run_door
@@ -16,6 +18,7 @@ from storage_schemas.keys import INDEX_KEY, commit_key
 from tests.trainer.tiny import tiny_teacher, write_tiny, write_tiny_pair
 from trainer.__main__ import default_run, main
 from trainer.data import HOLD_OUT_SHARE, first_samples, open_training_data, split_hold_out
+from trainer.machine import Machine, torch_threads
 from trainer.run_files import RunFiles
 
 Door = Callable[..., tuple[int, str, str]]
@@ -171,6 +174,25 @@ def test_every_problem_is_listed(tmp_path: Path) -> None:
         "layers: the",
     ):
         assert part in message, part
+
+
+@pytest.mark.parametrize(("device", "message"), [("gpu7", "not a device"), ("cuda:99", "usable GPUs")])
+def test_device_that_is_not_there(device: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"DEVICE={device}.*{message}"):
+        Machine.found(device)
+
+
+def test_small_blocks_use_one_thread(door: Door, store: str, tmp_path: Path) -> None:
+    """Whatever the machine: so a run is repeated bit for bit on another one; large ones use all cores."""
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert door(store=store, block="0-2", run=tmp_path / "run", steps=1)[0] == ExitCode.OK
+        assert torch.get_num_threads() == 1
+        assert torch_threads(768) == len(os.sched_getaffinity(0))
+    finally:
+        torch.set_num_threads(before)
+    assert door(store=store, block="0-2", run=tmp_path / "other", threads=0)[0] == ExitCode.BAD_INPUT
 
 
 def test_unknown_recipe_and_remote_run(door: Door, store: str, tmp_path: Path) -> None:
