@@ -25,22 +25,24 @@ def stream_kinds(spec: StoreSpec) -> tuple[str, ...]:
     return tuple(kind for kind in STREAM_KINDS if kind in spec.token_kinds)
 
 
-def sample_nbytes(spec: StoreSpec, kind: str) -> int:
-    """Bytes of one sample of a kind at one layer."""
-    return prod(kind_shape(spec, kind)) * kind_dtype(spec, kind).itemsize
+def n_prefix(spec: StoreSpec) -> int:
+    """Tokens before the first patch."""
+    return spec.n_tokens - spec.n_patches
 
 
 def ring_nbytes(spec: StoreSpec, n_states: int, n_rows: int) -> int:
     """Bytes of a ring, with alignment."""
-    return sum(_aligned(n_rows * n_states * sample_nbytes(spec, kind)) for kind in stream_kinds(spec))
+    return sum(_aligned(n_rows * n_states * prod(shape) * dtype.itemsize) for _, dtype, shape in _layout(spec))
 
 
 class Ring:
-    """Rows for samples, one array per kind, each (row, state, ...) in the stored dtype; pinned if CUDA is there.
+    """Rows for samples, each (row, state, ...) in the stored dtype; pinned if CUDA is there.
 
     Attributes:
         n_rows: Samples that fit.
-        arrays: By kind.
+        tokens: (row, state, token, dim) in the dtype of the patches, in the teacher's order. The patches are read into
+            it; the tokens before them are stored in a finer dtype and have arrays of their own.
+        arrays: By kind; that of the patches is a part of `tokens`.
         sample_index: Which sample a row holds.
     """
 
@@ -55,13 +57,21 @@ class Ring:
         _touch(np.frombuffer(memory, np.uint8))
         self.arrays: dict[str, np.ndarray] = {}
         start = 0
-        for kind in stream_kinds(spec):
-            shape = kind_shape(spec, kind)
-            array = np.frombuffer(memory, kind_dtype(spec, kind), n_rows * n_states * prod(shape), start)
+        for kind, dtype, shape in _layout(spec):
+            array = np.frombuffer(memory, dtype, n_rows * n_states * prod(shape), start)
             self.arrays[kind] = array.reshape(n_rows, n_states, *shape)
             start += _aligned(array.nbytes)
+        self.tokens = self.arrays["patches"]
+        self.arrays["patches"] = self.tokens[:, :, n_prefix(spec) :]
         if torch.cuda.is_available():
-            _pin(self, self.arrays[stream_kinds(spec)[0]].ctypes.data, nbytes)
+            _pin(self, np.frombuffer(memory, np.uint8).ctypes.data, nbytes)
+
+
+def _layout(spec: StoreSpec) -> list[tuple[str, np.dtype, tuple[int, ...]]]:
+    """What one state of a row holds, by kind: dtype and shape; the patches with room for the tokens before them."""
+    shapes = {kind: kind_shape(spec, kind) for kind in stream_kinds(spec)}
+    shapes["patches"] = (spec.n_tokens, spec.dim)
+    return [(kind, kind_dtype(spec, kind), shape) for kind, shape in shapes.items()]
 
 
 def _aligned(nbytes: int) -> int:

@@ -43,7 +43,7 @@ class HostBatch:
     """This rank's share of one batch, in the stream's own memory, as stored.
 
     The arrays are valid until the next batch is asked for, `release()` or the stream's end, and are overwritten then;
-    copy what is to be kept. Every array is contiguous, and pinned if CUDA is available. A share may be empty.
+    copy what is to be kept. They are pinned if CUDA is available. A share may be empty.
 
     Attributes:
         number: Of the batch in the pass, from 0.
@@ -51,7 +51,9 @@ class HostBatch:
         sample_index: (sample,); not overwritten.
         cls: (sample, state, dim) float32, or None if the teacher has none.
         registers: (sample, state, register, dim) float32, or None.
-        patches: (sample, state, patch, dim) in the store's precision.
+        patches: (sample, state, patch, dim) in the store's precision; contiguous for one state of one sample.
+        tokens: (sample, state, token, dim) in the store's precision, tokens in the teacher's order; contiguous. The
+            patches were read into it; asking for it rounds CLS and registers to the store's precision.
         patches_scale: (sample, state, dim) float32 for int8 stores, else None.
     """
 
@@ -60,6 +62,7 @@ class HostBatch:
         self.number, self.n_batch = number, n_batch
         self.sample_index: Int64[np.ndarray, " sample"] = ring.sample_index[rows].copy()
         self._arrays = {kind: array[rows] for kind, array in ring.arrays.items()}
+        self._tokens, self._has_prefix = ring.tokens[rows], False
         self._reader, self._copier = reader, copier
         self._copied: torch.cuda.Event | None = None
 
@@ -84,10 +87,26 @@ class HostBatch:
     def patches_scale(self) -> np.ndarray | None:
         return self._array("patches_scale")
 
+    @property
+    def tokens(self) -> np.ndarray:
+        self._check_held()
+        if not self._has_prefix:
+            _assemble(self._prefix(), torch.from_numpy(self._tokens))
+            self._has_prefix = True
+        return self._tokens
+
+    def _prefix(self) -> list[torch.Tensor]:
+        """The tokens before the patches, (sample, state, token, dim) each."""
+        parts = [torch.from_numpy(self._arrays[kind]) for kind in ("cls", "registers") if kind in self._arrays]
+        return [part.unsqueeze(2) if part.ndim == 3 else part for part in parts]
+
     def _array(self, kind: str) -> np.ndarray | None:
+        self._check_held()
+        return self._arrays.get(kind)
+
+    def _check_held(self) -> None:
         if not self._arrays:
             raise RuntimeError(f"batch {self.number} was released; copy what you need before asking for the next one")
-        return self._arrays.get(kind)
 
     def to(
         self,
@@ -105,18 +124,13 @@ class HostBatch:
             dtype: Of the activations.
             out: Memory of an earlier result to write into, at least as many samples; the host saves making it anew.
         """
-        device = torch.device(device)
-        patches = self.patches  # raises if released
-        parts = [torch.from_numpy(self._arrays[kind]) for kind in ("cls", "registers") if kind in self._arrays]
-        parts = [part.unsqueeze(2) if part.ndim == 3 else part for part in parts]
-        parts.append(torch.from_numpy(patches))
-        n_tokens = sum(part.shape[2] for part in parts)
-        shape = (len(self), patches.shape[1], n_tokens, patches.shape[3])
+        self._check_held()
+        device, prefix, tokens = torch.device(device), self._prefix(), torch.from_numpy(self._tokens)
         if device.type == "cuda":
-            activations, index, self._copied = self._copier.copy(parts, self.sample_index, shape, device, dtype, out)
+            activations, index, self._copied = self._copier.copy(prefix, tokens, self.sample_index, device, dtype, out)
         else:
-            activations = _make_out(shape, device, dtype, out)
-            _assemble(parts, activations)
+            activations = _make_out(tokens.shape, device, dtype, out)
+            _assemble([*prefix, _patches_of(tokens, prefix)], activations)
             index = torch.from_numpy(self.sample_index).to(device)
         return DeviceBatch(activations=activations, sample_index=index)
 
@@ -124,6 +138,7 @@ class HostBatch:
         """Give the memory back before the next batch is asked for."""
         if self._arrays:
             self._arrays = {}
+            self._tokens = self._tokens[:0]
             self._reader.release(self.number, self._copied)
 
 
@@ -425,9 +440,9 @@ class _Copier:
 
     def copy(
         self,
-        parts: Sequence[torch.Tensor],
+        prefix: Sequence[torch.Tensor],
+        tokens: torch.Tensor,
         sample_index: np.ndarray,
-        shape: tuple[int, ...],
         device: torch.device,
         dtype: torch.dtype,
         out: torch.Tensor | None,
@@ -440,13 +455,13 @@ class _Copier:
         with torch.cuda.stream(beside):
             # first, while the stream is idle: the host waits for this one, as its memory is not pinned
             index = torch.from_numpy(sample_index).to(device)
-            staged = [part.to(device, non_blocking=True) for part in parts]
+            staged = [part.to(device, non_blocking=True) for part in (*prefix, tokens)]
             copied = torch.cuda.Event(blocking=True)
             copied.record(beside)
             if out is not None:
                 beside.wait_stream(current)  # the step that still reads it
-            activations = _make_out(shape, device, dtype, out)
-            _assemble(staged, activations)
+            activations = _make_out(tokens.shape, device, dtype, out)
+            _assemble([*staged[:-1], _patches_of(staged[-1], prefix)], activations)
         current.wait_stream(beside)
         for made in (activations, index):
             made.record_stream(current)
@@ -486,6 +501,10 @@ def _make_out(
             f"out is {tuple(out.shape)} {out.dtype} on {out.device}; at least {shape} {dtype} on {device} was expected"
         )
     return out[: shape[0]]
+
+
+def _patches_of(tokens: torch.Tensor, prefix: Sequence[torch.Tensor]) -> torch.Tensor:
+    return tokens[:, :, sum(part.shape[2] for part in prefix) :]
 
 
 def _assemble(parts: Sequence[torch.Tensor], activations: torch.Tensor) -> None:

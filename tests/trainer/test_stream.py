@@ -97,7 +97,9 @@ def test_batches_hold_the_planted_states(changes: dict, span: Span, way_of_readi
                 assert batch.registers is None
             assert batch.patches.dtype == np.dtype(store.spec.precision)
             assert np.array_equal(batch.patches, expected[:, :, first + store.spec.n_registers :])
-            assert batch.patches.flags.c_contiguous
+            assert batch.tokens.dtype == np.dtype(store.spec.precision)
+            assert batch.tokens.flags.c_contiguous
+            assert np.array_equal(batch.tokens, expected)  # planted states are exact in float16
             assert batch.patches_scale is None
             activations = batch.to("cpu", torch.float32).activations
             assert np.array_equal(activations.numpy(), expected)
@@ -473,7 +475,7 @@ def test_memory_is_what_the_plan_says() -> None:
         with LayerSliceStream(store, Span(0, 2), lanes=32, readahead=readahead) as stream:
             sizes[readahead] = stream.memory_nbytes
             assert stream.memory_nbytes == stream_memory_nbytes(store.spec, Span(0, 2), lanes=32, readahead=readahead)
-    per_sample = 3 * (8 * 4 + 2 * 8 * 4 + 6 * 8 * 2)
+    per_sample = 3 * (8 * 4 + 2 * 8 * 4 + (1 + 2 + 6) * 8 * 2)
     in_lanes = 32 * 16 * per_sample
     assert in_lanes <= sizes[0.0] <= 1.5 * in_lanes
     assert 1.7 * in_lanes <= sizes[1.0] <= 2.3 * in_lanes
