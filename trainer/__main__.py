@@ -67,14 +67,25 @@ def train_command(
     )
     config = make_config(data, recipe, steps, seed)
     torch.set_num_threads(threads or torch_threads(data.train.spec.dim))
+    typed = {
+        "STORE": store if store != DEFAULT_STORE else "",
+        "HEAD": head,
+        "RECIPE": recipe,
+        "SEED": seed or "",
+        "PARTIAL": "1" if partial else "",
+        "DEVICE": device,
+    }
+    variables = {name: str(value) for name, value in typed.items() if value}
     with run_files.exclusive():
-        return _train_or_show(config, data, run_files, machine)
+        return _train_or_show(config, data, run_files, machine, variables)
 
 
-def _train_or_show(config: TrainConfig, data: TrainingData, run: RunFiles, machine: Machine) -> int:
+def _train_or_show(
+    config: TrainConfig, data: TrainingData, run: RunFiles, machine: Machine, variables: dict[str, str]
+) -> int:
     run.claim({"train": config.to_json(), "data": data.identity})
     if (result := run.read_result()) is not None:
-        print(finished_report(config, data, run, result))
+        print(finished_report(config, data, run, result, variables))
         print(f"\nThis run is finished; there is nothing to do. For another one give RUN, or delete {run.location}")
         return ExitCode.OK
     print(start_report(config, data, run, machine), file=sys.stderr)
@@ -86,7 +97,7 @@ def _train_or_show(config: TrainConfig, data: TrainingData, run: RunFiles, machi
         return ExitCode.INTERRUPTED
     result = run.read_result()
     assert result is not None
-    print(finished_report(config, data, run, result))
+    print(finished_report(config, data, run, result, variables))
     print(f"\nThis command took {human_duration(time.monotonic() - began)}.")
     return ExitCode.OK
 

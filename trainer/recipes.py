@@ -67,7 +67,7 @@ def imagenet_stage1(
         recipe="imagenet_stage1",
         span=span,
         seed=seed,
-        n_heads=max(1, spec.dim // 64),
+        n_heads=_n_heads(spec.dim),
         loss=TokenWeights(cls=0.34, registers=0.33, patches=0.33) if to_the_end else "mse",
         noise=0.0,
         n_steps=n_steps,
@@ -85,6 +85,11 @@ def imagenet_stage1(
         validation_samples=2_048,
         checkpoint_every=5_000,
     )
+
+
+def _n_heads(dim: int) -> int:
+    """One per 64 channels, as published; where that does not divide them, the next smaller number that does."""
+    return next(n for n in range(max(1, dim // 64), 0, -1) if dim % n == 0)
 
 
 RECIPES: dict[str, Recipe] = {"digits_stage1": digits_stage1, "imagenet_stage1": imagenet_stage1}

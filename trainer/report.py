@@ -1,15 +1,21 @@
 """What a person reads before and after a training."""
 
+import os
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from infra.console import human_bytes
+from storage_schemas import Span, Store
 from storage_schemas.spec import KINDS
 from trainer.data import TrainingData
 from trainer.machine import Machine
 from trainer.run_files import METRICS_KEY, WEIGHTS_KEY, RunFiles
-from trainer.train import TrainConfig, make_block
+from trainer.stream import stream_memory_nbytes
+from trainer.train import TrainConfig, make_block, validation_lanes
 from trainer.validation import ALL_TOKENS
+
+_COLUMN = 10
 
 
 def start_report(config: TrainConfig, data: TrainingData, run: RunFiles, machine: Machine) -> str:
@@ -23,13 +29,28 @@ def start_report(config: TrainConfig, data: TrainingData, run: RunFiles, machine
         f"train on {data.train.n_valid:,} samples of {data.train.location}: {config.n_steps:,} steps of "
         f"{config.batch_size}, {passes:,.1f} passes, {config.precision} on {machine.device}",
         f"validate on {data.validation.n_valid:,} samples ({data.validated_on}); {_accuracy_note(data)}",
+        f"memory for states on their way from the store: {_memory(config, data, machine)}",
         f"run: {run.location}",
     ]
     return "\n".join(lines)
 
 
-def finished_report(config: TrainConfig, data: TrainingData, run: RunFiles, result: Mapping[str, Any]) -> str:
-    """What came out, where it is, and what to type next."""
+def finished_report(
+    config: TrainConfig,
+    data: TrainingData,
+    run: RunFiles,
+    result: Mapping[str, Any],
+    variables: Mapping[str, str] | None = None,
+) -> str:
+    """What came out, where it is, and what to type next.
+
+    Args:
+        config: Of the run.
+        data: What it read.
+        run: Where it is.
+        result: What it wrote at its end.
+        variables: What the person typed and the next command needs again, such as STORE; no defaults.
+    """
     found, baselines = result["validation"], result["baselines"]
     lines = [
         f"block {config.span} of {data.train.spec.teacher}, {config.n_steps:,} steps, validated on "
@@ -38,8 +59,20 @@ def finished_report(config: TrainConfig, data: TrainingData, run: RunFiles, resu
     ]
     if baselines is not None:
         lines += ["", *_accuracy_table(config, found["accuracy"], baselines)]
-    lines += ["", *_r2_table(found), "", *_places(run, result), "", *_next_commands(config, data, run)]
+    lines += ["", *_r2_table(found), "", *_places(run, result), ""]
+    lines += _next_commands(config.span, data.train, run, variables or {})
     return "\n".join(lines)
+
+
+def _memory(config: TrainConfig, data: TrainingData, machine: Machine) -> str:
+    def nbytes(store: Store, lanes: int) -> int:
+        return stream_memory_nbytes(
+            store.spec, config.span, config.batch_size, lanes=lanes, threads=machine.stream_threads
+        )
+
+    training = human_bytes(nbytes(data.train, config.lanes))
+    validating = human_bytes(nbytes(data.validation, validation_lanes(config)))
+    return f"{training}, and {validating} more while validating"
 
 
 def _accuracy_note(data: TrainingData) -> str:
@@ -70,13 +103,17 @@ def _r2_table(found: Mapping[str, Any]) -> list[str]:
     kinds = [kind for kind in (*KINDS, ALL_TOKENS) if kind in found["r2"]]
     rows = [(kind, found["r2"][kind]) for kind in kinds] + [("as published", found["reference_r2"])]
     width = max(len("R2 of layer"), *(len(name) for name, _ in rows))
-    lines = [f"{'R2 of layer':<{width}}" + "".join(f"{layer:>8}" for layer in found["layers"])]
+    lines = [f"{'R2 of layer':<{width}}" + "".join(f"{layer:>{_COLUMN}}" for layer in found["layers"])]
     lines += [f"{name:<{width}}" + _numbers(values) for name, values in rows]
-    return [*lines, f"{'epsilon':<{width}}" + "".join(f"{value:>8.3g}" for value in found["epsilon"])]
+    return [*lines, f"{'epsilon':<{width}}" + _numbers(found["epsilon"], ".3g")]
 
 
-def _numbers(values: Sequence[float]) -> str:
-    return "".join(f"{value:>8.3f}" if value > -100 else f"{value:>8.2g}" for value in values)
+def _numbers(values: Sequence[float], form: str = ".3f") -> str:
+    """Right-aligned columns with a space between any two."""
+    texts = [format(value, form) for value in values]
+    return "".join(
+        f"{text if len(text) < _COLUMN else format(value, '.2g'):>{_COLUMN}}" for text, value in zip(texts, values)
+    )
 
 
 def _places(run: RunFiles, result: Mapping[str, Any]) -> list[str]:
@@ -86,9 +123,23 @@ def _places(run: RunFiles, result: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _next_commands(config: TrainConfig, data: TrainingData, run: RunFiles) -> list[str]:
-    last = data.train.layers[-1]
-    lines = [f"look at it  .venv/bin/tensorboard --logdir {run.location.rpartition('/')[0] or '.'}"]
-    if config.span.stop < last:
-        lines.append(f"next        make train BLOCK={config.span.stop}-{last}")
-    return lines
+def _next_commands(span: Span, store: Store, run: RunFiles, variables: Mapping[str, str]) -> list[str]:
+    """How to look at the curves, and a command that works on this store."""
+    folder = shlex.quote(os.path.dirname(run.location) or ".")
+    other = _other_span(span, store.layers)
+    command = f"make train BLOCK={other}" if other else "make inspect"
+    typed = [f"{name}={shlex.quote(value)}" for name, value in variables.items() if other or name == "STORE"]
+    return [f"look at it  .venv/bin/tensorboard --logdir {folder}", f"next        {' '.join([command, *typed])}"]
+
+
+def _other_span(span: Span, layers: Sequence[int]) -> Span | None:
+    """What follows the span in the store, as far as its layers go without a gap, else what comes before it."""
+    stop = span.stop
+    while stop + 1 in layers:
+        stop += 1
+    if stop > span.stop:
+        return Span(span.stop, stop)
+    start = span.start
+    while start - 1 in layers:
+        start -= 1
+    return Span(start, span.start) if start < span.start else None
