@@ -17,6 +17,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from crc32c import crc32c
 
+from infra.console import UserError
 from infra.native import read_rows_function
 
 Buffer = bytes | bytearray | memoryview
@@ -44,6 +45,10 @@ class ShortObjectError(ObjectError):
     """The object ends before the bytes asked for."""
 
 
+class ObjectTooLargeError(ObjectError):
+    """The object has more bytes than the caller will take; none were read."""
+
+
 class ObjectAccessError(ObjectError):
     """The back end refused or failed: permission, full disk, input/output error."""
 
@@ -60,7 +65,7 @@ class ObjectInfo:
 class Get(Protocol):
     """Whole objects."""
 
-    def get(self, key: str) -> bytes: ...
+    def get(self, key: str, *, at_most: int | None = None) -> bytes: ...
 
 
 @runtime_checkable
@@ -144,10 +149,21 @@ class FolderObjects:
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)
 
-    def get(self, key: str) -> bytes:
-        """Read a whole object."""
+    def get(self, key: str, *, at_most: int | None = None) -> bytes:
+        """Read a whole object.
+
+        Args:
+            key: Of the object.
+            at_most: Bytes that the caller will take; the size is looked at before anything is read.
+
+        Raises:
+            ObjectMissingError: There is no such object.
+            ObjectTooLargeError: It has more bytes than that; names both.
+        """
         try:
-            return self._path(key).read_bytes()
+            with open(self._path(key), "rb") as file:
+                _check_size(self.location, key, os.fstat(file.fileno()).st_size, at_most)
+                return file.read()
         except OSError as error:
             raise self._read_error(key, error) from error
 
@@ -342,12 +358,14 @@ class MemoryObjects:
     def location(self) -> str:
         return self._location
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, *, at_most: int | None = None) -> bytes:
         with self._lock:
             try:
-                return self._objects[check_key(key)]
+                data = self._objects[check_key(key)]
             except KeyError:
                 raise ObjectMissingError(key, f"{self.location}{key} is missing") from None
+        _check_size(self.location, key, len(data), at_most)
+        return data
 
     def read_into(self, key: str, start: int, buffer: memoryview) -> None:
         for _ in self.read_parts(key, start, [buffer]):
@@ -392,11 +410,11 @@ def open_objects(location: str | os.PathLike[str]) -> Objects:
     """The objects below a local path.
 
     Raises:
-        ValueError: The location has a scheme that this version does not serve.
+        UserError: The location has a scheme that this version does not serve.
     """
     text = os.fspath(location)
     if "://" in text:
-        raise ValueError(f"{text}: this version reads and writes local folders only; give a path without '://'")
+        raise UserError(f"{text}: this version reads and writes local folders only; give a path without '://'")
     return FolderObjects(text)
 
 
@@ -429,6 +447,11 @@ def _row_nbytes(out: np.ndarray, rows: np.ndarray) -> int:
     assert out[0].flags.c_contiguous, "a row that is not contiguous"
     assert out.flags.writeable
     return out[0].nbytes
+
+
+def _check_size(location: str, key: str, nbytes: int, at_most: int | None) -> None:
+    if at_most is not None and nbytes > at_most:
+        raise ObjectTooLargeError(key, f"{location}/{key} has {nbytes:,} bytes; at most {at_most:,} are read")
 
 
 def _pieces(data: Buffer | Sequence[Buffer]) -> Sequence[Buffer]:

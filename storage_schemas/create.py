@@ -4,10 +4,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from infra.objects import Get, ObjectMissingError, Put
-from storage_schemas.documents import seal, sha256, unseal
+from infra.objects import Get, ObjectMissingError, ObjectTooLargeError, Put
+from storage_schemas.documents import MAX_DOCUMENT_NBYTES, seal, sha256, unseal
 from storage_schemas.errors import NotAStoreError, SchemaError
 from storage_schemas.keys import SAMPLES_KEY, STORE_KEY, TEACHER_PREFIX, is_teacher_key, zarr_json_keys
+from storage_schemas.limits import most_nbytes
 from storage_schemas.samples import Sample, samples_from_bytes, samples_to_bytes
 from storage_schemas.spec import FORMAT_VERSION, StoreSpec, differences
 from storage_schemas.zarr_layout import zarr_documents
@@ -46,6 +47,13 @@ def plan_documents(
     documents = zarr_documents(spec)
     documents[SAMPLES_KEY] = samples_to_bytes(samples)
     documents |= {f"{TEACHER_PREFIX}{name}": data for name, data in teacher_files.items()}
+    too_large = [
+        f"{key} has {len(data):,} bytes; at most {most_nbytes(spec, key):,} are supported"
+        for key, data in documents.items()
+        if len(data) > most_nbytes(spec, key)
+    ]
+    if too_large:
+        raise SchemaError("documents of a new store", too_large)
     digests = {key: sha256(data) for key, data in documents.items()}
     return StoreDocument(spec=spec, documents=digests), documents
 
@@ -91,8 +99,8 @@ def identity_differences(
 
 def _holds_samples(objects: Get, found: StoreDocument, samples: Sequence[Sample]) -> bool:
     try:
-        data = objects.get(SAMPLES_KEY)
-    except ObjectMissingError:
+        data = objects.get(SAMPLES_KEY, at_most=most_nbytes(found.spec, SAMPLES_KEY))
+    except (ObjectMissingError, ObjectTooLargeError):
         return False
     if sha256(data) != found.documents[SAMPLES_KEY]:
         return False
@@ -108,7 +116,9 @@ def read_store_document(objects: Get, location: str) -> StoreDocument:
         SchemaError: It was changed, or this version does not know its format; lists every problem.
     """
     try:
-        data = objects.get(STORE_KEY)
+        data = objects.get(STORE_KEY, at_most=MAX_DOCUMENT_NBYTES)
+    except ObjectTooLargeError as error:
+        raise SchemaError(f"{location}/{STORE_KEY}", [str(error)]) from error
     except ObjectMissingError as error:
         raise NotAStoreError(
             f"{location} is not a store: it has no {STORE_KEY}. Give the path of a store, or make one: make extract"

@@ -13,13 +13,14 @@ import pyarrow as pa
 from crc32c import crc32c
 from jaxtyping import Float32
 
-from infra.objects import ObjectError, Objects, open_objects, read_range
+from infra.objects import ObjectError, Objects, ObjectTooLargeError, open_objects, read_range
 from storage_schemas.codecs import decode_chunk, kind_shape
 from storage_schemas.commit import Commit, read_commit
 from storage_schemas.commit_table import CommitTable, make_commit_table
 from storage_schemas.create import StoreDocument, read_store_document
-from storage_schemas.documents import sha256
-from storage_schemas.errors import ChecksumError, NotCommittedError, Problem, SchemaError
+from storage_schemas.documents import MAX_DOCUMENT_NBYTES, sha256
+from storage_schemas.errors import ChecksumError, NotAStoreError, NotCommittedError, Problem, SchemaError
+from storage_schemas.find import splits_in
 from storage_schemas.index import commits_from_index
 from storage_schemas.keys import (
     COMMITS_PREFIX,
@@ -33,6 +34,7 @@ from storage_schemas.keys import (
     shard_object_key,
     statistics_key,
 )
+from storage_schemas.limits import most_nbytes
 from storage_schemas.samples import samples_from_bytes
 from storage_schemas.spec import HEAD_INPUT, StoreSpec
 from storage_schemas.statistics import Statistics, merge
@@ -120,8 +122,16 @@ class Store:
         return table.append_column("valid", pa.array(self.valid))
 
     def read_document(self, key: str) -> bytes:
-        """A document named by store.json, checked against its digest."""
-        data = self.objects.get(key)
+        """A document named by store.json, checked against its digest.
+
+        Raises:
+            ChecksumError: Its bytes are not those that store.json names.
+            SchemaError: It is larger than any such document, so nothing was read.
+        """
+        try:
+            data = self.objects.get(key, at_most=most_nbytes(self.spec, key))
+        except ObjectTooLargeError as error:
+            raise SchemaError(self.location, [f"{error}. {self._repair_hint()}"]) from error
         if sha256(data) != self.document.documents[key]:
             raise ChecksumError(
                 key,
@@ -374,7 +384,8 @@ def open_store(location: str | os.PathLike[str] | Objects | Sequence[str | os.Pa
         The store, finished or not: `n_committed` and `valid` say what is there.
 
     Raises:
-        NotAStoreError: There is no store.json at the place.
+        NotAStoreError: There is no store.json at the place; names the stores train and val if they are below it.
+        UserError: A location that this version does not serve.
         SchemaError: store.json was changed, or stores of a list do not belong together; lists every problem.
     """
     if isinstance(location, list | tuple):
@@ -382,7 +393,16 @@ def open_store(location: str | os.PathLike[str] | Objects | Sequence[str | os.Pa
 
         return open_union([open_store(part) for part in location])
     objects = open_objects(location) if isinstance(location, str | os.PathLike) else cast(Objects, location)
-    document = read_store_document(objects, objects.location)
+    try:
+        document = read_store_document(objects, objects.location)
+    except NotAStoreError as error:
+        splits = splits_in(objects)
+        if not splits:
+            raise
+        raise NotAStoreError(
+            f"{objects.location} is not a store; it holds {'stores' if len(splits) > 1 else 'a store'} "
+            f"{' and '.join(splits)}: open_store({f'{objects.location}/{splits[0]}'!r})"
+        ) from error
     commits, damaged = read_commits(objects, document)
     return Store(objects, document, make_commit_table(document.spec, commits), damaged)
 
@@ -407,7 +427,8 @@ def read_commits(
     shards = {shard for shard in listed.values() if shard is not None and shard < n_shards}
     if use_index and len(shards) == n_shards:
         try:
-            return commits_from_index(document.spec, document.digest, objects.get(INDEX_KEY)), {}
+            data = objects.get(INDEX_KEY, at_most=most_nbytes(document.spec, INDEX_KEY))
+            return commits_from_index(document.spec, document.digest, data), {}
         except (SchemaError, ObjectError):
             pass  # the index only saves reading the commits; verify reports what is wrong with it
     commits, damaged = [], {}
@@ -439,7 +460,9 @@ def load_commits(
     def one(shard: int) -> tuple[str, Commit | str]:
         key = commit_key(shard)
         try:
-            return key, read_commit(document.spec, document.digest, shard, objects.get(key))
+            return key, read_commit(
+                document.spec, document.digest, shard, objects.get(key, at_most=MAX_DOCUMENT_NBYTES)
+            )
         except (SchemaError, ObjectError) as error:
             return key, "; ".join(error.problems) if isinstance(error, SchemaError) else str(error)
 

@@ -189,10 +189,16 @@ class StoreSpec:
         return cls(**values)
 
 
-def differences(found: StoreSpec, asked: StoreSpec) -> list[str]:
-    """Field by field, how the identity in a store differs from the one asked for."""
+def differences(
+    found: StoreSpec,
+    asked: StoreSpec,
+    *,
+    found_has: str = "the store has",
+    asked_has: str = "this run asks for",
+) -> list[str]:
+    """Field by field, how one identity differs from another: by default, that in a store from the one asked for."""
     return [
-        f"{f.name}: the store has {getattr(found, f.name)!r}, this run asks for {getattr(asked, f.name)!r}"
+        f"{f.name}: {found_has} {getattr(found, f.name)!r}, {asked_has} {getattr(asked, f.name)!r}"
         for f in dataclasses.fields(StoreSpec)
         if getattr(found, f.name) != getattr(asked, f.name)
     ]

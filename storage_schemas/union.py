@@ -67,8 +67,8 @@ class _RoutedObjects:
     def _owner(self, key: str) -> Objects:
         return self._by_layer.get(key.partition("/")[0], self._first)
 
-    def get(self, key: str) -> bytes:
-        return self._owner(key).get(key)
+    def get(self, key: str, *, at_most: int | None = None) -> bytes:
+        return self._owner(key).get(key, at_most=at_most)
 
     def read_into(self, key: str, start: int, buffer: memoryview) -> None:
         self._owner(key).read_into(key, start, buffer)
@@ -103,9 +103,9 @@ def open_union(stores: Sequence[Store]) -> Store:
     first, problems = stores[0], []
     for other in stores[1:]:
         asked = dataclasses.replace(other.spec, layers=first.spec.layers)
-        problems += [f"{other.location}: {text}" for text in differences(first.spec, asked)]
+        problems += differences(first.spec, asked, found_has=f"{first.location} has", asked_has=f"{other.location} has")
         if _samples_digest(other) != _samples_digest(first):
-            problems.append(f"{other.location}: other samples than {first.location}")
+            problems.append(f"{other.location} is of other samples than {first.location}")
     if problems:
         raise SchemaError("these stores do not belong together", problems)
     return stores[0] if len(stores) == 1 else UnionStore(stores)

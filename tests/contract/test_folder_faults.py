@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from infra.console import UserError
 from infra.objects import FolderObjects, ObjectAccessError, ObjectMissingError, open_objects
 
 REPOSITORY = Path(__file__).parents[2]
@@ -214,5 +215,5 @@ def test_reading_leaves_no_open_files(tmp_path):
 def test_opening_by_location(tmp_path):
     objects = open_objects(tmp_path / "store")
     assert objects.location == str(tmp_path / "store")
-    with pytest.raises(ValueError, match=r"s3://bucket/x: this version reads and writes local folders only"):
+    with pytest.raises(UserError, match=r"s3://bucket/x: this version reads and writes local folders only"):
         open_objects("s3://bucket/x")

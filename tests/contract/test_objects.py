@@ -11,7 +11,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from infra.objects import MemoryObjects, ObjectInfo, ObjectMissingError, Objects, ShortObjectError, read_range
+from infra.objects import (
+    MemoryObjects,
+    ObjectInfo,
+    ObjectMissingError,
+    Objects,
+    ObjectTooLargeError,
+    ShortObjectError,
+    read_range,
+)
 from tests.contract.backends import BACKENDS
 
 BAD_KEYS = ["", "/", "/a", "a/", "a//b", ".", "..", "../a", "a/../b", "a/./b", "a/..", "a\\b", "a\0b", "a\nb", "\ud800"]
@@ -66,6 +74,16 @@ def test_every_form_of_bytes_can_be_put(objects, data):
     objects.put("key", data)
     pieces = data if isinstance(data, list) else [data]
     assert objects.get("key") == b"".join(bytes(memoryview(piece).cast("B")) for piece in pieces)
+
+
+def test_an_object_larger_than_asked_for_is_refused_with_both_sizes(objects):
+    objects.put("a/key", bytes(1234))
+    assert len(objects.get("a/key", at_most=1234)) == 1234
+    with pytest.raises(ObjectTooLargeError, match=r"a/key has 1,234 bytes; at most 1,233 are read") as caught:
+        objects.get("a/key", at_most=1233)
+    assert caught.value.key == "a/key"
+    with pytest.raises(ObjectMissingError):
+        objects.get("a/not", at_most=1)
 
 
 def test_a_put_replaces_the_whole_object(objects):

@@ -7,11 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from infra.console import UserError
 from infra.objects import FolderObjects, MemoryObjects, ObjectMissingError, ShortObjectError
 from storage_schemas import open_store
 from storage_schemas.commit import Commit
 from storage_schemas.create import create_store, read_store_document
 from storage_schemas.errors import ChecksumError, NotAStoreError, NotCommittedError, SchemaError
+from storage_schemas.find import find_stores
 from storage_schemas.keys import COMMITS_PREFIX, commit_key, shard_object_key
 from storage_schemas.reader import Store
 from storage_schemas.shard_buffers import ShardBuffers, write_shard
@@ -124,6 +126,23 @@ class TestErrors:
         (tmp_path / "file").write_bytes(b"x")
         with pytest.raises(NotAStoreError, match="is not a store"):
             open_store(tmp_path / "file")
+
+    def test_a_folder_of_stores_says_which_to_open(self, tmp_path):
+        write_planted(FolderObjects(tmp_path / "val"), make_spec(n_samples=1))
+        with pytest.raises(NotAStoreError, match=rf"it holds a store val: open_store\('{tmp_path}/val'\)"):
+            open_store(tmp_path)
+        write_planted(FolderObjects(tmp_path / "train"), make_spec(n_samples=1))
+        with pytest.raises(
+            NotAStoreError, match=rf"it holds stores train and val: open_store\('{tmp_path}/train'\)"
+        ) as caught:
+            open_store(str(tmp_path))
+        assert open_store(str(caught.value).partition("open_store('")[2].removesuffix("')")).n_samples == 1
+
+    def test_places_that_are_not_served(self):
+        with pytest.raises(UserError, match=r"s3://bucket/x: this version reads and writes local folders only"):
+            open_store("s3://bucket/x")
+        with pytest.raises(NotAStoreError, match=r"s3://bucket/x: this version reads and writes local folders only"):
+            find_stores("s3://bucket/x")
 
     def test_a_union_of_nothing(self):
         with pytest.raises(SchemaError, match="give at least one store"):
@@ -350,14 +369,13 @@ class TestUnion:
         [
             ({"teacher_weights_digest": "5" * 64}, "teacher_weights_digest"),
             ({"order_seed": 1}, "order_seed"),
-            ({"precision": "float32"}, "precision: the store has 'float16'"),
-            ({"n_samples": 20}, "(?s)n_samples.*other samples than"),
+            ({"precision": "float32"}, "precision: memory://a/ has 'float16', memory://b/ has 'float32'"),
+            ({"n_samples": 20}, "(?s)n_samples.*memory://b/ is of other samples than memory://a/"),
         ],
     )
     def test_stores_that_do_not_belong_together(self, changes, message):
-        first = MemoryObjects()
+        first, second = MemoryObjects("memory://a/"), MemoryObjects("memory://b/")
         write_planted(first, make_spec(layers=(0, 1)))
-        second = MemoryObjects()
         write_planted(second, make_spec(layers=(2,), **changes))
         with pytest.raises(SchemaError, match=message):
             open_store([first, second])

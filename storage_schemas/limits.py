@@ -1,0 +1,30 @@
+"""How large the objects beside the data may be. Nothing larger is read, whatever lies in its place.
+
+The limits are far above what any real store needs, and low enough that a reader of a hostile one does not run out of
+memory. Data objects need none: their sizes come from commits.
+"""
+
+from storage_schemas.documents import MAX_DOCUMENT_NBYTES
+from storage_schemas.keys import INDEX_KEY, SAMPLES_KEY, is_teacher_key, sharded_array_paths
+from storage_schemas.spec import StoreSpec
+
+#: The largest published ViT, DINOv3's of seven billion parameters, takes 27 GB in float32.
+MAX_TEACHER_FILE_NBYTES = 2**36
+#: Of samples.parquet and of index.parquet, which are parsed whole: ImageNet's take 30 MB each.
+MAX_TABLE_NBYTES = 2**32
+_TABLE_BASE_NBYTES = 2**20  # schema, footer, and all of a small table
+_SAMPLE_NBYTES = 2**10  # a path and a class name, uncompressed; file systems allow 255 bytes for one name
+_INDEX_OBJECT_NBYTES = 2**10  # a key, numbers, and the measured error, which metadata holds twice as text
+_INDEX_CHUNK_NBYTES = 64  # three integers and their levels
+_INDEX_SAMPLE_NBYTES = 64  # a bad image, likewise twice as text
+
+
+def most_nbytes(spec: StoreSpec, key: str) -> int:
+    """The most bytes that an object beside the data may have in a store of this identity."""
+    if key == SAMPLES_KEY:
+        return min(MAX_TABLE_NBYTES, _TABLE_BASE_NBYTES + spec.n_samples * _SAMPLE_NBYTES)
+    if key == INDEX_KEY:
+        n_arrays = len(sharded_array_paths(spec)) + 1  # statistics is one more
+        per_object = spec.n_shards * _INDEX_OBJECT_NBYTES + spec.n_chunks * _INDEX_CHUNK_NBYTES
+        return min(MAX_TABLE_NBYTES, _TABLE_BASE_NBYTES + n_arrays * per_object + spec.n_samples * _INDEX_SAMPLE_NBYTES)
+    return MAX_TEACHER_FILE_NBYTES if is_teacher_key(key) else MAX_DOCUMENT_NBYTES
