@@ -306,6 +306,8 @@ def _check_disk(jobs: list[_Job]) -> None:
             place = place.parent
         device = place.stat().st_dev
         nbytes = min(len(job.shards) * job.plan.shard_nbytes, job.plan.data_nbytes)
+        if job.document is None:
+            nbytes += sum(len(data) for data in job.planned.teacher_files.values())
         needed[device] = (place, needed.get(device, (place, 0))[1] + nbytes)
     for place, nbytes in needed.values():
         free = shutil.disk_usage(place).free

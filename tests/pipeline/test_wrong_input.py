@@ -86,6 +86,16 @@ def test_class_folders_without_an_image(refuse: Refuse, tmp_path: Path) -> None:
     assert not (tmp_path / "store").exists()
 
 
+def test_a_file_whose_name_is_no_text(refuse: Refuse, tmp_path: Path) -> None:
+    make_tree(tmp_path / "images", 4)
+    strange = os.fsencode(tmp_path / "images/class0") + b"/caf\xe9.jpg"
+    with open(strange, "wb") as file:
+        file.write(b"x")
+    said = refuse(*extract_arguments(tmp_path / "images", tmp_path / "store"))
+    assert "caf\\udce9.jpg': the name is not UTF-8" in said
+    assert not (tmp_path / "store").exists()
+
+
 def test_a_place_that_is_no_store(refuse: Refuse, images: Path, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home/letter.txt").write_text("dear")
