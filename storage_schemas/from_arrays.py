@@ -27,7 +27,7 @@ def write_store(
     states_of: Callable[[range], Float32[np.ndarray, "sample layer token dim"]],
     *,
     head_inputs_of: Callable[[range], Float32[np.ndarray, "sample dim2"]] | None = None,
-    bad_images: Mapping[int, str] | None = None,
+    bad_images: Mapping[int, str] | Mapping[np.integer, str] | None = None,
     teacher_files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a whole store from arrays, shard by shard.
@@ -50,7 +50,7 @@ def write_store(
     commits = []
     for shard in range(spec.n_shards):
         rows = spec.shard_samples(shard)
-        bad = {index: code for index, code in (bad_images or {}).items() if index in rows}
+        bad = {int(index): code for index, code in (bad_images or {}).items() if index in rows}
         valid = [i for i in range(len(rows)) if rows[i] not in bad]
         states = np.zeros((len(rows), len(spec.layers), spec.n_tokens, spec.dim), np.float32)
         states[valid] = _checked(states_of(rows), f"states of samples {rows}", states.shape)[valid]

@@ -1,5 +1,6 @@
 """What a store holds, as text. Reads commits, statistics and head inputs, never the states themselves."""
 
+import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -43,7 +44,7 @@ def _lines_or_reason(name: str, make: Callable[[], list[str]]) -> list[str]:
         return [f"{name:<12} cannot be shown: {error}"]
 
 
-def next_command(stores: Sequence[Store], root: str) -> str:
+def next_command(stores: Sequence[Store], root: str | os.PathLike[str]) -> str:
     """The one line that says what to type next, for a store or for the stores train and val below `root`."""
     if any(store.damaged_commits for store in stores):
         return f"Next: make verify STORE={root} IMAGES=<as extracted> REPAIR=1"

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
+from typing import SupportsIndex, cast
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,7 @@ from storage_schemas.documents import MAX_DOCUMENT_NBYTES, sha256
 from storage_schemas.errors import ChecksumError, NotAStoreError, NotCommittedError, Problem, SchemaError
 from storage_schemas.find import splits_in
 from storage_schemas.index import commits_from_index
+from storage_schemas.indices import Indices, as_indices
 from storage_schemas.keys import (
     COMMITS_PREFIX,
     INDEX_KEY,
@@ -145,7 +146,7 @@ class Store:
         keys = [key for key in self.document.documents if key.startswith(TEACHER_PREFIX)]
         return {key.removeprefix(TEACHER_PREFIX): self.read_document(key) for key in keys}
 
-    def chunk(self, layer: int, kind: str, chunk: int) -> ChunkLocation:
+    def chunk(self, layer: SupportsIndex, kind: str, chunk: SupportsIndex) -> ChunkLocation:
         """Where chunk `sample_index // samples_per_chunk` of one (layer, kind) lies.
 
         Raises:
@@ -153,13 +154,14 @@ class Store:
             IndexError: No such chunk.
             NotCommittedError: Its shard has no commit.
         """
+        layer = operator.index(layer)
         self._check_request((layer,), (kind,))
-        return self._location(array_path(layer, kind), chunk)
+        return self._location(array_path(layer, kind), operator.index(chunk))
 
     def read(
         self,
-        layers: Sequence[int] | None = None,
-        samples: Sequence[int] | np.ndarray | None = None,
+        layers: Indices | None = None,
+        samples: Indices | None = None,
         tokens: str = "all",
     ) -> Float32[np.ndarray, "sample layer token dim"]:
         """Read states of some samples at some layers.
@@ -167,8 +169,8 @@ class Store:
         Fetches only the chunks that hold the request; one shared by several samples is fetched and decoded once.
 
         Args:
-            layers: Layer numbers, order and repeats kept; None for all.
-            samples: Sample indices in [0, n_samples), order and repeats kept; None for every valid one.
+            layers: Layer numbers, or one, order and repeats kept; None for all.
+            samples: Sample indices in [0, n_samples), or one, order and repeats kept; None for every valid one.
             tokens: "all" for every token in the teacher's order, or one kind: "cls", "registers", "patches",
                 "patch_mean". Always four axes: token has length 1 for cls and patch_mean.
 
@@ -179,15 +181,16 @@ class Store:
         Raises:
             SchemaError: A layer or kind that the store lacks.
             IndexError: A sample outside the store; names the first and the valid range.
+            TypeError: Layers or samples that are not integers in an order: a mask, a set, a generator.
             NotCommittedError: A sample whose shard is not committed, or whose image was bad; or, with samples=None,
                 a damaged commit, since its samples would be missing from the answer.
             ChecksumError: Fetched bytes differ from the commit.
         """
-        layers = self.layers if layers is None else [operator.index(layer) for layer in layers]
+        layers = self.layers if layers is None else as_indices(layers, "layer").tolist()
         rows = self._rows(samples)
         kinds = [k for k in self.spec.token_kinds if k != "patch_mean"] if tokens == "all" else [tokens]
         self._check_request(layers, kinds)
-        self._check_rows(rows)
+        rows = self._checked_rows(rows)
         sizes = [_n_tokens(self.spec, kind) for kind in kinds]
         out = np.empty((len(rows), len(layers), sum(sizes), self.spec.dim), np.float32)
         starts = np.cumsum([0, *sizes])
@@ -199,12 +202,11 @@ class Store:
         self._fill(work, rows)
         return out
 
-    def read_head_input(self, samples: Sequence[int] | np.ndarray | None = None) -> Float32[np.ndarray, "sample dim2"]:
+    def read_head_input(self, samples: Indices | None = None) -> Float32[np.ndarray, "sample dim2"]:
         """What linear heads read, [final-norm CLS; mean of final-norm patches], (sample, 2 dim); as `read` for rows."""
         if not self.spec.has_head_input:
             raise SchemaError(self.location, ["this teacher has no CLS token, so the store has no head_input"])
-        rows = self._rows(samples)
-        self._check_rows(rows)
+        rows = self._checked_rows(self._rows(samples))
         out = np.empty((len(rows), 2 * self.spec.dim), np.float32)
         self._fill([(HEAD_INPUT, out)], rows)
         if np.isnan(out).any():
@@ -228,13 +230,14 @@ class Store:
             total = merge(total, self.shard_statistics(int(shard)))
         return total
 
-    def shard_statistics(self, shard: int) -> Statistics:
+    def shard_statistics(self, shard: SupportsIndex) -> Statistics:
         """Moments of one committed shard.
 
         Raises:
             IndexError: No such shard.
             NotCommittedError: It has no commit.
         """
+        shard = operator.index(shard)
         if not 0 <= shard < self.spec.n_shards:
             raise IndexError(f"shard {shard} is not in the store; it has shards 0 to {self.spec.n_shards - 1}")
         offset, nbytes, crc = self.table.statistics[shard].tolist()
@@ -296,17 +299,12 @@ class Store:
         if problems:
             raise SchemaError(self.location, problems)
 
-    def _rows(self, samples: Sequence[int] | np.ndarray | None) -> np.ndarray:
-        """The sample indices asked for; None means every valid one."""
+    def _rows(self, samples: Indices | None) -> np.ndarray:
+        """The sample indices asked for, in the range of the store or not; None means every valid one."""
         if samples is None:
             self._check_undamaged()
             return np.flatnonzero(self.valid)
-        rows = np.asarray(samples).reshape(-1)
-        if rows.size and rows.dtype.kind not in "iu":
-            raise TypeError(
-                f"samples are {rows.dtype} values, expected sample indices; np.flatnonzero makes them of masks"
-            )
-        return rows.astype(np.int64)
+        return as_indices(samples, "sample")
 
     def _check_undamaged(self) -> None:
         """What is asked of all shards must not quietly leave out those whose commit was lost."""
@@ -317,10 +315,12 @@ class Store:
                 "\n  ".join([f"{self.location} has damaged commits:", *listed[:5], *more, self._repair_hint()])
             )
 
-    def _check_rows(self, rows: np.ndarray) -> None:
+    def _checked_rows(self, rows: np.ndarray) -> np.ndarray:
+        """The same as int64, all of them samples with states."""
         outside = rows[(rows < 0) | (rows >= self.n_samples)]
         if len(outside):
             raise IndexError(f"sample {outside[0]} is not in the store; it has samples 0 to {self.n_samples - 1}")
+        rows = rows.astype(np.int64)
         invalid = rows[~self.valid[rows]]
         if len(invalid):
             first = int(invalid[0])
@@ -332,6 +332,7 @@ class Store:
                 f"{self.location}: sample {first} ({name}) has no states, its image was bad: {code}. "
                 f"{len(invalid)} such samples were asked for; store.valid says which rows can be read"
             )
+        return rows
 
     def _fill(self, work: list[tuple[str, np.ndarray]], rows: np.ndarray) -> None:
         chunk_of, place_of = np.divmod(rows, self.spec.samples_per_chunk)

@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+import operator
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 from storage_schemas.errors import SchemaError
 
@@ -30,7 +31,7 @@ MAX_CHUNKS = 2**27  # of all arrays together
 MAX_CHUNK_NBYTES = 2**31 - 17  # before the codec; what Blosc takes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Span:
     """States `start` to `stop` of the depth, both ends included; `Span(0, 7)` is eight states.
 
@@ -40,7 +41,10 @@ class Span:
     start: int
     stop: int
 
-    def __post_init__(self) -> None:
+    def __init__(self, start: SupportsIndex, stop: SupportsIndex) -> None:
+        # numpy's integers become Python's, since spans are shown and become JSON
+        object.__setattr__(self, "start", operator.index(start))
+        object.__setattr__(self, "stop", operator.index(stop))
         if not 0 <= self.start < self.stop:
             raise SchemaError(
                 f"BLOCK={self.start}-{self.stop}",
@@ -150,14 +154,15 @@ class StoreSpec:
     def chunks_per_shard(self) -> int:
         return self.samples_per_shard // self.samples_per_chunk
 
-    def shard_samples(self, shard: int) -> range:
+    def shard_samples(self, shard: SupportsIndex) -> range:
         """Sample indices of a shard; the last shard may be short."""
+        shard = operator.index(shard)
         if not 0 <= shard < self.n_shards:
             raise IndexError(f"shard {shard} is not in the store; it has shards 0 to {self.n_shards - 1}")
         start = shard * self.samples_per_shard
         return range(start, min(start + self.samples_per_shard, self.n_samples))
 
-    def shard_chunks(self, shard: int) -> range:
+    def shard_chunks(self, shard: SupportsIndex) -> range:
         """Chunk indices of a shard that hold samples."""
         samples = self.shard_samples(shard)
         return range(samples.start // self.samples_per_chunk, -(-samples.stop // self.samples_per_chunk))

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import SupportsIndex
 
 import numpy as np
 
@@ -40,7 +41,7 @@ class UnionStore(Store):
         parts = [s.statistics.to_array()[s.layers.index(layer)] for layer, s in self._owners.items()]
         return Statistics.from_array(np.stack(parts))
 
-    def shard_statistics(self, shard: int) -> Statistics:
+    def shard_statistics(self, shard: SupportsIndex) -> Statistics:
         parts = [s.shard_statistics(shard).to_array()[s.layers.index(layer)] for layer, s in self._owners.items()]
         return Statistics.from_array(np.stack(parts))
 

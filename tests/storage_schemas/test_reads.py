@@ -14,9 +14,12 @@ from storage_schemas.commit import Commit
 from storage_schemas.create import create_store, read_store_document
 from storage_schemas.errors import ChecksumError, NotAStoreError, NotCommittedError, SchemaError
 from storage_schemas.find import find_stores
+from storage_schemas.indices import as_indices
+from storage_schemas.inspect import next_command
 from storage_schemas.keys import COMMITS_PREFIX, commit_key, shard_object_key
 from storage_schemas.reader import Store
 from storage_schemas.shard_buffers import ShardBuffers, write_shard
+from storage_schemas.spec import Span
 from storage_schemas.statistics import Statistics
 from tests.stores import make_samples, make_spec, planted_states, write_planted
 
@@ -66,6 +69,86 @@ class TestOrder:
         assert store.read([0], []).shape == (0, 1, 9, 8)
         assert store.read([], [0]).shape == (1, 0, 9, 8)
         assert store.read([0], np.array([], int)).shape == (0, 1, 9, 8)
+
+
+class TestNumbers:
+    """Whatever kind of integers a notebook has at hand; pytest checks the types of arguments, as notebooks may not."""
+
+    @pytest.mark.parametrize(
+        "samples",
+        [
+            [np.int64(3), np.int64(0)],
+            (3, 0),
+            range(3, -1, -3),
+            np.array([3, 0], np.uint8),
+            np.array([3, 0], np.uint64),
+            np.array([3, 0], object),
+            np.arange(4)[::-3],
+        ],
+        ids=lambda x: f"{type(x).__name__} of {type(x[0]).__name__}",
+    )
+    def test_several_samples(self, store, samples):
+        np.testing.assert_array_equal(store.read(samples=samples), STATES[[3, 0]])
+        assert store.read_head_input(samples).shape == (2, 16)
+
+    @pytest.mark.parametrize("layers", [[np.int64(2), np.int8(0)], (2, 0), range(2, -1, -2), np.array([2, 0])], ids=str)
+    def test_several_layers(self, store, layers):
+        np.testing.assert_array_equal(store.read(layers, [0, 3]), STATES[[0, 3]][:, [2, 0]])
+
+    @pytest.mark.parametrize("number", [np.int64(2), 2, np.uint16(2), np.array(2)], ids=lambda x: type(x).__name__)
+    def test_one_number(self, store, number):
+        np.testing.assert_array_equal(store.read(layers=number, samples=number), STATES[[2]][:, [2]])
+        assert store.read_head_input(number).shape == (1, 16)
+        assert store.chunk(number, "cls", number) == store.chunk(2, "cls", 2)
+        np.testing.assert_array_equal(store.shard_statistics(number).count, store.shard_statistics(2).count)
+        assert store.spec.shard_samples(number) == store.spec.shard_samples(2)
+        assert store.spec.shard_chunks(number) == store.spec.shard_chunks(2)
+
+    def test_spans_hold_integers_of_python(self):
+        span = Span(np.int64(0), np.int64(7))
+        assert (span, str(span), type(span.start), span.n_states) == (Span(0, 7), "0-7", int, 8)
+
+    def test_bad_images_of_a_store_from_arrays(self):
+        made = MemoryObjects()
+        write_planted(made, SPEC, {np.int64(5): "truncated"})
+        assert np.flatnonzero(~open_store(made).valid).tolist() == [5]
+
+    def test_paths_of_every_kind(self, tmp_path):
+        write_planted(FolderObjects(tmp_path / "train"), SPEC)
+        assert open_store(tmp_path / "train").n_valid == open_store(str(tmp_path / "train")).n_valid == 21
+        assert find_stores(tmp_path) == find_stores(str(tmp_path)) == {"train": str(tmp_path / "train")}
+        assert next_command([open_store(tmp_path / "train")], tmp_path).endswith(f"STORE={tmp_path}")
+
+    @pytest.mark.parametrize("row", [2**63, 2**64, 10**30, -(10**30)])
+    def test_numbers_too_large_for_an_int64_are_named_as_they_are(self, store, row):
+        for samples in ([0, row], [row], [-1, row][::-1]):
+            with pytest.raises(IndexError, match=rf"sample {row} is not in the store; it has samples 0 to 20"):
+                store.read([0], samples)
+        with pytest.raises(SchemaError, match=f"layer {row} is not stored; the store has 0, 1, 2"):
+            store.read([row], [0])
+
+    def test_a_uint64_is_not_taken_for_a_negative_number(self, store):
+        with pytest.raises(IndexError, match=r"sample 9223372036854775808 is not in the store"):
+            store.read([0], np.array([2**63], np.uint64))
+
+    @pytest.mark.parametrize(
+        ("asked", "message"),
+        [
+            ({3, 0}, "samples were given as set, expected a number, or a list, range or array"),
+            ((i for i in range(3)), "samples were given as generator, expected a number, or a list"),
+            ({3: 0}, "samples were given as dict, expected"),
+            ("3", "samples were given as str, expected"),
+            (3.5, "samples were given as float, expected"),
+            (np.float64(3), "samples are float64 values, expected sample indices"),
+            (["3"], "samples are <U1 values, expected sample indices"),
+            ([None], "samples are object values, expected sample indices"),
+            (np.zeros((2, 3), int), r"samples were given as an array of shape \(2, 3\), expected one axis"),
+        ],
+        ids=str,
+    )
+    def test_what_has_no_order_or_is_no_number(self, asked, message):
+        with pytest.raises(TypeError, match=message):
+            as_indices(asked, "sample")
 
 
 class TestErrors:

@@ -1,0 +1,40 @@
+"""Numbers as people hand them over: Python's or NumPy's integers, one or several, in any kind of sequence."""
+
+from collections.abc import Sequence
+from typing import SupportsIndex
+
+import numpy as np
+
+#: One index, or several in order; NumPy's integers are as good as Python's.
+Indices = SupportsIndex | Sequence[SupportsIndex] | np.ndarray
+
+
+def as_indices(asked: object, what: str) -> np.ndarray:
+    """Indices as one row of integers, not yet held against any range.
+
+    Args:
+        asked: `Indices`, or whatever was given in their place.
+        what: One of them in errors: "sample".
+
+    Returns:
+        (n,) integers of the type they came in; Python's own where they are too large for NumPy's.
+
+    Raises:
+        TypeError: They are something else; says what, and what to give.
+    """
+    is_many = hasattr(asked, "__getitem__") and not isinstance(asked, str | bytes | dict)
+    if not is_many and not hasattr(asked, "__index__"):
+        raise TypeError(
+            f"{what}s were given as {type(asked).__name__}, expected a number, or a list, range or array of numbers: "
+            "they have an order"
+        )
+    values = np.atleast_1d(np.asarray(asked))
+    if values.dtype.kind in "fO" and isinstance(asked, Sequence) and all(type(value) is int for value in asked):
+        values = np.array(asked, object)  # too large for NumPy, which would make floats of some
+    if values.ndim > 1:
+        raise TypeError(f"{what}s were given as an array of shape {values.shape}, expected one axis")
+    if values.size and values.dtype.kind not in "iu" and not all(type(value) is int for value in values):
+        raise TypeError(
+            f"{what}s are {values.dtype} values, expected {what} indices; np.flatnonzero makes them of masks"
+        )
+    return values
