@@ -23,6 +23,7 @@ from infra.native import read_rows_function
 Buffer = bytes | bytearray | memoryview
 
 _LEFTOVER_SUFFIX = ".put-tmp"
+SMALL_ROW_NBYTES = 2**16  # without the compiled reader, a system call for each row would cost more than a copy
 _CACHED_NBYTES = 2**19  # read, then checksummed, while it is still in a core's cache
 
 
@@ -427,7 +428,7 @@ def read_range(objects: GetRange, key: str, start: int, nbytes: int) -> bytearra
 
 def _read_rows_in_python(objects: GetParts, key: str, start: int, out: np.ndarray, rows: np.ndarray) -> int:
     nbytes = _row_nbytes(out, rows)
-    if nbytes < _CACHED_NBYTES // 8:  # small rows: a system call each would cost more than a copy
+    if nbytes < SMALL_ROW_NBYTES:
         whole = np.empty((len(rows), *out.shape[1:]), out.dtype)
         for _ in objects.read_parts(key, start, [whole.data.cast("B")]):
             pass
@@ -442,10 +443,21 @@ def _read_rows_in_python(objects: GetParts, key: str, start: int, out: np.ndarra
 
 
 def _row_nbytes(out: np.ndarray, rows: np.ndarray) -> int:
-    assert len(rows), "there must be something to read"
-    assert rows.max() < len(out), "a row past the end"
-    assert out[0].flags.c_contiguous, "a row that is not contiguous"
-    assert out.flags.writeable
+    """Bytes of a row. Everything is checked even under `python -O`: C will write to these places.
+
+    Raises:
+        ValueError: Something would be written outside `out`, or over what is not plain bytes.
+    """
+    if not out.ndim or not len(out):
+        raise ValueError(f"an array of shape {out.shape} has no rows to read into")
+    if rows.ndim != 1 or rows.dtype.kind != "i" or not len(rows):
+        raise ValueError(f"rows are {rows.dtype} of shape {rows.shape}; some integers along one axis were expected")
+    if rows.max() >= len(out):
+        raise ValueError(f"row {rows.max()} is past the end of an array of {len(out)} rows")
+    if out.dtype.hasobject or not out[0].nbytes:
+        raise ValueError(f"rows of {out[0].nbytes} bytes of {out.dtype} cannot be read into")
+    if not out[0].flags.c_contiguous or not out.flags.writeable:
+        raise ValueError("the rows of the array must be contiguous, and it must be writable")
     return out[0].nbytes
 
 

@@ -7,13 +7,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from infra.objects import SMALL_ROW_NBYTES
 from storage_schemas.codecs import DecodeError, decode_chunk, raw_chunk_nbytes
+from storage_schemas.errors import ChecksumError
 from storage_schemas.reader import ChunkLocation, Store, check_crc
 from storage_schemas.spec import Span, StoreSpec
 from trainer.order import PassOrder, ReadPlan
 from trainer.ring import Ring, stream_kinds
 
 _JOIN_S = 30.0
+_BLOSC_BLOCK_NBYTES = 2**20  # the largest that it chooses; to decode, it sets three of them aside
+_STACK_NBYTES = 2**18  # of a thread: stack, and what the C library and the interpreter set aside for it
 _HEADER = 1024  # bytes that a codec may add to what it cannot compress
 _N_PLANNED = 8  # chunks whose places are worked out at a time; one by one would cost more than their checksums
 
@@ -35,6 +39,20 @@ class _Placement:
     wanted: np.ndarray | None
     wanted_rows: np.ndarray
     buffers: np.ndarray
+
+
+def thread_nbytes(spec: StoreSpec) -> int:
+    """Memory that one reading thread needs at most: to decode, for samples that go nowhere, and for its own stack."""
+    largest = max(raw_chunk_nbytes(spec, kind) for kind in stream_kinds(spec))
+    codec = 0 if spec.codec == "none" else 3 * min(largest, _BLOSC_BLOCK_NBYTES)
+    passing = max(_passing_nbytes(spec, kind) for kind in stream_kinds(spec))
+    return scratch_nbytes(spec) + codec + passing + _STACK_NBYTES
+
+
+def _passing_nbytes(spec: StoreSpec, kind: str) -> int:
+    """What `read_rows` takes while it reads a chunk: at most a row, or without the compiled reader two chunks."""
+    row = raw_chunk_nbytes(spec, kind) // spec.samples_per_chunk
+    return row if row >= SMALL_ROW_NBYTES else 2 * raw_chunk_nbytes(spec, kind)
 
 
 def scratch_nbytes(spec: StoreSpec) -> int:
@@ -249,7 +267,12 @@ class ChunkReader:
 
     def _read_plain(self, location: ChunkLocation, target: np.ndarray, placement: _Placement) -> int:
         fetched = len(placement.rows) * target[0].nbytes
-        assert fetched == location.nbytes
+        if fetched != location.nbytes:
+            raise ChecksumError(
+                location.key,
+                f"{self._store.location}/{location.key}: by the commit this chunk has {location.nbytes:,} bytes, "
+                f"{fetched:,} were expected. Mend it: make verify STORE={self._store.location} REPAIR=1",
+            )
         crc = self._store.objects.read_rows(location.key, location.offset, target, placement.rows)
         check_crc(self._store.location, location, crc)
         return fetched

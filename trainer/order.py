@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Int64, UInt64
 
 MAX_LANE_SAMPLES = 2**30  # above this the 62-bit sort key of `PassOrder.lane_entries` could no longer tell keys apart
+_ENTRIES = 4096  # whose positions are worked out at a time
 _BLOCK = 65_536  # positions sorted at a time: bounds the memory of a whole pass, costs nothing
 
 _CHUNKS, _SAMPLES = 0, 1  # what a random stream is for
@@ -74,6 +75,13 @@ class PassOrder:
     def lane_start(self) -> Int64[np.ndarray, " lane"]:
         """Valid samples in the lanes before each lane."""
         return np.cumsum(self.lane_n) - self.lane_n
+
+    @property
+    def planning_nbytes(self) -> int:
+        """The most memory that drawing this order and planning its reads takes, which is soon given back."""
+        drawing = 16 * len(self.valid) + 200 * len(self.chunk)
+        placing = 32 * min(_ENTRIES, len(self.chunk)) * self.n_lanes
+        return drawing + placing + 200 * min(2 * _BLOCK, self.n_samples)
 
     def n_batches(self, batch_size: int) -> int:
         return -(-self.n_samples // batch_size)
@@ -304,4 +312,4 @@ def _in_blocks(
     order: PassOrder, lane: Int64[np.ndarray, " entry"], k: Int64[np.ndarray, " entry"]
 ) -> list[Int64[np.ndarray, " block"]]:
     """Positions of many entries, some thousand at a time: `positions` needs memory for entries x lanes."""
-    return [order.positions(lane[i : i + 4096], k[i : i + 4096]) for i in range(0, len(lane), 4096)]
+    return [order.positions(lane[i : i + _ENTRIES], k[i : i + _ENTRIES]) for i in range(0, len(lane), _ENTRIES)]

@@ -5,7 +5,8 @@ a batch is contiguous without any gathering. See docs/decisions for what this be
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import finalize
@@ -17,13 +18,14 @@ from jaxtyping import Float, Int64
 from storage_schemas.errors import NotCommittedError, SchemaError
 from storage_schemas.reader import Store
 from storage_schemas.spec import Span, StoreSpec
-from trainer.chunk_reader import ChunkReader, scratch_nbytes
+from trainer.chunk_reader import ChunkReader, thread_nbytes
 from trainer.order import PassOrder, make_pass_order, make_read_plan
 from trainer.ring import Ring, ring_nbytes, stream_kinds
 
 __all__ = ["DeviceBatch", "HostBatch", "LayerSliceStream", "Span", "stream_memory_nbytes"]
 
 _STATE_VERSION = 1
+_FIXED_NBYTES = 2**20  # Python's own objects of a stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,11 +194,12 @@ class LayerSliceStream:
             NotCommittedError: The store is not finished and `partial` is False, or a shard of `shards` is missing.
             ValueError: A number is out of range, or there are more ranks than lanes.
         """
-        _check_numbers(batch_size=batch_size, threads=threads, world_size=world_size)
-        if not 0 <= rank < world_size:
+        _check_numbers(1, batch_size=batch_size, threads=threads, world_size=world_size, lanes=lanes)
+        _check_numbers(0, seed=seed, epoch=epoch, rank=rank)
+        if rank >= world_size:
             raise ValueError(f"rank is {rank}; expected 0 to {world_size - 1}")
-        if not readahead >= 0:
-            raise ValueError(f"readahead is {readahead}; expected at least 0")
+        if not 0 <= readahead < math.inf:
+            raise ValueError(f"readahead is {readahead}; expected a finite number, at least 0")
         _check_span(store, span)
         self.store, self.span, self.batch_size, self.seed = store, span, batch_size, seed
         self.rank, self.world_size = rank, world_size
@@ -226,10 +229,9 @@ class LayerSliceStream:
 
     @property
     def memory_nbytes(self) -> int:
-        """Bytes of this rank's buffers: lanes x chunk x states x (1 + readahead), in whole batches, and scratch."""
-        spec = self.store.spec
-        ring = ring_nbytes(spec, self.span.n_states, self._plan.n_buffers * self._n_buffer_rows)
-        return ring + self._n_threads * scratch_nbytes(spec)
+        """The most bytes that this rank takes: buffers of lanes x chunk x states x (1 + readahead), threads, order."""
+        n_rows = self._plan.n_buffers * self._n_buffer_rows
+        return _memory_nbytes(self.store.spec, self.span, self._order, n_rows, self._n_threads)
 
     @property
     def bytes_fetched(self) -> int:
@@ -284,6 +286,7 @@ class LayerSliceStream:
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of another pass; buffers are kept."""
         self._check_open()
+        _check_numbers(0, epoch=epoch)
         self._stop_reader()
         self._set_pass(self._make_order(self.seed, epoch, self.shards), epoch, 0)
 
@@ -305,12 +308,14 @@ class LayerSliceStream:
         """Continue where `state_dict` was taken: seed, epoch, place and shards come from it.
 
         Raises:
-            ValueError: The state is of another batch size, number of lanes or set of samples; lists each difference.
+            ValueError: The state is of another batch size, number of lanes or set of samples, or lacks something;
+                lists each difference.
             NotCommittedError: The store lacks a shard that the state was made with.
         """
         self._check_open()
         if state.get("version") != _STATE_VERSION:
             raise ValueError(f"stream state has version {state.get('version')!r}; expected {_STATE_VERSION}")
+        _check_state(state, self.state_dict())
         shards = self.shards
         if state["shards"] is not None:
             shards = _frozen_shards(self.store, True, state["shards"])
@@ -478,17 +483,22 @@ def stream_memory_nbytes(
     *,
     readahead: float = 1.0,
 ) -> int:
-    """Bytes of buffers that each rank of a stream will use, for a plan; a store without bad images is assumed.
+    """The most bytes that each rank of a stream will take, for a plan; a store without bad images is assumed.
 
-    About lanes x chunk x states x (1 + readahead) / world_size. The stream's own `memory_nbytes` is exact.
+    About lanes x chunk x states x (1 + readahead) / world_size. The stream's own `memory_nbytes` knows the bad images.
     """
     order = make_pass_order(np.ones(spec.n_samples, bool), spec.samples_per_chunk, lanes=lanes)
-    worst = 0
+    most_rows = 0
     for rank in range(min(world_size, order.n_lanes)):
         plan = make_read_plan(order, batch_size, rank=rank, world_size=world_size, readahead=readahead)
         n_rows = int(np.diff(order.rank_starts(batch_size, rank, world_size)).max())
-        worst = max(worst, ring_nbytes(spec, span.n_states, plan.n_buffers * n_rows))
-    return worst + threads * scratch_nbytes(spec)
+        most_rows = max(most_rows, plan.n_buffers * n_rows)
+    return _memory_nbytes(spec, span, order, most_rows, threads)
+
+
+def _memory_nbytes(spec: StoreSpec, span: Span, order: PassOrder, n_rows: int, n_threads: int) -> int:
+    ring = ring_nbytes(spec, span.n_states, n_rows)
+    return ring + order.planning_nbytes + n_threads * thread_nbytes(spec) + _FIXED_NBYTES
 
 
 def _make_out(
@@ -515,10 +525,21 @@ def _assemble(parts: Sequence[torch.Tensor], activations: torch.Tensor) -> None:
         start += part.shape[2]
 
 
-def _check_numbers(**numbers: int) -> None:
+def _check_numbers(least: int, **numbers: object) -> None:
     for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}; expected at least 1")
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
+            raise ValueError(f"{name} is {value!r}; expected a whole number, at least {least}")
+
+
+def _check_state(state: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise ValueError for what `state_dict` would have written and is not there, or is no number."""
+    missing = [name for name in names if name not in state]
+    if missing:
+        raise ValueError(f"the stream state lacks {', '.join(missing)}; give what state_dict() returned, whole")
+    _check_numbers(0, **{name: state[name] for name in ("seed", "epoch", "batch")})
+    shards = state["shards"]
+    if shards is not None and not (isinstance(shards, Sequence) and all(isinstance(s, int) for s in shards)):
+        raise ValueError(f"shards of the stream state are {shards!r}; expected a list of whole numbers, or None")
 
 
 def _check_span(store: Store, span: Span) -> None:
