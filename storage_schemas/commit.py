@@ -158,8 +158,16 @@ def _parse(document: Any) -> Commit:
     )
 
 
-def commit_problems(spec: StoreSpec, store: str, shard: int, commit: Commit) -> list[str]:
-    """Everything in a commit that contradicts the store's identity."""
+def commit_problems(spec: StoreSpec, store: str, shard: int, commit: Commit, *, objects_fit: bool = False) -> list[str]:
+    """Everything in a commit that contradicts the store's identity.
+
+    Args:
+        spec: Identity of the store.
+        store: Digest of its store.json.
+        shard: The shard that this should be the commit of.
+        commit: To be checked.
+        objects_fit: True if `objects_fit` has found its objects in order, which is much faster for many commits.
+    """
     if commit.store != store:
         return [f"belongs to a store.json with digest {commit.store[:16]}, this store's is {store[:16]}"]
     if commit.shard != shard:
@@ -172,8 +180,12 @@ def commit_problems(spec: StoreSpec, store: str, shard: int, commit: Commit) -> 
     indices = [index for index, _ in commit.bad_images]
     if indices != sorted(set(indices)):
         problems.append("bad images are not in order of sample_index, each once")
+    if objects_fit and not commit.fidelity:
+        return problems
     paths = sharded_array_paths(spec)
     problems += [f"fidelity of {path!r}, which is no array here" for path in sorted(set(commit.fidelity) - set(paths))]
+    if objects_fit:
+        return problems
     expected: dict[str, str | None] = {shard_object_key(spec, path, shard): path for path in paths}
     expected[statistics_key(shard)] = None
     problems += [f"does not list {key}" for key in sorted(set(expected) - set(commit.objects))]
@@ -186,6 +198,49 @@ def commit_problems(spec: StoreSpec, store: str, shard: int, commit: Commit) -> 
             check = _statistics_problems(spec, record) if path is None else _record_problems(spec, path, shard, record)
             problems += [f"{key}: {problem}" for problem in check]
     return problems
+
+
+def objects_fit(
+    spec: StoreSpec, nbytes: np.ndarray, crc32c: np.ndarray, n_chunks: np.ndarray, chunks: np.ndarray
+) -> bool:
+    """Whether the objects of all shards, in the order of `data_object_keys`, are as `commit_problems` wants them.
+
+    Args:
+        spec: Identity of the store.
+        nbytes: (object,) int64.
+        crc32c: (object,) int64.
+        n_chunks: (object,) of its chunks; they follow one another in `chunks`.
+        chunks: (chunk, 3) int64: offset, payload bytes and payload CRC32C.
+    """
+    raw = [raw_chunk_nbytes(spec, array_kind(path)) for path in sharded_array_paths(spec)]
+    overhead = 0 if spec.codec == "none" else BLOSC_OVERHEAD
+    most = np.array([*(size + overhead for size in raw), statistics_nbytes(spec)])
+    least = most if spec.codec == "none" else np.array([*(1 for _ in raw), statistics_nbytes(spec)])
+    is_statistics = np.arange(len(most)) == len(raw)
+    n_objects, shape = len(most) * spec.n_shards, (spec.n_shards, len(most))
+    n_expected = np.where(
+        is_statistics, 1, np.array([len(spec.shard_chunks(shard)) for shard in range(spec.n_shards)])[:, None]
+    ).reshape(-1)
+    if not len(nbytes) == len(crc32c) == len(n_chunks) == n_objects or not np.array_equal(n_chunks, n_expected):
+        return False
+    offset, payload, crc = chunks.T
+    first = np.cumsum(n_chunks) - n_chunks
+    least, most = (np.repeat(np.broadcast_to(bound, shape).reshape(-1), n_chunks) for bound in (least, most))
+    if len(chunks) != len(least) or (payload < least).any() or (payload > most).any():
+        return False
+    slots = slot_nbytes(payload)
+    ends = np.cumsum(slots)
+    places = ends - slots
+    in_object = places - np.repeat(places[first], n_chunks)
+    sizes = np.where(
+        np.broadcast_to(is_statistics, shape).reshape(-1),
+        payload[first] + CRC_NBYTES,
+        ends[first + n_chunks - 1] - places[first] + index_nbytes(spec),
+    )
+    every_crc = np.concatenate([crc, crc32c])
+    return bool(
+        (offset == in_object).all() and (nbytes == sizes).all() and ((every_crc >= 0) & (every_crc < 2**32)).all()
+    )
 
 
 def statistics_nbytes(spec: StoreSpec) -> int:

@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from storage_schemas.commit import Commit, Fidelity, ObjectRecord, commit_problems
+from storage_schemas.commit import Commit, Fidelity, ObjectRecord, commit_problems, objects_fit
 from storage_schemas.documents import canonical_json, sha256
 from storage_schemas.errors import SchemaError
-from storage_schemas.keys import INDEX_KEY, shard_object_keys
+from storage_schemas.keys import INDEX_KEY, data_object_keys, shard_object_keys
 from storage_schemas.spec import FORMAT_VERSION, StoreSpec
 
 _DIGEST_NBYTES = 32
@@ -79,26 +79,44 @@ def commits_from_index(spec: StoreSpec, store: str, data: bytes) -> list[Commit]
     """
     body = unseal_parquet(INDEX_KEY, data)
     try:
-        table = pq.read_table(io.BytesIO(body))
+        table = pq.read_table(io.BytesIO(body)).combine_chunks()
         metadata = json.loads((table.schema.metadata or {})[b"index"])
         if not table.schema.equals(SCHEMA):
             raise ValueError(f"columns are {table.schema.names}, expected {SCHEMA.names}")
         if metadata["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {metadata['format_version']!r}; this version reads {FORMAT_VERSION}")
         written_for = str(metadata["store"])
-        commits = _commits(spec, written_for, table, metadata)
+        ends, chunks = _chunks(table)
+        commits = _commits(spec, written_for, table, ends, chunks, metadata)
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise SchemaError(INDEX_KEY, [f"not an index of this format: {type(error).__name__}: {error}"]) from error
     if written_for != store:
         raise SchemaError(INDEX_KEY, [f"belongs to store {written_for[:16]}, this store is {store[:16]}"])
     if [c.shard for c in commits] != list(range(spec.n_shards)):
         raise SchemaError(INDEX_KEY, [f"lists {len(commits)} shards, expected 0 to {spec.n_shards - 1}, each once"])
-    problems = [f"shard {c.shard}: {p}" for c in commits for p in commit_problems(spec, store, c.shard, c)]
+    fit = _objects_fit(spec, table, ends, chunks)  # all at once; one by one only to say what does not
+    problems = [
+        f"shard {c.shard}: {p}" for c in commits for p in commit_problems(spec, store, c.shard, c, objects_fit=fit)
+    ]
     if sum(len(c.objects) for c in commits) != table.num_rows:
         problems.append("lists an object twice")
     if problems:
         raise SchemaError(INDEX_KEY, problems)
     return commits
+
+
+def is_index_of(spec: StoreSpec, store: str, data: bytes) -> bool:
+    """Whether these bytes are an unchanged index of this store, as their digest tells; its rows are not read.
+
+    It may be of an earlier content: whoever has committed a shard since then has to write it anew.
+    """
+    try:
+        file = pq.ParquetFile(io.BytesIO(unseal_parquet(INDEX_KEY, data)))
+        metadata = json.loads((file.schema_arrow.metadata or {})[b"index"])
+        found = metadata["format_version"], metadata["store"], file.metadata.num_rows
+    except (SchemaError, pa.ArrowException, OSError, KeyError, TypeError, ValueError, RecursionError):
+        return False
+    return found == (FORMAT_VERSION, store, spec.n_shards * len(shard_object_keys(spec, 0)))
 
 
 def seal_parquet(data: bytes) -> bytes:
@@ -129,10 +147,27 @@ def _footer_start(data: bytes) -> int:
     return len(data) - _TAIL_NBYTES - int.from_bytes(data[-_TAIL_NBYTES : -_TAIL_NBYTES // 2], "little")
 
 
-def _commits(spec: StoreSpec, store: str, table: pa.Table, metadata: dict) -> list[Commit]:
-    columns = table.combine_chunks()
-    ends = np.asarray(_list_column(columns, "chunk_offset").offsets)
-    chunks = np.stack([np.asarray(_list_column(columns, name).values) for name in SCHEMA.names[4:]], axis=1)
+def _chunks(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """Where the chunks of each row begin and end, and those of all rows, (chunk, 3)."""
+    ends = np.asarray(_list_column(table, "chunk_offset").offsets)
+    return ends, np.stack([np.asarray(_list_column(table, name).values) for name in SCHEMA.names[4:]], axis=1)
+
+
+def _objects_fit(spec: StoreSpec, table: pa.Table, ends: np.ndarray, chunks: np.ndarray) -> bool:
+    """Whether the rows are those of all shards in order, and fit the identity."""
+    if table.num_rows % spec.n_shards:
+        return False
+    shards = np.repeat(np.arange(spec.n_shards), table.num_rows // spec.n_shards)
+    if not np.array_equal(table["shard"].to_numpy(), shards):
+        return False
+    if ends[0] != 0 or ends[-1] != len(chunks) or table["key"].to_pylist() != data_object_keys(spec):
+        return False
+    return objects_fit(spec, table["nbytes"].to_numpy(), table["crc32c"].to_numpy(), np.diff(ends), chunks)
+
+
+def _commits(
+    spec: StoreSpec, store: str, columns: pa.Table, ends: np.ndarray, chunks: np.ndarray, metadata: dict
+) -> list[Commit]:
     objects: dict[int, dict[str, ObjectRecord]] = {}
     for row, (shard, key, nbytes, crc) in enumerate(zip(*(columns[n].to_pylist() for n in SCHEMA.names[:4]))):
         objects.setdefault(shard, {})[key] = ObjectRecord(

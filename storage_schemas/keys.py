@@ -49,6 +49,16 @@ def shard_object_keys(spec: StoreSpec, shard: int) -> list[str]:
     return [*(shard_object_key(spec, path, shard) for path in sharded_array_paths(spec)), statistics_key(shard)]
 
 
+def data_object_keys(spec: StoreSpec) -> list[str]:
+    """Every data object of a complete store: those of shard 0, of shard 1 ..."""
+    paths = sharded_array_paths(spec)
+    return [
+        key
+        for shard in range(spec.n_shards)
+        for key in (*[shard_object_key(spec, path, shard) for path in paths], statistics_key(shard))
+    ]
+
+
 def commit_key(shard: int) -> str:
     return f"{COMMITS_PREFIX}{shard:06d}.json"
 

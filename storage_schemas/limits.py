@@ -24,7 +24,9 @@ def most_nbytes(spec: StoreSpec, key: str) -> int:
     if key == SAMPLES_KEY:
         return min(MAX_TABLE_NBYTES, _TABLE_BASE_NBYTES + spec.n_samples * _SAMPLE_NBYTES)
     if key == INDEX_KEY:
-        n_arrays = len(sharded_array_paths(spec)) + 1  # statistics is one more
-        per_object = spec.n_shards * _INDEX_OBJECT_NBYTES + spec.n_chunks * _INDEX_CHUNK_NBYTES
-        return min(MAX_TABLE_NBYTES, _TABLE_BASE_NBYTES + n_arrays * per_object + spec.n_samples * _INDEX_SAMPLE_NBYTES)
+        n_arrays = len(sharded_array_paths(spec))
+        n_objects = (n_arrays + 1) * spec.n_shards  # statistics is one more, of one chunk
+        n_chunks = n_arrays * spec.n_chunks + spec.n_shards
+        rows_nbytes = n_objects * _INDEX_OBJECT_NBYTES + n_chunks * _INDEX_CHUNK_NBYTES
+        return min(MAX_TABLE_NBYTES, _TABLE_BASE_NBYTES + rows_nbytes + spec.n_samples * _INDEX_SAMPLE_NBYTES)
     return MAX_TEACHER_FILE_NBYTES if is_teacher_key(key) else MAX_DOCUMENT_NBYTES

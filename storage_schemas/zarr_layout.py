@@ -5,7 +5,7 @@ index of the sharding codec (offset and size of every chunk as little-endian uin
 """
 
 import json
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from crc32c import crc32c
@@ -13,6 +13,8 @@ from crc32c import crc32c
 from storage_schemas.codecs import chunk_shape, inner_codecs, kind_dtype, kind_shape
 from storage_schemas.keys import STATISTIC_NAMES, STATISTICS, array_kind, layer_path, sharded_array_paths
 from storage_schemas.spec import FORMAT_VERSION, HEAD_INPUT, StoreSpec
+
+Count = TypeVar("Count", int, np.ndarray)
 
 CRC_NBYTES = 4
 #: Payloads begin at multiples of this. The kernel copies a chunk from its page cache a third faster from such an offset
@@ -54,7 +56,7 @@ def index_bytes(spec: StoreSpec, offsets: list[int], nbytes: list[int]) -> bytes
     return table.tobytes() + crc_bytes(crc32c(table.tobytes()))
 
 
-def slot_nbytes(payload_nbytes: int) -> int:
+def slot_nbytes(payload_nbytes: Count) -> Count:
     """Room that a payload takes in its object: itself, its CRC32C, and zeros up to where the next may begin."""
     return -(-(payload_nbytes + CRC_NBYTES) // ALIGNMENT_NBYTES) * ALIGNMENT_NBYTES
 

@@ -17,7 +17,15 @@ from hypothesis import strategies as st
 from infra.objects import MemoryObjects, ObjectError
 from storage_schemas import open_store
 from storage_schemas.codecs import raw_chunk_nbytes
-from storage_schemas.commit import Commit, Fidelity, ObjectRecord, read_commit, statistics_nbytes
+from storage_schemas.commit import (
+    Commit,
+    Fidelity,
+    ObjectRecord,
+    commit_problems,
+    objects_fit,
+    read_commit,
+    statistics_nbytes,
+)
 from storage_schemas.create import (
     StoreDocument,
     identity_differences,
@@ -34,10 +42,11 @@ from storage_schemas.keys import (
     array_kind,
     commit_key,
     shard_object_key,
+    shard_object_keys,
     sharded_array_paths,
     statistics_key,
 )
-from storage_schemas.reader import read_commits
+from storage_schemas.reader import has_sound_index, read_commits
 from storage_schemas.samples import Sample, samples_from_bytes, samples_to_bytes
 from storage_schemas.spec import StoreSpec
 from storage_schemas.verify import verify_store
@@ -80,6 +89,44 @@ def test_commits_and_index_round_trip(spec, data, seed):
         assert read_commit(spec, STORE, commit.shard, commit.to_bytes()).to_bytes() == commit.to_bytes()
     index = index_to_bytes(spec, STORE, made)
     assert [c.to_bytes() for c in commits_from_index(spec, STORE, index)] == [c.to_bytes() for c in made]
+
+
+def fit(spec: StoreSpec, commits: list[Commit]) -> bool:
+    records = [c.objects[key] for c in commits for key in shard_object_keys(spec, c.shard)]
+    return objects_fit(
+        spec,
+        np.array([r.nbytes for r in records]),
+        np.array([r.crc32c for r in records]),
+        np.array([len(r.chunks) for r in records]),
+        np.concatenate([r.chunks for r in records]),
+    )
+
+
+@settings(max_examples=150)
+@given(specs(), st.data(), st.integers(0, 2**32))
+def test_objects_checked_at_once_are_judged_as_one_by_one(spec, data, seed):
+    """Sound ones, and ones with a single number changed, or a chunk too many or too few."""
+    made = [any_commit(spec, shard, {}, np.random.default_rng(seed)) for shard in range(spec.n_shards)]
+    assert fit(spec, made)
+    shard = data.draw(st.integers(0, spec.n_shards - 1))
+    objects = dict(made[shard].objects)
+    key = data.draw(st.sampled_from(sorted(objects)))
+    record = objects[key]
+    place = data.draw(st.sampled_from(["nbytes", "crc32c", "chunk", "one more", "one less"]))
+    delta = data.draw(st.sampled_from([-(2**40), -64, -1, 1, 4, 64, 2**32, 2**62]))
+    chunks = record.chunks.copy()
+    if place == "chunk":
+        chunks[data.draw(st.integers(0, len(chunks) - 1)), data.draw(st.integers(0, 2))] += delta
+    elif place == "one more":
+        chunks = np.concatenate([chunks, chunks[-1:]])
+    elif place == "one less":
+        chunks = chunks[:-1]
+    else:
+        record = dataclasses.replace(record, **{place: getattr(record, place) + delta})
+    objects[key] = dataclasses.replace(record, chunks=chunks)
+    made[shard] = dataclasses.replace(made[shard], objects=objects)
+    problems = [p for c in made for p in commit_problems(spec, STORE, c.shard, c)]
+    assert fit(spec, made) == (not problems), problems
 
 
 @pytest.fixture
@@ -271,6 +318,27 @@ class TestIndex:
         assert store.read().shape[0] == 19
         assert [p.key for p in verify_store(objects)] == [INDEX_KEY]
 
+    def test_whether_an_index_is_sound_is_told_without_reading_commits(self, objects):
+        document = read_store_document(objects, "")
+        data = objects.get(INDEX_KEY)
+        for key in [info.key for info in objects.list("commits/")]:
+            objects.delete(key)
+        assert has_sound_index(objects, document)
+        other = MemoryObjects()
+        write_planted(other, make_spec(order_seed=1))
+        table = _table(objects)
+        cut = table.slice(1).replace_schema_metadata(table.schema.metadata)
+        for write in (
+            lambda: objects.delete(INDEX_KEY),
+            lambda: objects.put(INDEX_KEY, data[:-1]),
+            lambda: objects.put(INDEX_KEY, data[:200] + bytes([data[200] ^ 1]) + data[201:]),
+            lambda: objects.put(INDEX_KEY, other.get(INDEX_KEY)),
+            lambda: _put_index(objects, cut),
+            lambda: _put_index(objects, table.replace_schema_metadata(None)),
+        ):
+            write()
+            assert not has_sound_index(objects, document)
+
     def test_an_index_of_an_earlier_content_is_reported_and_can_be_passed_over(self, objects):
         """A repaired shard has a new commit; its old index still reads, so whoever writes it anew must not use it."""
         forge(objects, commit_key(1), lambda d: d["objects"]["layer_00/cls/c/1/0"]["chunks"][0].__setitem__(2, 7))
@@ -323,6 +391,13 @@ class TestIndex:
             (lambda t: t.slice(1), "does not list layer_00/cls/c/0/0"),
             (lambda t: t.slice(0, 14), "lists 1 shards, expected 0 to 2"),
             (lambda t: t.slice(0, 0), "lists 0 shards"),
+            (lambda t: t.slice(0, t.num_rows - 1), "shard 2: does not list statistics"),
+            (lambda t: _with_number(t, "nbytes", 3), r"shard 0: layer_00/patch_mean/c/0/0: chunks do not lie where"),
+            (lambda t: _with_number(t, "crc32c", -1), r"shard 0: layer_00/patch_mean/c/0/0: a crc32c is not in 0"),
+            (lambda t: _with_number(t, "chunk_offset", [0, 64]), r"layer_00/patch_mean/c/0/0: chunks do not lie where"),
+            (lambda t: _with_number(t, "chunk_nbytes", [1, 128]), r"layer_00/patch_mean/c/0/0: chunks have a wrong"),
+            (lambda t: _with_number(t, "chunk_crc32c", [2**32, 0]), r"layer_00/patch_mean/c/0/0: a crc32c is not"),
+            (lambda t: _with_number(t, "key", "../x"), r"shard 0: lists unknown \.\./x"),
             (lambda t: pa.concat_tables([t, t]), "lists an object twice"),
             (lambda t: _with_shard(t, 77), "lists 4 shards"),
             (lambda t: _with_shard(t, -1), "lists 4 shards"),
@@ -361,6 +436,13 @@ def _put_index(objects: MemoryObjects, table: pa.Table) -> None:
     sink = io.BytesIO()
     pq.write_table(table, sink)
     objects.put(INDEX_KEY, seal_parquet(sink.getvalue()))
+
+
+def _with_number(table: pa.Table, name: str, value: object) -> pa.Table:
+    """Another value in the fourth row, of layer_00/patch_mean in shard 0."""
+    field, values = SCHEMA.field(name), table[name].to_pylist()
+    values[3] = value
+    return table.set_column(SCHEMA.names.index(name), field, pa.array(values, field.type))
 
 
 def _with_shard(table: pa.Table, shard: int) -> pa.Table:

@@ -12,7 +12,7 @@ import pytest
 
 import storage_schemas
 from infra.objects import MemoryObjects
-from storage_schemas import documents, index, keys, samples, spec, zarr_layout
+from storage_schemas import documents, index, keys, limits, samples, spec, zarr_layout
 from storage_schemas.codecs import BLOSC_OVERHEAD, inner_codecs, kind_dtype, kind_shape
 from storage_schemas.commit import BAD_IMAGE_CODES, Commit, Fidelity, ObjectRecord
 from storage_schemas.create import StoreDocument
@@ -123,7 +123,17 @@ def test_limits_are_those_of_the_table():
         spec.MAX_CHUNKS,
         spec.MAX_CHUNK_NBYTES,
     ]
-    assert f"more than {documents.MAX_DOCUMENT_NBYTES:,} bytes" in section("Sealed documents")
+    sealed = " ".join(section("Sealed documents").split())
+    assert f"of more than {documents.MAX_DOCUMENT_NBYTES:,} bytes" in sealed
+    assert f"a file of the teacher of more than {limits.MAX_TEACHER_FILE_NBYTES:,};" in sealed
+    assert f"neither of more than {limits.MAX_TABLE_NBYTES:,}." in sealed
+    base, one = limits.most_nbytes(make_spec(n_samples=1), "samples.parquet"), make_spec(n_samples=2)
+    per_sample = limits.most_nbytes(one, "samples.parquet") - base
+    assert f"`samples.parquet` of more than {base - per_sample:,} and {per_sample:,} for each sample" in sealed
+    small = make_spec(n_samples=8, layers=(0,))  # one shard of two chunks, of five arrays, and statistics
+    n_objects, n_chunks = 6, 5 * 2 + 1
+    expected = 1_048_576 + 1_024 * n_objects + 64 * n_chunks + 64 * small.n_samples
+    assert limits.most_nbytes(small, "index.parquet") == expected
     assert f"at most {BLOSC_OVERHEAD} bytes" in section("Objects of a shard")
     assert f"multiple of {zarr_layout.ALIGNMENT_NBYTES} bytes" in section("Objects of a shard")
     assert f"first multiple of {zarr_layout.ALIGNMENT_NBYTES} behind" in section("Fields of an object's record")
