@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 
+from infra.console import ExitCode
 from infra.objects import FolderObjects, MemoryObjects
+from pipeline.__main__ import main
 from pipeline.extract import RunConfig, extract
 from pipeline.plan import describe, plan_store
 from storage_schemas.keys import COMMITS_PREFIX, commit_shard
 from storage_schemas.spec import StoreSpec
-from tests.pipeline_jobs import fake_config, make_tree
+from tests.pipeline_jobs import fake_arguments, fake_config, make_tree
 from tests.stores import make_spec, write_planted
 from tests.strategies import specs
 
@@ -124,3 +126,10 @@ def test_measured_memory_stays_under_the_plan_and_near_it(tmp_path: Path) -> Non
 )
 def test_measured_memory_of_other_shapes(changes: dict, tmp_path: Path) -> None:
     check_memory(make_tree(tmp_path / "images", 192), tmp_path / "store", depth=2, **changes)
+
+
+def test_the_plan_is_for_reading_only(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    images = make_tree(tmp_path / "images", 21)
+    assert main(["plan", *fake_arguments(images, tmp_path / "store")]) == ExitCode.OK
+    assert f"{tmp_path / 'store'}: 21 images" in capfd.readouterr().out
+    assert not (tmp_path / "store").exists()

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from infra.console import JobError, UserError
+from infra.console import ExitCode, JobError, UserError
 from infra.objects import FolderObjects
 from infra.status import my_heartbeat
-from pipeline.extract import ExtractResult
+from pipeline.__main__ import main
+from pipeline.extract import ExtractResult, extract
 from pipeline.repair import repair
 from pipeline.run_log import HEARTBEAT_KEY
 from pipeline.settings import ExtractConfig
-from storage_schemas import open_store
 from storage_schemas.errors import NotAStoreError
 from storage_schemas.keys import LOG_PREFIX
 from storage_schemas.verify import verify_store
@@ -279,14 +279,23 @@ def test_each_split_of_a_folder_is_mended(tmp_path: Path) -> None:
     for split in ("train", "val"):
         make_tree(tmp_path / "images" / split, 5)
     config = fake_config(tmp_path / "images", tmp_path / "stores")
-    from pipeline.extract import extract
-
     extract(config, ALONE)
-    before = digest_of(tmp_path / "stores")
+    stores = [tmp_path / "stores" / split for split in ("train", "val")]
+    before = [digest_of(store) for store in stores]
     damage(tmp_path / "stores/train", "data", "flip", random.Random(0))
     damage(tmp_path / "stores/val", "index", "delete", random.Random(0))
     results: list[ExtractResult] = repair(ExtractConfig(images=config.images, store=config.store), ALONE)
     assert [result.n_done for result in results] == [5, 0]
-    assert before == digest_of(tmp_path / "stores") or [
-        open_store(tmp_path / "stores" / split).verify() for split in ("train", "val")
-    ] == [[], []]
+    assert [digest_of(store) for store in stores] == before
+
+
+def test_through_the_door(sound: ExtractConfig, digest: str, damaged: Path, capfd: pytest.CaptureFixture) -> None:
+    damage(damaged, "data", "delete", random.Random(0))
+    damage(damaged, "zarr.json", "flip", random.Random(0))
+    assert main(["verify", "--store", str(damaged)]) == ExitCode.PROBLEMS
+    assert f"{damaged} has 2 problems in 1 shard" in capfd.readouterr().out
+    command = ["verify", "--store", str(damaged), "--images", sound.images, "--repair", "--no-ray", "--device", "cpu"]
+    assert main(command) == ExitCode.OK
+    assert "8 images in " in capfd.readouterr().out
+    assert digest_of(damaged) == digest
+    assert main(["verify", "--store", str(damaged)]) == ExitCode.OK
