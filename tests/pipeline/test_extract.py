@@ -21,8 +21,7 @@ from torchvision.transforms import InterpolationMode
 import pipeline.extract
 import pipeline.shard
 from infra.console import ExitCode, JobError, StopFlag, UserError
-from infra.objects import FolderObjects
-from pipeline.extract import ExtractResult, RunConfig, exit_code, extract, extract_planned
+from pipeline.extract import ExtractResult, exit_code, extract, extract_planned
 from pipeline.run_log import HEARTBEAT_KEY
 from pipeline.settings import ExtractConfig, make_teacher, plan_stores
 from pipeline.shard import RunnerConfig
@@ -538,11 +537,11 @@ def test_codecs_give_the_same_states_and_repeat_their_bytes(store: Store, images
     assert np.array_equal(open_store(tmp_path / "a").read(), store.read())
 
 
-def test_half_precision_compute_is_recorded(images: Path, tmp_path: Path) -> None:
-    run_job(fake_config(images, tmp_path / "store", limit=4, compute="bfloat16"))
-    assert open_store(tmp_path / "store").spec.compute == "bfloat16"
-
-
-def test_objects_are_the_folders(store: Store) -> None:
-    assert isinstance(store.objects, FolderObjects)
-    assert RunConfig().no_ray is False
+def test_half_precision_compute_is_recorded_and_close(store: Store, images: Path, tmp_path: Path) -> None:
+    run_job(fake_config(images, tmp_path / "store", limit=10, compute="bfloat16"))
+    half = open_store(tmp_path / "store")
+    assert half.spec.compute == "bfloat16"
+    rows = np.flatnonzero(half.valid)
+    found, exact = half.read(samples=rows, tokens="patches"), store.read(samples=rows, tokens="patches")
+    np.testing.assert_allclose(found, exact, atol=0.1)
+    assert not np.array_equal(found, exact)
