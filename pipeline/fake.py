@@ -5,7 +5,7 @@ seconds, with no download and no GPU. It is a real class with timm's attributes,
 """
 
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float
 from torch import nn
 
 from pipeline.preprocess import Preprocessing, resize_size_for
@@ -31,7 +31,7 @@ class AddingBlock(nn.Module):
         self.attn = nn.Identity()
         self.attn.num_heads = 2  # type: ignore[assignment]
 
-    def forward(self, x: Float32[torch.Tensor, "batch token dim"]) -> Float32[torch.Tensor, "batch token dim"]:
+    def forward(self, x: Float[torch.Tensor, "batch token dim"]) -> Float[torch.Tensor, "batch token dim"]:
         """x plus the block's number."""
         return x + self.number
 
@@ -46,8 +46,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, DIM, PATCH_SIZE, stride=PATCH_SIZE)
 
     def forward(
-        self, pixels: Float32[torch.Tensor, "batch 3 height width"]
-    ) -> Float32[torch.Tensor, "batch patch dim"]:
+        self, pixels: Float[torch.Tensor, "batch 3 height width"]
+    ) -> Float[torch.Tensor, "batch patch dim"]:
         """Patch tokens in row order."""
         return self.proj(pixels).flatten(2).transpose(1, 2)
 
@@ -66,8 +66,8 @@ class FakeViT(nn.Module):
         self.norm = nn.LayerNorm(DIM)
 
     def forward_features(
-        self, pixels: Float32[torch.Tensor, "batch 3 height width"]
-    ) -> Float32[torch.Tensor, "batch token dim"]:
+        self, pixels: Float[torch.Tensor, "batch 3 height width"]
+    ) -> Float[torch.Tensor, "batch token dim"]:
         """Normed tokens after the last block."""
         prefix = torch.cat([self.cls_token, self.reg_token], dim=1).expand(len(pixels), -1, -1)
         x = torch.cat([prefix, self.patch_embed(pixels)], dim=1)
