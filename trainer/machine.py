@@ -43,6 +43,8 @@ class Machine:
             chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         except RuntimeError as error:
             raise UserError(f"DEVICE={device} is not a device: expected cpu, cuda or cuda:0") from error
+        if chosen.type not in ("cpu", "cuda"):
+            raise UserError(f"DEVICE={device}: training runs on cpu, cuda or cuda:0, not on {chosen.type}")
         n_gpus = torch.cuda.device_count()
         if chosen.type == "cuda" and (chosen.index or 0) >= n_gpus:
             raise UserError(f"DEVICE={device}: this machine has {n_gpus} usable GPUs; leave it out, or give cpu")

@@ -1,10 +1,14 @@
 """Metrics of a run: a line of JSON each in metrics.jsonl, and the same for TensorBoard."""
 
+import io
+import os
+import socket
 import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
+from infra.objects import ObjectAccessError
 from trainer.run_files import METRICS_KEY, Checkpoint, RunFiles
 from trainer.validation import Validation
 
@@ -60,7 +64,7 @@ class RunLog:
         self._lines.append(line)
         if self._tensorboard is not None:
             for name, value in scalars.items():
-                self._tensorboard.add_scalar(name, value, line["step"])
+                self._tensorboard.add(name, value, line["step"])
         if time.monotonic() - self._flushed_at > _FLUSH_S:
             self.flush()
 
@@ -69,14 +73,51 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         self.flush()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
 
 
-def _open_tensorboard(run: RunFiles, first_step: int | None) -> Any:
-    """A writer that hides earlier values from `first_step` on; None where the run is not in a local folder."""
-    if run.local_folder is None:
-        return None
-    from torch.utils.tensorboard import SummaryWriter  # seconds of import, which --help need not pay
+class EventFile:
+    """An event file of TensorBoard. A writer of our own, as theirs has a thread in which a full disk is a traceback."""
 
-    return SummaryWriter(f"{run.local_folder}/tensorboard", purge_step=first_step)
+    def __init__(self, folder: str, first_step: int | None) -> None:
+        """Begin a file that, if `first_step` is given, hides what earlier files have from that step on."""
+        # Half a second of import, which --help need not pay.
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        # TensorBoard reads files in the order of their names.
+        self._path = f"{folder}/events.out.tfevents.{time.time_ns() // 1000}.{socket.gethostname()}.{os.getpid()}"
+        self._event, self._pending = Event, io.BytesIO()
+        self._records = RecordWriter(self._pending)
+        self._write(file_version="brain.Event:2")
+        if first_step is not None:
+            self._write(step=first_step, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, name: str, value: float, step: int) -> None:
+        """Add one value of a curve."""
+        self._write(step=step, summary={"value": [{"tag": name, "simple_value": value}]})
+
+    def flush(self) -> None:
+        """Bring everything to the file.
+
+        Raises:
+            ObjectAccessError: It could not be written.
+        """
+        data = self._pending.getvalue()
+        self._pending.seek(0)
+        self._pending.truncate()
+        try:
+            os.makedirs(os.path.dirname(self._path), exist_ok=True)
+            with open(self._path, "ab") as file:
+                file.write(data)
+        except OSError as error:
+            raise ObjectAccessError(
+                os.path.basename(self._path), f"{self._path} could not be written: {error.strerror}"
+            ) from error
+
+    def _write(self, **values: Any) -> None:
+        self._records.write(self._event(wall_time=time.time(), **values).SerializeToString())
+
+
+def _open_tensorboard(run: RunFiles, first_step: int | None) -> EventFile | None:
+    """None where the run is not in a local folder."""
+    return None if run.local_folder is None else EventFile(f"{run.local_folder}/tensorboard", first_step)

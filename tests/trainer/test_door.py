@@ -176,7 +176,10 @@ def test_every_problem_is_listed(tmp_path: Path) -> None:
         assert part in message, part
 
 
-@pytest.mark.parametrize(("device", "message"), [("gpu7", "not a device"), ("cuda:99", "usable GPUs")])
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [("gpu7", "not a device"), ("cuda:99", "usable GPUs"), ("meta", "not on meta"), ("mps", "not on mps")],
+)
 def test_device_that_is_not_there(device: str, message: str) -> None:
     with pytest.raises(UserError, match=f"DEVICE={device}.*{message}"):
         Machine.found(device)
