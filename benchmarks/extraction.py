@@ -18,10 +18,11 @@ import torch
 from benchmarks.images import write_images
 from benchmarks.machine import n_cores, this_machine
 from benchmarks.report import Cell, Goal, Result
-from pipeline.extract import ExtractResult, RunConfig, extract
+from pipeline.extract import ExtractResult, extract
 from pipeline.preprocess import decode_image, normalise
 from pipeline.settings import ExtractConfig
 from pipeline.teacher import Teacher, load_teacher
+from pipeline.workers import RunConfig
 
 NOTES = (
     "bound = 1 / (forward seconds + decode CPU seconds / cores) per image. Forward is the teacher with all its layer "

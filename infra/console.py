@@ -43,6 +43,11 @@ class JobError(UserError):
     exit_code = ExitCode.PROBLEMS
 
 
+def say(message: str) -> None:
+    """One line to the person, on standard error, in order with progress."""
+    print(message, file=sys.stderr, flush=True)
+
+
 def run_door(main: Callable[[], int | None]) -> int:
     """Run a command and return its exit code as `ExitCode` lists them.
 

@@ -7,13 +7,14 @@ from typing import Annotated
 
 import tyro
 
-from infra.console import ExitCode, JobError, Progress, human_bytes, human_duration, run_door
+from infra.console import ExitCode, JobError, Progress, human_bytes, human_duration, run_door, say
 from infra.objects import ObjectError, open_objects
-from pipeline.extract import RunConfig, exit_code, extract, n_threads, say
+from pipeline.extract import exit_code, extract
 from pipeline.plan import describe, plan_store
 from pipeline.repair import repair as repair_stores
 from pipeline.settings import ExtractConfig, check_inputs, make_teacher, plan_stores, store_root
 from pipeline.summary import summarise
+from pipeline.workers import RunConfig, n_threads
 from storage_schemas.errors import Problem
 from storage_schemas.find import find_stores
 from storage_schemas.reader import open_store

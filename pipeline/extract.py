@@ -4,21 +4,17 @@ Doing it again is the normal way to go on after anything: shards that are commit
 """
 
 import os
-import re
-import shutil
-import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from infra.cluster import check_fits, connected
-from infra.console import ExitCode, JobError, Progress, StopFlag, UserError, human_bytes, stop_on_signals
+from infra.console import ExitCode, JobError, Progress, StopFlag, UserError, say, stop_on_signals
 from infra.metrics import STAGES, Metrics, sum_stages, verdict
-from infra.objects import ObjectError, ObjectMissingError, Objects, open_objects
+from infra.objects import ObjectError, Objects, open_objects
 from infra.status import Beat
 from pipeline.dispatch import (
     DispatchError,
@@ -30,54 +26,23 @@ from pipeline.dispatch import (
     WorkersReady,
     run_plain,
 )
+from pipeline.place import check_disk, check_place, delete_store, was_left_in_order, write_index
 from pipeline.plan import StorePlan, describe, plan_store
-from pipeline.run_log import HEARTBEAT_KEY, RunLog, claimed
+from pipeline.run_log import RunLog, claimed
 from pipeline.settings import ExtractConfig, PlannedStore, check_inputs, make_teacher, plan_stores
 from pipeline.shard import RunnerConfig, ShardReport, resolve_device
 from pipeline.sources import ImageFolderSource, Source
 from pipeline.teacher import Teacher
+from pipeline.workers import RunConfig, actor_resources, check_run, n_actors, n_threads, ray_for
 from storage_schemas.create import (
     StoreDocument,
     create_store,
-    identity_differences,
-    plan_documents,
-    read_store_document,
 )
-from storage_schemas.errors import NotAStoreError, SchemaError
-from storage_schemas.index import index_to_bytes
-from storage_schemas.keys import INDEX_KEY, LOG_PREFIX, STORE_KEY, is_owned
-from storage_schemas.reader import Store, has_index, list_commits, open_store, read_commits
+from storage_schemas.reader import open_store, read_commits
 
 MIN_BAD_IMAGES = 10
 BAD_IMAGE_SHARE = 0.001
 _N_NAMED = 10
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """How the work is done; nothing of it changes a byte of the store.
-
-    Attributes:
-        ray_address: Cluster to join; None is RAY_ADDRESS, or a private Ray in this machine.
-        no_ray: Do everything in this process.
-        workers: Teacher actors; None is one per GPU, or one per machine without GPUs.
-        cpus_per_worker: Cores of each; None shares out what there is.
-        depth: Shards in flight per worker; bounds its memory. None is 3 on a GPU, else 2.
-        shard_timeout_s: A shard that takes longer loses its worker, seconds.
-        device: cpu, cuda or auto.
-        dashboard: Whether a private Ray has its dashboard.
-        verbose: Show what workers print.
-    """
-
-    ray_address: str | None = None
-    no_ray: bool = False
-    workers: int | None = None
-    cpus_per_worker: int | None = None
-    depth: int | None = None
-    shard_timeout_s: float = 3600.0
-    device: str = "auto"
-    dashboard: bool = True
-    verbose: bool = False
 
 
 @dataclass(kw_only=True)
@@ -113,30 +78,6 @@ class ExtractResult:
     @property
     def complete(self) -> bool:
         return self.n_before + self.n_done == self.planned.spec.n_samples
-
-
-def check_run(run: RunConfig) -> None:
-    """Refuse ways of working that cannot be, all at once.
-
-    Raises:
-        UserError: Lists every setting that is wrong, with what it may be.
-    """
-    problems = [
-        f"{name.upper()}={value}: expected a number of at least 1"
-        for name in ("workers", "cpus_per_worker", "depth", "shard_timeout_s")
-        if (value := getattr(run, name)) is not None and value < 1
-    ]
-    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", run.device) is None:
-        problems.append(f"DEVICE={run.device}: expected cpu, cuda or auto")
-    elif run.no_ray and run.device.startswith("cuda") and not torch.cuda.is_available():
-        problems.append(f"DEVICE={run.device}: there is no CUDA device here; expected cpu or auto")
-    if problems:
-        raise UserError("\n  ".join(["these settings cannot be:", *problems]))
-
-
-def say(message: str) -> None:
-    """One line to the person, on standard error, in order with progress."""
-    print(message, file=sys.stderr, flush=True)
 
 
 def extract(
@@ -178,9 +119,9 @@ def extract_planned(
     """`extract` for stores that are planned already."""
     try:
         jobs = [_prepare(store, overwrite, run) for store in planned]
-        _check_disk(jobs)
+        check_disk((job.planned.location, job.nbytes_left) for job in jobs)
         missing = any(job.shards for job in jobs)
-        with _ray(run) if missing and not run.no_ray else nullcontext(), stop_on_signals() as stop:
+        with ray_for(run) if missing and not run.no_ray else nullcontext(), stop_on_signals() as stop:
             return [_extract_store(job, run, stop, teacher_factory) for job in jobs]
     except ObjectError as error:
         raise JobError(f"{error}. What is committed stays valid; the same command goes on from there") from error
@@ -198,6 +139,12 @@ class _Job:
     shards: list[int]
     bad_images: list[tuple[int, str]]
     depth: int
+
+    @property
+    def nbytes_left(self) -> int:
+        """What will be written at most."""
+        data = min(len(self.shards) * self.plan.shard_nbytes, self.plan.data_nbytes)
+        return data + (sum(map(len, self.planned.teacher_files.values())) if self.document is None else 0)
 
 
 def _prepare(planned: PlannedStore, overwrite: bool, run: RunConfig) -> _Job:
@@ -235,119 +182,6 @@ def _prepare(planned: PlannedStore, overwrite: bool, run: RunConfig) -> _Job:
     )
 
 
-def n_threads(run: RunConfig) -> int:
-    """Micro-batches in flight per worker on this machine."""
-    return run.cpus_per_worker or len(os.sched_getaffinity(0))
-
-
-def check_place(objects: Objects, planned: PlannedStore, overwrite: bool) -> tuple[StoreDocument | None, bool]:
-    """What is where the store should go: its identity if it can be resumed, None if it has to be created.
-
-    Returns:
-        The document of the store to go on with or None, and whether a store of another identity is to be deleted.
-
-    Raises:
-        UserError: Something else is there; says what, and what to do.
-    """
-    if "://" not in objects.location and Path(objects.location).is_file():
-        raise UserError(f"{objects.location} is a file; a store is a folder. Choose another STORE")
-    try:
-        found = read_store_document(objects, objects.location)
-    except NotAStoreError:
-        strangers = [info.key for info in objects.list() if not is_owned(info.key)][:_N_NAMED]
-        if strangers:
-            raise UserError(
-                f"{objects.location} is not empty and is no store: it holds {', '.join(strangers)}. "
-                "Choose another STORE, or empty that folder"
-            ) from None
-        if list_commits(objects):
-            raise UserError(
-                f"{objects.location} holds committed shards but no {STORE_KEY}, so nobody can say what they are. "
-                f"Write it anew: make verify STORE={objects.location} REPAIR=1 and the variables of the extraction"
-            ) from None
-        return None, False
-    except SchemaError as error:
-        raise UserError(
-            f"{error}\nMend it with: make verify STORE={objects.location} REPAIR=1 and the variables of the extraction"
-        ) from error
-    expected, _ = plan_documents(planned.spec, planned.samples, planned.teacher_files)
-    different = identity_differences(objects, found, expected, planned.samples)
-    if not different:
-        return found, False
-    if overwrite:
-        return None, True
-    raise UserError(
-        "\n  ".join(
-            [
-                f"{objects.location} is a store of another identity:",
-                *different,
-                "Choose another STORE, set the variables as they were, or delete it first with --overwrite",
-            ]
-        )
-    )
-
-
-def delete_store(objects: Objects, *, keep_run: str) -> None:
-    """Delete the keys that this format owns, store.json last, but for the log of one run; says how many."""
-    kept = (HEARTBEAT_KEY, f"{LOG_PREFIX}{keep_run}/")
-    owned = [info for info in objects.list() if is_owned(info.key) and not info.key.startswith(kept)]
-    if not owned:
-        return
-    say(f"  deleting {len(owned):,} objects, {human_bytes(sum(info.nbytes for info in owned))}, of {objects.location}")
-    for info in sorted(owned, key=lambda info: info.key == STORE_KEY):
-        objects.delete(info.key)
-
-
-def _check_disk(jobs: list[_Job]) -> None:
-    needed: dict[int, tuple[Path, int]] = {}
-    for job in jobs:
-        place = Path(job.planned.location).absolute()
-        while not place.exists():
-            place = place.parent
-        device = place.stat().st_dev
-        nbytes = min(len(job.shards) * job.plan.shard_nbytes, job.plan.data_nbytes)
-        if job.document is None:
-            nbytes += sum(len(data) for data in job.planned.teacher_files.values())
-        needed[device] = (place, needed.get(device, (place, 0))[1] + nbytes)
-    for place, nbytes in needed.values():
-        free = shutil.disk_usage(place).free
-        if nbytes > free:
-            raise UserError(
-                f"{place} has {human_bytes(free)} free and up to {human_bytes(nbytes)} are needed. "
-                "Free some, choose another STORE, or take fewer images with LIMIT=n"
-            )
-
-
-@contextmanager
-def _ray(run: RunConfig) -> Iterator[None]:
-    with connected(run.ray_address, dashboard=run.dashboard, verbose=run.verbose, say=say) as connection:
-        say(str(connection))
-        cpus, gpus = _actor_resources(run)
-        check_fits(num_cpus=cpus, num_gpus=gpus, connection=connection)
-        yield
-
-
-def _actor_resources(run: RunConfig) -> tuple[int, float]:
-    import ray
-
-    total = ray.cluster_resources()
-    n_gpus = 0 if run.device == "cpu" else int(total.get("GPU", 0))
-    if n_gpus:
-        return run.cpus_per_worker or max(1, min(16, int(total["CPU"]) // n_gpus)), 1.0
-    n_nodes = sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1)
-    workers = run.workers or max(1, n_nodes)
-    return run.cpus_per_worker or max(1, int(total.get("CPU", 1)) // workers), 0.0
-
-
-def _n_actors(run: RunConfig) -> int:
-    import ray
-
-    total = ray.cluster_resources()
-    n_gpus = 0 if run.device == "cpu" else int(total.get("GPU", 0))
-    n_nodes = sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1)
-    return run.workers or n_gpus or max(1, n_nodes)
-
-
 def _extract_store(
     job: _Job, run: RunConfig, stop: StopFlag, teacher_factory: Callable[[str], Teacher] | None
 ) -> ExtractResult:
@@ -359,7 +193,7 @@ def _extract_store(
     limit = max(MIN_BAD_IMAGES, int(BAD_IMAGE_SHARE * planned.spec.n_samples))
     if len(result.bad_images) > limit:
         raise JobError(_too_many_bad(planned, result.bad_images, limit))
-    if not job.shards and _was_left_in_order(objects):
+    if not job.shards and was_left_in_order(objects):
         return result
     if stop():
         result.interrupted = True
@@ -481,11 +315,11 @@ def _dispatch(
         return
     from pipeline.dispatch_ray import run_on_ray
 
-    num_cpus, num_gpus = _actor_resources(run)
+    num_cpus, num_gpus = actor_resources(run)
     yield from run_on_ray(
         job.shards,
         runner_config(num_cpus),
-        n_actors=_n_actors(run),
+        n_actors=n_actors(run),
         num_cpus=num_cpus,
         num_gpus=num_gpus,
         depth=job.depth,
@@ -498,23 +332,6 @@ def _dispatch(
 def _anywhere(source: Source) -> Source:
     """The source by its full path: a worker may have another working folder."""
     return replace(source, root=os.path.abspath(source.root)) if isinstance(source, ImageFolderSource) else source
-
-
-def write_index(objects: Objects, store: Store) -> None:
-    """Put index.parquet of a complete store, unless it is there already."""
-    commits, _ = read_commits(objects, store.document, use_index=False)  # the index there may be an earlier one
-    data = index_to_bytes(store.spec, store.document.digest, commits)
-    try:
-        if objects.get(INDEX_KEY) == data:
-            return
-    except ObjectMissingError:
-        pass  # the usual case: the last shard has just been committed
-    objects.put(INDEX_KEY, data)
-
-
-def _was_left_in_order(objects: Objects) -> bool:
-    """Whether there is an index, and the last run took its heartbeat away: it was not killed, and is not at work."""
-    return has_index(objects) and not any(True for _ in objects.list(HEARTBEAT_KEY))
 
 
 def _too_many_bad(planned: PlannedStore, bad: list[tuple[int, str, str]], limit: int) -> str:

@@ -45,9 +45,7 @@ class PatchEmbed(nn.Module):
         self.grid_size = (IMAGE_SIZE // PATCH_SIZE, IMAGE_SIZE // PATCH_SIZE)
         self.proj = nn.Conv2d(3, DIM, PATCH_SIZE, stride=PATCH_SIZE)
 
-    def forward(
-        self, pixels: Float[torch.Tensor, "batch 3 height width"]
-    ) -> Float[torch.Tensor, "batch patch dim"]:
+    def forward(self, pixels: Float[torch.Tensor, "batch 3 height width"]) -> Float[torch.Tensor, "batch patch dim"]:
         """Patch tokens in row order."""
         return self.proj(pixels).flatten(2).transpose(1, 2)
 

@@ -7,13 +7,14 @@ is not, the settings have to describe the store, and the digest in its commits t
 import dataclasses
 from collections.abc import Sequence
 
-from infra.console import JobError, UserError
+from infra.console import JobError, UserError, say
 from infra.objects import ObjectError, Objects, open_objects
-from pipeline.extract import ExtractResult, RunConfig, check_run, extract_planned, say
+from pipeline.extract import ExtractResult, extract_planned
 from pipeline.run_log import claimed
 from pipeline.settings import ExtractConfig, PlannedStore, check_config, make_teacher, plan_split, split_location
 from pipeline.sources import Source, open_sources
 from pipeline.teacher import Teacher, teacher_from_files
+from pipeline.workers import RunConfig, check_run
 from storage_schemas.create import StoreDocument, identity_differences, plan_documents, read_store_document
 from storage_schemas.documents import sha256, unseal
 from storage_schemas.errors import NotAStoreError, Problem, SchemaError

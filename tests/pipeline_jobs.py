@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 
 from infra.objects import FolderObjects
-from pipeline.extract import ExtractResult, RunConfig, extract
+from pipeline.extract import ExtractResult, extract
 from pipeline.settings import ExtractConfig
+from pipeline.workers import RunConfig
 from storage_schemas.digest import content_digest
 
 #: In this process, on the CPU, one thread: nothing of it may change a byte.

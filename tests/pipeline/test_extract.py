@@ -237,7 +237,7 @@ def test_a_second_run_does_nothing_and_says_so(
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("nothing should have been started")
 
-    for name in ("connected", "run_plain", "claimed", "create_store"):
+    for name in ("ray_for", "run_plain", "claimed", "create_store"):
         monkeypatch.setattr(pipeline.extract, name, never)
     monkeypatch.setattr(RunnerConfig, "__call__", never)
     location = Path(first.planned.location)

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from infra.console import ExitCode
 from infra.objects import FolderObjects, MemoryObjects
 from pipeline.__main__ import main
-from pipeline.extract import RunConfig, extract
+from pipeline.extract import extract
 from pipeline.plan import describe, plan_store
+from pipeline.workers import RunConfig
 from storage_schemas.keys import COMMITS_PREFIX, commit_shard
 from storage_schemas.spec import StoreSpec
 from tests.pipeline_jobs import fake_arguments, fake_config, make_tree
@@ -87,7 +88,8 @@ MEASURED = {
 _PROGRAM = """
 import json, re, sys
 from pathlib import Path
-from pipeline.extract import RunConfig, extract
+from pipeline.extract import extract
+from pipeline.workers import RunConfig
 from pipeline.settings import ExtractConfig
 config, run = json.loads(sys.argv[1])
 (result,) = extract(ExtractConfig(**config), RunConfig(**run))
