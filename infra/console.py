@@ -86,9 +86,13 @@ def stop_on_signals() -> Iterator[StopFlag]:
     """Turn the first SIGINT or SIGTERM into a stop request and the second into an immediate exit with code 130.
 
     Enter it after `ray.init`, which installs a SIGTERM handler of its own. The former handlers come back at the end.
-    Leaving at once is safe because a shard exists only when its commit, written last, is whole.
+    Leaving at once is safe because a shard exists only when its commit, written last, is whole. In another thread than
+    the main one, where Python sets no handlers, the flag is never raised by a signal.
     """
     flag = StopFlag()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
 
     def handle(number: int, frame: FrameType | None) -> None:
         # os.write and os._exit: a signal may arrive in the middle of a print, which is not re-entrant.

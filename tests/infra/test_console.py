@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -152,6 +153,21 @@ def test_the_first_signal_asks_for_a_stop_and_the_handlers_come_back(number: sig
         os.kill(os.getpid(), number)
         assert stop()
     assert signal.getsignal(number) is former
+
+
+def test_a_job_in_another_thread_runs_without_handlers() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    seen: list[bool] = []
+
+    def job() -> None:
+        with stop_on_signals() as stop:
+            seen.append(stop())
+            seen.append(signal.getsignal(signal.SIGINT) is before)
+
+    thread = threading.Thread(target=job)
+    thread.start()
+    thread.join()
+    assert seen == [False, True]
 
 
 def test_the_second_signal_ends_the_process_at_once_with_130() -> None:
