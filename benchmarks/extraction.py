@@ -16,8 +16,9 @@ import psutil
 import torch
 
 from benchmarks.images import write_images
-from benchmarks.machine import n_cores, this_machine
+from benchmarks.machine import this_machine
 from benchmarks.report import Cell, Goal, Result
+from infra.machine import n_cores
 from pipeline.extract import ExtractResult, extract
 from pipeline.preprocess import decode_image, normalise
 from pipeline.settings import ExtractConfig

@@ -1,6 +1,5 @@
 """What a benchmark ran on: enough to judge its numbers, nothing that names a host, a person or a path."""
 
-import os
 import platform
 import re
 from dataclasses import dataclass
@@ -8,6 +7,8 @@ from importlib.metadata import version
 
 import psutil
 import torch
+
+from infra.machine import n_cores
 
 _LIBRARIES = ("torch", "timm", "numpy", "zarr", "zarrs", "numcodecs", "tensorstore", "webdataset", "ray", "crc32c")
 
@@ -52,11 +53,6 @@ def this_machine() -> MachineFacts:
         system=f"{platform.system()} {platform.machine()}",
         versions={"python": platform.python_version()} | {name: version(name) for name in _LIBRARIES},
     )
-
-
-def n_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_model() -> str:

@@ -24,8 +24,8 @@ import webdataset
 import zarr
 from zarr.buffer import cpu
 
-from benchmarks.machine import n_cores
 from benchmarks.stream_data import StreamData
+from infra.machine import n_cores
 from storage_schemas.codecs import kind_dtype, kind_shape
 
 KINDS = ("cls", "registers", "patches")  # together every token of a state

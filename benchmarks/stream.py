@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.limit import preadv_into_a_ring
-from benchmarks.machine import PeakMemory, n_cores, this_machine
+from benchmarks.machine import PeakMemory, this_machine
 from benchmarks.peers import (
     KINDS,
     Batch,
@@ -28,6 +28,7 @@ from benchmarks.peers import (
 from benchmarks.report import Cell, Goal, Result
 from benchmarks.rounds import Rates, measure, run_rounds
 from benchmarks.stream_data import StreamData, make_spec, planted_states, write_stream_data
+from infra.machine import n_cores
 from storage_schemas import open_store
 from storage_schemas.from_arrays import split_kinds
 from storage_schemas.spec import Span

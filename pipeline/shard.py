@@ -19,6 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
+from infra.machine import n_cores
 from infra.metrics import Metrics, StageClock
 from infra.objects import ObjectAccessError, Objects, open_objects
 from pipeline.dispatch import FatalError
@@ -117,7 +118,7 @@ class ShardRunner:
         ]
         device = resolve_device(config.device)
         self._on_gpu = device.startswith("cuda")
-        self._n_threads = config.n_threads or len(os.sched_getaffinity(0))
+        self._n_threads = config.n_threads or n_cores()
         if not self._on_gpu:
             torch.set_num_threads(1)  # each micro-batch has a thread of ours; see the head of this file
         self._teacher = config.make_teacher(device) if config.make_teacher else self._stored_teacher(device)

@@ -1,6 +1,5 @@
 """How the work is done: with Ray or without, how many workers, with what of the machines."""
 
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ import torch
 
 from infra.cluster import check_fits, connected
 from infra.console import UserError, say
+from infra.machine import n_cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ def check_run(run: RunConfig) -> None:
 
 def n_threads(run: RunConfig) -> int:
     """Micro-batches in flight per worker on this machine."""
-    return run.cpus_per_worker or len(os.sched_getaffinity(0))
+    return run.cpus_per_worker or n_cores()
 
 
 @contextmanager

@@ -1,12 +1,12 @@
 """What a training runs on. It changes nothing that is learned beyond rounding: none of it is in a run's config."""
 
-import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from infra.console import UserError
+from infra.machine import n_cores
 
 # Below so many channels a CPU's second thread saves little, and where another process has a core it costs a lot: each
 # small operation then ends in a barrier that waits for the slowest thread.
@@ -15,7 +15,7 @@ _DIM_FOR_THREADS = 256
 
 def torch_threads(dim: int) -> int:
     """Threads for torch on a CPU: one for small blocks, else one per core."""
-    return len(os.sched_getaffinity(0)) if dim >= _DIM_FOR_THREADS else 1
+    return n_cores() if dim >= _DIM_FOR_THREADS else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +48,7 @@ class Machine:
         n_gpus = torch.cuda.device_count()
         if chosen.type == "cuda" and (chosen.index or 0) >= n_gpus:
             raise UserError(f"DEVICE={device}: this machine has {n_gpus} usable GPUs; leave it out, or give cpu")
-        n_cores = len(os.sched_getaffinity(0))
-        return cls(device=chosen, compile=chosen.type == "cuda", stream_threads=max(2, min(8, n_cores)))
+        return cls(device=chosen, compile=chosen.type == "cuda", stream_threads=max(2, min(8, n_cores())))
 
     def autocast(self, precision: str) -> AbstractContextManager:
         """Products of the model in `precision` ("float32" or "bfloat16"); its residual stream stays float32."""
