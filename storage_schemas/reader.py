@@ -2,6 +2,7 @@
 
 import operator
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -339,8 +340,16 @@ class Store:
         wanted = np.unique(chunk_of)
         takers = [(int(c), np.flatnonzero(chunk_of == c)) for c in wanted]
 
+        failed = threading.Event()
+
         def one(path: str, out: np.ndarray, chunk: int, at: np.ndarray) -> None:
-            values = self._chunk_values(path, chunk)[place_of[at]]
+            if failed.is_set():  # or all the other chunks would be read before the error is seen
+                return
+            try:
+                values = self._chunk_values(path, chunk)[place_of[at]]
+            except BaseException:
+                failed.set()
+                raise
             out[at] = values if values.ndim == out.ndim else values[:, None]
 
         jobs = [(path, out, chunk, at) for path, out in work for chunk, at in takers]
@@ -352,7 +361,7 @@ class Store:
                 for done in [pool.submit(one, *job) for job in jobs]:
                     done.result()
             except BaseException:
-                pool.shutdown(cancel_futures=True)  # or all the other chunks would be read first
+                failed.set()  # also where it is the caller who was interrupted
                 raise
 
     def _chunk_values(self, path: str, chunk: int) -> np.ndarray:
