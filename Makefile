@@ -17,13 +17,13 @@ switch = $(if $(filter 1 yes true,$($(1))),--$(call lower,$(1)))
 flags  = $(foreach name,$(1),$(call flag,$(name)))
 
 EXTRACT_VARIABLES := IMAGES STORE TEACHER WEIGHTS HEAD IMAGE_SIZE FORMAT PRECISION CODEC SHUFFLE COMPUTE LAYERS LIMIT \
-  SAMPLES_PER_SHARD SAMPLES_PER_CHUNK MICRO_BATCH RAY_ADDRESS DEPTH DEVICE
+  SAMPLES_PER_SHARD SAMPLES_PER_CHUNK MICRO_BATCH RAY_ADDRESS DEPTH DEVICE MAX_ERROR ENDPOINT_URL
 EXTRACT_FLAGS = $(call flags,$(EXTRACT_VARIABLES)) $(if $(strip $(WORKERS)),--workers '$(strip $(WORKERS))') \
-  $(call switch,NO_RAY) $(ARGS)
+  $(call switch,NO_RAY) $(call switch,JOIN) $(ARGS)
 
 help: ## list targets and variables
 	@echo "Targets"
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1|\2/' | \
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1|\2/' | \
 	  awk -F'|' '{printf "  %-14s %s\n", $$1, $$2}'
 	@echo ""
 	@echo "Variables (default in brackets)"
@@ -31,22 +31,35 @@ help: ## list targets and variables
 	@echo ""
 	@echo "Every door has --help with all options: .venv/bin/python -m pipeline extract --help"
 
-#: IMAGES      digits, or a folder of class folders of images, or a folder with such folders train/ and val/  [digits]
+#: IMAGES      digits, a folder of class folders of images or of tars, one with such folders train/ and val/, or
+#:             tars by a quoted pattern: 's3://bucket/train-{000..146}.tar'                     [digits]
 #: STORE       a store, or the folder of stores train and val                     [data/stores/<name of IMAGES>]
 #: TEACHER     any timm ViT, or digits_vit                     [digits_vit for digits, else DINOv2 ViT-B/14 reg]
 #: WEIGHTS     file in timm's or Meta's naming, or random:0                        [timm's pretrained or shipped]
 #: HEAD        file of a linear head on [final-norm CLS; mean of final-norm patches]                      [none]
-#: PRECISION   of stored patches: float16 or float32                                                  [float16]
-#: CODEC       none, lz4, zstd-1 or zstd-3                                                               [none]
+#: FORMAT      zarr or webdataset                                                                        [zarr]
+#: PRECISION   of stored patches: float32, float16, bfloat16 or int8                                  [float16]
+#: CODEC       none; zarr has lz4, zstd-1 and zstd-3, webdataset has gzip                                [none]
+#: MAX_ERROR   relative MSE, such as 1e-4: a PRECISION that loses more is refused on the first shard       [any]
 #: COMPUTE     of the teacher: float32, tf32, bfloat16 or float16                                      [float32]
 #: LAYERS      states to store, such as 0-12 or 0,6,12                                                    [all]
 #: LIMIT       only the first n images of the shuffled order                                              [all]
+#: AT          with make stores: a folder, bucket or prefix                                        [data/stores]
+#: TO          with make copy and convert: where the copy goes                                [must be given]
+#: K           number of spans to cut the depth into                                           [must be given]
+#: EPSILON     with make phases: threshold of the max-cut recursion, 0 to 1 of the total distance         [none]
+#: OBJECTIVE   normalised_association, cut, cut_per_layer or mean_distance              [normalised_association]
+#: OUT         where make phases saves matrix, figure and JSON                             [data/phases/<store>]
 #: BLOCK       a-b: the block takes state a and produces a+1..b                                 [must be given]
 #: RUN         folder of a training run                            [data/runs/<store>/<BLOCK>-seed<SEED>]
 #: STEPS SEED  length and seed of a training                                                   [the recipe's; 0]
 #: RECIPE      digits_stage1 or imagenet_stage1                                    [the one that fits the store]
 #: PARTIAL=1   train on a store that is not finished, with the shards that it has now                      [off]
 #: DEVICE      cpu, cuda or cuda:0                                                     [the GPU if there is one]
+#: JOIN=1      share the work of the jobs that extract into the same store                              [off]
+#: ENDPOINT_URL  S3 endpoint, such as http://127.0.0.1:9000            [AWS_ENDPOINT_URL, else Amazon's]
+#: PORT        with make s3: where it listens                                                          [9000]
+#: RECOMPUTE   with make verify: so many images are made anew and compared (give IMAGES)                  [off]
 #: REPAIR=1    with make verify: mend what is wrong (give IMAGES as extracted)                             [off]
 #: RAY_ADDRESS a Ray cluster to run on                                                     [Ray in this machine]
 #: WORKERS     teacher actors                                                    [one per GPU, else per machine]
@@ -62,27 +75,44 @@ $(READY): requirements.txt pyproject.toml
 	  --config-settings editable_mode=compat
 	@touch $(READY)
 
-.PHONY: help venv extract plan inspect verify train teacher bench test test-slow check format requirements
+.PHONY: help venv extract plan stores inspect copy convert verify phases train teacher s3 bench test test-slow check format requirements
 
 venv: $(READY) ## make .venv and nothing else
 
 extract: $(READY) ## images -> store, with hidden states of all layers; again to go on after anything
 	@$(PYTHON) -m pipeline extract $(EXTRACT_FLAGS)
 
-plan: $(READY) ## what make extract would take: bytes, objects, memory
-	@$(PYTHON) -m pipeline plan $(EXTRACT_FLAGS)
+plan: $(READY) ## what make extract would take: bytes, objects, memory, requests, hours, dollars; BLOCK= prices its epoch
+	@$(PYTHON) -m pipeline plan $(EXTRACT_FLAGS) $(call flag,BLOCK)
 
 inspect: $(READY) ## what a store holds
-	@$(PYTHON) -m storage_schemas inspect $(if $(STORE),'$(STORE)',data/stores/digits) $(ARGS)
+	@$(PYTHON) -m storage_schemas inspect $(if $(STORE),$(call quote,$(STORE)),data/stores/digits) $(call flag,ENDPOINT_URL) $(ARGS)
 
-verify: $(READY) ## re-read and check every object of a store; REPAIR=1 mends
-	@$(PYTHON) -m pipeline verify $(EXTRACT_FLAGS) $(call switch,REPAIR)
+stores: $(READY) ## which stores lie below AT=, and how far each is, without listing their objects
+	@$(PYTHON) -m storage_schemas stores $(if $(AT),$(call quote,$(AT)),data/stores) $(call flag,ENDPOINT_URL) $(ARGS)
+
+copy: $(READY) ## mirror a store, or LAYERS= and LIMIT= of it, to TO=, every byte checked; again to go on
+	@$(PYTHON) -m storage_schemas copy $(if $(STORE),$(call quote,$(STORE)),data/stores/digits) $(call quote,$(TO)) \
+	  $(call flags,LAYERS LIMIT ENDPOINT_URL) $(ARGS)
+
+convert: $(READY) ## copy a store to TO= in another FORMAT= and CODEC=, losslessly
+	@$(PYTHON) -m storage_schemas convert $(if $(STORE),$(call quote,$(STORE)),data/stores/digits) $(call quote,$(TO)) \
+	  $(call flags,FORMAT CODEC SHUFFLE ENDPOINT_URL) $(ARGS)
+
+verify: $(READY) ## re-read and check every object of a store; REPAIR=1 mends, RECOMPUTE=20 makes images anew
+	@$(PYTHON) -m pipeline verify $(EXTRACT_FLAGS) $(call flag,RECOMPUTE) $(call switch,REPAIR)
+
+phases: $(READY) ## cut the depth into spans, with heat map and controls: make phases K=3
+	@$(PYTHON) -m analysis phases $(call flags,K STORE EPSILON OBJECTIVE OUT LIMIT ENDPOINT_URL) $(ARGS)
 
 train: $(READY) ## train one Raptor block on a store: make train BLOCK=0-7
-	@$(PYTHON) -m trainer train $(call flags,STORE BLOCK RUN STEPS SEED HEAD DEVICE RECIPE) $(call switch,PARTIAL) $(ARGS)
+	@$(PYTHON) -m trainer train $(call flags,STORE BLOCK RUN STEPS SEED HEAD DEVICE RECIPE ENDPOINT_URL) $(call switch,PARTIAL) $(ARGS)
 
 teacher: $(READY) ## train digits_vit, the small teacher that ships with the project (minutes)
 	@$(PYTHON) -m trainer teacher $(ARGS)
+
+s3: $(READY) ## a local S3 server for trying things; prints what to export. PORT=9000, in memory
+	@$(PYTHON) -m infra s3 $(call flag,PORT) $(ARGS)
 
 bench: $(READY) ## side-by-side benchmarks; results under benchmarks/results/
 	@$(PYTHON) -m benchmarks all $(ARGS)

@@ -1,4 +1,4 @@
-"""`python -m benchmarks [extraction|stream|step|all]`: measure, print tables with ratios, save them."""
+"""`python -m benchmarks [NAME|all]`: measure, print tables with ratios, save them."""
 
 import sys
 from dataclasses import dataclass
@@ -7,9 +7,12 @@ from typing import Annotated, Literal
 
 import tyro
 
-from benchmarks import extraction, step, stream
+from benchmarks import clients, codecs, extraction, fidelity, precision, step, stream, stream_s3
 from benchmarks.report import RESULTS, Result
 from infra.console import UserError, run_door
+
+Name = Literal["extraction", "stream", "stream-s3", "clients", "step", "codecs", "precision", "fidelity", "all"]
+ALL = ("extraction", "stream", "stream-s3", "clients", "step", "codecs", "precision")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,15 +20,21 @@ class Options:
     """Side-by-side benchmarks; every number is a ratio within one run.
 
     Attributes:
-        what: Which one.
+        what: Which one; `all` leaves out fidelity, which takes an hour and goes on where it was interrupted.
         quick: Tiny sizes, to see that everything runs; its numbers say nothing about speed.
-        dir: Where temporary data goes, up to 4 GB, deleted afterwards; the system's place if not given.
+        dir: Where temporary data goes, up to 4 GB, deleted afterwards; the system's place if not given. Fidelity keeps
+            its stores and runs there; data/fidelity if not given.
+        steps: Of each training of fidelity; the recipe's if not given.
         out: Where results are saved; benchmarks/results if not given, and nowhere for quick ones.
     """
 
-    what: Annotated[Literal["extraction", "stream", "step", "all"], tyro.conf.Positional] = "all"
+    what: Annotated[
+        Literal["extraction", "stream", "stream-s3", "clients", "step", "codecs", "precision", "fidelity", "all"],
+        tyro.conf.Positional,
+    ] = "all"
     quick: bool = False
     dir: Path | None = None
+    steps: int | None = None
     out: Path | None = None
 
 
@@ -33,7 +42,7 @@ def main(options: Options) -> int:
     """Run, print, save. A missed goal is printed, and is no failure of the command."""
     if options.dir is not None and not options.dir.is_dir():
         raise UserError(f"--dir {options.dir} is no folder; make it, or leave --dir out")
-    for name in ("extraction", "stream", "step") if options.what == "all" else (options.what,):
+    for name in ALL if options.what == "all" else (options.what,):
         print(f"benchmark {name} ...", flush=True)
         result = _run(name, options)
         print(result.to_text())
@@ -45,8 +54,20 @@ def main(options: Options) -> int:
 def _run(name: str, options: Options) -> Result:
     if name == "stream":
         return stream.run(stream.QUICK if options.quick else stream.StreamBenchmark(), options.dir)
+    if name == "stream-s3":
+        return stream_s3.run(stream_s3.QUICK if options.quick else stream_s3.StreamS3Benchmark())
+    if name == "clients":
+        return clients.run(clients.QUICK if options.quick else clients.ClientsBenchmark())
     if name == "step":
         return step.run(step.QUICK if options.quick else step.StepBenchmark())
+    if name == "codecs":
+        return codecs.run(codecs.QUICK if options.quick else codecs.CodecsBenchmark())
+    if name == "precision":
+        return precision.run(precision.QUICK if options.quick else precision.PrecisionBenchmark())
+    if name == "fidelity":
+        config = fidelity.QUICK if options.quick else fidelity.FidelityBenchmark()
+        folder = options.dir or (None if options.quick else fidelity.DEFAULT_FOLDER)
+        return fidelity.run(config, folder, n_steps=options.steps)
     return extraction.run(extraction.QUICK if options.quick else extraction.ExtractionBenchmark(), options.dir)
 
 

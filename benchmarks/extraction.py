@@ -19,7 +19,8 @@ from benchmarks.images import write_images
 from benchmarks.machine import this_machine
 from benchmarks.report import Cell, Goal, Result
 from infra.machine import n_cores
-from pipeline.extract import ExtractResult, extract
+from pipeline.extract import extract
+from pipeline.job import ExtractResult
 from pipeline.preprocess import decode_image, normalise
 from pipeline.settings import ExtractConfig
 from pipeline.teacher import Teacher, load_teacher

@@ -38,7 +38,8 @@ class Part:
     """Some of a batch's values in one contiguous array.
 
     Attributes:
-        kind: "cls", "registers", "patches", or "tokens" for all of them in the teacher's order.
+        kind: "cls", "registers", "patches", or "tokens" for all of them in the teacher's order; "patches_int8" and
+            "patches_scale" in the place of patches.
         state: Which one of the span, (sample, ...); None for all, (sample, state, ...).
         values: In the dtype that the loader stores.
     """

@@ -14,7 +14,6 @@ import numpy as np
 from benchmarks.limit import preadv_into_a_ring
 from benchmarks.machine import PeakMemory, this_machine
 from benchmarks.peers import (
-    KINDS,
     Batch,
     Loader,
     Part,
@@ -31,10 +30,13 @@ from benchmarks.stream_data import StreamData, make_spec, planted_states, write_
 from infra.machine import n_cores
 from storage_schemas import open_store
 from storage_schemas.from_arrays import split_kinds
+from storage_schemas.precision import round_patches
 from storage_schemas.spec import Span
 from trainer.stream import HostBatch, LayerSliceStream
 
 STREAM, GATHERED, LIMIT = "our stream, batches as stored", "our stream, one tensor a batch", "limit: preadv, 2 threads"
+INT8, REFERENCE = "our stream, int8, as stored", "reference style"
+OURS = (STREAM, GATHERED, INT8)
 
 NOTES = (
     "A sample counts when every value of its states (CLS, registers and patches of each) lies in host memory at the "
@@ -44,7 +46,8 @@ NOTES = (
     "by their codec. The reference style and WebDataset have no checksum. The limit checks nothing.",
     "The stream mixes samples over its lanes in its seeded order; the peers read runs of whole chunks in store order, "
     "which is easier. `batches as stored` are arrays per token kind, (sample, state, ...); `one tensor a batch` is "
-    "(sample, state, token, dim) float16, contiguous, tokens in the teacher's order.",
+    "(sample, state, token, dim) float16, contiguous, tokens in the teacher's order. In int8, half of the bytes, "
+    "patches and their scales are delivered as stored: a GPU undoes them beside its step.",
     "Every loader runs with the best of the settings that were tried first; all of them are in the JSON.",
 )
 
@@ -120,6 +123,7 @@ def contestants(config: StreamBenchmark, ring_nbytes: int) -> list[Contestant]:
         Contestant(name=LIMIT, loader=partial(preadv_into_a_ring, ring_nbytes=ring_nbytes), settings=({"threads": 2},)),
         Contestant(name=STREAM, loader=partial(our_stream, **sizes), settings=stream_threads),
         Contestant(name=GATHERED, loader=partial(our_stream_gathered, **sizes), settings=stream_threads),
+        Contestant(name=INT8, loader=partial(our_stream, **sizes, int8=True), settings=stream_threads),
         Contestant(name="zarrs pipeline", loader=zarrs_pipeline, settings=tuple(reads)),
         Contestant(name="zarr-python", loader=zarr_python, settings=tuple(reads)),
         Contestant(
@@ -137,19 +141,21 @@ def contestants(config: StreamBenchmark, ring_nbytes: int) -> list[Contestant]:
             loader=webdataset_reader,
             settings=({}, {"threads": 2}, {"workers": 2}) if not config.small else ({}, {"threads": 2}),
         ),
-        Contestant(name="reference style", loader=reference_style, settings=({},)),
+        Contestant(name=REFERENCE, loader=reference_style, settings=({},)),
     ]
 
 
 @contextmanager
-def our_stream(data: StreamData, *, batch_size: int, lanes: int, threads: int) -> Iterator[Pass]:
+def our_stream(data: StreamData, *, batch_size: int, lanes: int, threads: int, int8: bool = False) -> Iterator[Pass]:
     """LayerSliceStream; every pass is another epoch of one stream, which keeps its buffers."""
-    with _passes(data, batch_size, lanes, threads) as host_batches:
+    with _passes(data.int8 if int8 else data.store, data, batch_size, lanes, threads) as host_batches:
 
         def one_pass() -> Iterator[Batch]:
             for batch in host_batches():
-                arrays = (batch.cls, batch.registers, batch.patches)
-                parts = [Part(kind=k, state=None, values=a) for k, a in zip(KINDS, arrays) if a is not None]
+                patches = "patches_int8" if int8 else "patches"
+                arrays = {"cls": batch.cls, "registers": batch.registers, patches: batch.patches}
+                arrays["patches_scale"] = batch.patches_scale
+                parts = [Part(kind=kind, state=None, values=a) for kind, a in arrays.items() if a is not None]
                 yield Batch(sample_index=batch.sample_index, parts=parts)
 
         yield one_pass
@@ -158,7 +164,7 @@ def our_stream(data: StreamData, *, batch_size: int, lanes: int, threads: int) -
 @contextmanager
 def our_stream_gathered(data: StreamData, *, batch_size: int, lanes: int, threads: int) -> Iterator[Pass]:
     """The same, every batch as the one tensor that it was read into."""
-    with _passes(data, batch_size, lanes, threads) as host_batches:
+    with _passes(data.store, data, batch_size, lanes, threads) as host_batches:
 
         def one_pass() -> Iterator[Batch]:
             for batch in host_batches():
@@ -169,9 +175,11 @@ def our_stream_gathered(data: StreamData, *, batch_size: int, lanes: int, thread
 
 
 @contextmanager
-def _passes(data: StreamData, batch_size: int, lanes: int, threads: int) -> Iterator[Callable[[], Iterator[HostBatch]]]:
+def _passes(
+    store: Path, data: StreamData, batch_size: int, lanes: int, threads: int
+) -> Iterator[Callable[[], Iterator[HostBatch]]]:
     epochs = itertools.count()
-    with LayerSliceStream(open_store(data.store), data.span, batch_size, lanes=lanes, threads=threads) as stream:
+    with LayerSliceStream(open_store(store), data.span, batch_size, lanes=lanes, threads=threads) as stream:
 
         def one_pass() -> Iterator[HostBatch]:
             stream.set_epoch(next(epochs))
@@ -218,6 +226,9 @@ def check_numbers(data: StreamData, one_pass: Pass, n_compared: int = 24) -> Non
                 continue
             states = planted_states(data.spec, range(int(row), int(row) + 1))[0]
             kinds = {**split_kinds(data.spec, states), "tokens": states}
+            kinds["patches_int8"], kinds["patches_scale"] = round_patches(
+                "int8", np.ascontiguousarray(kinds["patches"])
+            )
             for part in batch.parts:
                 expected = kinds[part.kind] if part.state is None else kinds[part.kind][part.state - data.span.start]
                 found = part.values[place]
@@ -259,7 +270,7 @@ def _result(
     chosen: Mapping[str, Mapping[str, Any]],
     details: Mapping[str, Any],
 ) -> Result:
-    limit, ours, gathered = (rates[name].median for name in (LIMIT, STREAM, GATHERED))
+    limit, ours, gathered, int8 = (rates[name].median for name in (LIMIT, STREAM, GATHERED, INT8))
     rows: list[dict[str, Cell]] = [
         {
             "loader": name,
@@ -272,7 +283,7 @@ def _result(
         }
         for name, rate in sorted(rates.items(), key=lambda item: -item[1].median)
     ]
-    best_peer = max(rate.median for name, rate in rates.items() if name not in (LIMIT, STREAM, GATHERED))
+    best_peer = max(rate.median for name, rate in rates.items() if name not in (LIMIT, *OURS))
     memory = details["memory"]
     goals = [Goal(what="bytes fetched / bytes needed", found=memory["amplification"], at_most=1.0)]
     if not config.small:  # a tiny teacher's numbers say nothing about speed
@@ -281,6 +292,7 @@ def _result(
             Goal(what="stream gathered / limit", found=gathered / limit, at_least=0.4),
             Goal(what="stream as stored / best peer", found=ours / best_peer, at_least=1.0),
             Goal(what="stream gathered / best peer", found=gathered / best_peer, at_least=1.0),
+            Goal(what="stream int8 / reference style", found=int8 / rates[REFERENCE].median, at_least=25.0),
             Goal(
                 what="peak memory / stated memory of the stream",
                 found=memory["peak_nbytes"] / memory["stated_nbytes"],

@@ -204,7 +204,7 @@ class Progress:
         self._clock, self._began = clock, clock()
         self._units, self._bytes = Window(clock=clock), Window(clock=clock)
         self._has_bytes = False
-        self._status = ""
+        self._status, self._estimates = "", True
         self._fields: dict[str, str] = {}
         self._lock = threading.RLock()
         self._closed = threading.Event()
@@ -251,6 +251,11 @@ class Progress:
         if changed and self._bar is not None:
             self._show()
 
+    def estimate(self, shown: bool) -> None:
+        """Whether to tell the time left; not while others do the work, at a rate that nobody here knows."""
+        with self._lock:
+            self._estimates = shown
+
     def say(self, message: str) -> None:
         """Print a message above the line, at once and once."""
         with self._lock:
@@ -271,7 +276,7 @@ class Progress:
                 parts.append(f"{human_bytes(self._bytes.per_s())}/s written")
             parts += [f"{name.replace('_', ' ')} {value}" for name, value in self._fields.items()]
             left = self._total - self._done
-            if per_s > 0 and left > 0:
+            if per_s > 0 and left > 0 and self._estimates:
                 parts.append(f"{human_duration(left / per_s)} left")
             else:
                 parts.append(f"{human_duration(self._clock() - self._began)} so far")

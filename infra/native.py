@@ -27,12 +27,23 @@ def read_rows_function() -> "ctypes._NamedFuncPointer | None":
 
     The first call on a machine takes about a second. Python threads run beside it while it works.
     """
+    library = _library()
+    return library.raptor_read_rows if library else None
+
+
+def scatter_rows_function() -> "ctypes._NamedFuncPointer | None":
+    """The compiled `raptor_scatter_rows`, or None where there is none, as above."""
+    library = _library()
+    return library.raptor_scatter_rows if library else None
+
+
+def _library() -> ctypes.CDLL | None:
     with _building:
         return _load()
 
 
 @cache
-def _load() -> "ctypes._NamedFuncPointer | None":
+def _load() -> ctypes.CDLL | None:
     compiler = _compiler()
     if compiler is None or platform.machine() not in ("x86_64", "aarch64") or sys.platform != "linux":
         return None
@@ -48,12 +59,14 @@ def _load() -> "ctypes._NamedFuncPointer | None":
         )
         return None
     library.raptor_init()
-    function = library.raptor_read_rows
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    function.argtypes = [ctypes.c_char_p, number, pointer, number, pointer, number, number, pointer, number]
-    function.argtypes += [ctypes.POINTER(ctypes.c_uint32), ctypes.POINTER(number)]
-    function.restype = ctypes.c_int
-    return function
+    read, scatter = library.raptor_read_rows, library.raptor_scatter_rows
+    read.argtypes = [ctypes.c_char_p, number, pointer, number, pointer, number, number, pointer, number]
+    read.argtypes += [ctypes.POINTER(ctypes.c_uint32), ctypes.POINTER(number)]
+    read.restype = ctypes.c_int
+    scatter.argtypes = [pointer, pointer, number, pointer, number, number]
+    scatter.restype = ctypes.c_uint32
+    return library
 
 
 def _compiler() -> str | None:

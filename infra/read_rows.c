@@ -221,3 +221,22 @@ int raptor_read_rows(const char *path, int64_t offset, char *base, int64_t strid
     *crc = sum;
     return result;
 }
+
+#define SCATTER_BLOCK 32768
+
+/* As raptor_read_rows, from memory: piece i goes to base + rows[i] * stride, or nowhere if rows[i] < 0. The CRC32C of all. */
+uint32_t raptor_scatter_rows(
+    const unsigned char *from, char *base, int64_t stride, const int64_t *rows, int64_t n_rows, int64_t row_nbytes)
+{
+    uint32_t sum = 0;
+    for (int64_t i = 0; i < n_rows; i++)
+        for (int64_t done = 0; done < row_nbytes;) {
+            int64_t n = row_nbytes - done < SCATTER_BLOCK ? row_nbytes - done : SCATTER_BLOCK;
+            sum = raptor_crc32c(from, n, sum);
+            if (rows[i] >= 0)
+                memcpy(base + rows[i] * stride + done, from, n);
+            from += n;
+            done += n;
+        }
+    return sum;
+}

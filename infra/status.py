@@ -6,11 +6,12 @@ been renewed for 60 s.
 
 import contextlib
 import json
+import math
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +21,8 @@ import psutil
 
 BEAT_EVERY_S = 10.0
 DEAD_AFTER_S = 60.0
+MAX_SIGN_NBYTES = 2**16  # of a heartbeat, or a claim; nothing larger is read in their place
+_MAX_PID = 2**31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,7 @@ class Heartbeat:
         started: When that process began, as `process_start` says it; tells it from a later process with its number.
         time: When this was written, seconds since 1970 by the writer's clock.
         run_id: Which run this is.
+        ready: Whether others may join it: what it prepares for all has been prepared.
     """
 
     host: str
@@ -42,6 +46,7 @@ class Heartbeat:
     started: float
     time: float
     run_id: str
+    ready: bool = True
 
     def to_bytes(self) -> bytes:
         """As a JSON document."""
@@ -51,28 +56,40 @@ class Heartbeat:
     def from_bytes(cls, document: bytes) -> "Heartbeat | None":
         """Read a document; None if it is not a heartbeat (torn, foreign), which then says nothing about any process."""
         try:
-            found = json.loads(document)
-            return cls(
+            found = json.loads(document if len(document) <= MAX_SIGN_NBYTES else b"")
+            heartbeat = cls(
                 host=str(found["host"]),
                 kernel=str(found["kernel"]),
                 pid=int(found["pid"]),
                 started=float(found["started"]),
                 time=float(found["time"]),
                 run_id=str(found["run_id"]),
+                ready=bool(found.get("ready", True)),
             )
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
             return None
+        # A time that is no number would differ from itself for ever, as that of a job which renews it.
+        plain = math.isfinite(heartbeat.started) and math.isfinite(heartbeat.time) and 0 < heartbeat.pid <= _MAX_PID
+        return heartbeat if plain and f"{heartbeat}{heartbeat.kernel}".isprintable() else None
 
     def __str__(self) -> str:
         return f"run {self.run_id}, process {self.pid} on {self.host}"
 
 
-def my_heartbeat(run_id: str, now: float) -> Heartbeat:
+def my_heartbeat(run_id: str, now: float, *, ready: bool = True) -> Heartbeat:
     """The heartbeat of this process."""
     pid = os.getpid()
     started = process_start(pid)
     assert started is not None, "this process exists"
-    return Heartbeat(host=socket.gethostname(), kernel=kernel_id(), pid=pid, started=started, time=now, run_id=run_id)
+    return Heartbeat(
+        host=socket.gethostname(),
+        kernel=kernel_id(),
+        pid=pid,
+        started=started,
+        time=now,
+        run_id=run_id,
+        ready=ready,
+    )
 
 
 def kernel_id() -> str:
@@ -157,6 +174,38 @@ def find_living(
             say(f"waiting up to {left:.0f} s to see whether {first} is still alive")
             last_said = now
         sleep(min(2.0, left))
+
+
+class Watch:
+    """Tells over a long time which of several other jobs live, as `find_living` does for one at one moment.
+
+    A heartbeat from another machine counts as a sign of life when it differs from the one seen before; 60 s of our own
+    clock without one, and its job is dead.
+    """
+
+    def __init__(
+        self,
+        *,
+        kernel: str | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        start_of: Callable[[int], float | None] = process_start,
+    ) -> None:
+        self._kernel = kernel_id() if kernel is None else kernel
+        self._clock, self._start_of = clock, start_of
+        self._seen: dict[str, tuple[float, float]] = {}  # by run: its last time, and ours when we first saw that
+
+    def living(self, found: Iterable[Heartbeat]) -> set[str]:
+        """Ids of the runs that live, of those whose heartbeats have just been read."""
+        return {heartbeat.run_id for heartbeat in found if self._lives(heartbeat)}
+
+    def _lives(self, heartbeat: Heartbeat) -> bool:
+        if heartbeat.kernel == self._kernel:
+            return self._start_of(heartbeat.pid) == heartbeat.started
+        last, since = self._seen.get(heartbeat.run_id, (None, 0.0))
+        if last != heartbeat.time:
+            since = self._clock()
+            self._seen[heartbeat.run_id] = heartbeat.time, since
+        return self._clock() - since <= DEAD_AFTER_S
 
 
 class Beat:

@@ -1,19 +1,13 @@
-"""Weights of others, read without running anything of theirs: safetensors, and torch files with `weights_only=True`."""
+"""Weights of others: state dicts, out of whatever their training scripts put around them, and linear heads."""
 
-import pickle
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
-from infra.console import UserError
-
-_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+from infra.weights import WeightsError, read_weights
 
 # Where training scripts nest the weights inside a checkpoint, most wanted first.
 _WRAPPERS = ("state_dict_ema", "model_ema", "teacher", "state_dict", "model")
@@ -23,20 +17,16 @@ _PREFIXES = ("module.", "_orig_mod.", "backbone.")
 _MAX_NAMED = 4  # names spelled out per kind of mismatch
 
 
-class WeightsError(UserError):
-    """A file of weights is missing, unreadable, pickled code, or belongs to another model."""
-
-
 def read_state_dict(path: str) -> dict[str, torch.Tensor]:
     """The tensors of a weights file by name, on the CPU, unwrapped from training checkpoints.
 
     Args:
-        path: A local .safetensors, .pth, .pt or .bin file.
+        path: As for `infra.weights.read_weights`: a file here, or at s3:// or another address.
 
     Raises:
-        WeightsError: There is no such file, it is damaged, it holds pickled code (which is never run), or no tensors.
+        WeightsError: As read_weights; or it holds no tensors.
     """
-    loaded = _read(path)
+    loaded = read_weights(path)
     for wrapper in _WRAPPERS:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(wrapper), Mapping):
             loaded = loaded[wrapper]
@@ -99,31 +89,6 @@ def explain_mismatch(error: Exception) -> str:
     return ", ".join(parts) or f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
 
 
-def _read(path: str) -> Any:
-    if "://" in path:
-        raise WeightsError(
-            f"{path} is an address; weights are read from a local file so far. Download it and name the file"
-        )
-    suffix = Path(path).suffix.lower()
-    if not Path(path).is_file():
-        raise WeightsError(
-            f"there is no weights file {path}; expected a file, random:<seed>, or nothing for pretrained ones"
-        )
-    if suffix not in _SUFFIXES:
-        raise WeightsError(f"{path} ends in {suffix or 'nothing'}; weights are read from {', '.join(_SUFFIXES)} files")
-    try:
-        return load_file(path) if suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"{path} holds pickled code, which is never run here. Where it was made, save its weights alone: "
-            "torch.save(model.state_dict(), 'weights.pth')"
-        ) from error
-    except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise WeightsError(
-            f"{path} is no {suffix} file of weights, or a damaged one ({type(error).__name__}: {_first_line(error)})"
-        ) from error
-
-
 def _describe(loaded: Any) -> str:
     if isinstance(loaded, Mapping):
         return f"a mapping of {_shorten([str(name) for name in loaded]) or 'nothing'}"
@@ -137,7 +102,3 @@ def _shape(tensor: torch.Tensor) -> str:
 def _shorten(names: list[str], separator: str = ", ") -> str:
     rest = len(names) - _MAX_NAMED
     return separator.join(names[:_MAX_NAMED]) + (f"{separator}and {rest:,} more" if rest > 0 else "")
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -6,9 +6,10 @@ known what a dead actor had in flight. Nothing but a shard number goes in and a 
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import ray
@@ -106,6 +107,7 @@ def run_on_ray(
     boot_tries: int = 5,
     shard_timeout_s: int | float | None = None,
     boot_timeout_s: int | float = BOOT_TIMEOUT_S,
+    environment: Mapping[str, str] = MappingProxyType({}),
     stop: Callable[[], bool] = never,
     on_event: OnEvent = ignore,
     name: str = "extract",
@@ -124,6 +126,7 @@ def run_on_ray(
             starts: an actor never has more shards than threads. None: no deadline.
         boot_timeout_s: The same for a worker that has its place and makes its runner, for instance downloads weights.
             Waiting for a place has no deadline: a node may have to be made first.
+        environment: Variables that actors on a cluster started by others do not have of themselves.
         stop: As in `run_plain`; noticed within a second.
         name: Actors are named `<name>-<i>` on the dashboard, and their calls `<name>:shard`.
 
@@ -151,6 +154,7 @@ def run_on_ray(
                     max_restarts=0,
                     max_task_retries=0,
                     scheduling_strategy="SPREAD",
+                    runtime_env={"env_vars": dict(environment)} if environment else None,
                 ).remote(worker_name, make_runner)
             except ActorAlreadyExistsError:  # one of an earlier run, just killed, whose name Ray has not yet let go
                 continue

@@ -1,21 +1,44 @@
 """The place where a store goes: what is there already, whether there is room, and its index when all is done."""
 
-import shutil
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 
 from infra.console import UserError, human_bytes, say
-from infra.objects import ObjectMissingError, Objects
-from pipeline.run_log import HEARTBEAT_KEY
+from infra.disk import disk_shortage
+from infra.objects import ObjectAccessError, ObjectMissingError, Objects, open_objects
+from pipeline.claims import delete_all
+from pipeline.locations import is_bare_bucket, is_remote
+from pipeline.presence import anybody_at_work
 from pipeline.settings import PlannedStore
+from pipeline.shard_writer import counted_requests
 from storage_schemas.create import StoreDocument, identity_differences, plan_documents, read_store_document
 from storage_schemas.errors import NotAStoreError, SchemaError
 from storage_schemas.index import index_to_bytes
-from storage_schemas.keys import INDEX_KEY, LOG_PREFIX, STORE_KEY, is_owned
+from storage_schemas.keys import HEARTBEAT_KEY, HEARTBEATS_PREFIX, INDEX_KEY, LOG_PREFIX, STORE_KEY, is_owned
 from storage_schemas.limits import most_nbytes
-from storage_schemas.reader import Store, has_index, list_commits, read_commits
+from storage_schemas.reader import has_index, list_commits, read_commits
 
 _N_NAMED = 10
+
+
+def check_writable(locations: Iterable[str]) -> Counter[str]:
+    """Refuse places where nothing may be written, before any work; returns the requests that this took.
+
+    Raises:
+        UserError: Names the place and why; or it is a file.
+    """
+    requests: Counter[str] = Counter()
+    for location in locations:
+        _check_no_file(location)
+        objects = open_objects(location)
+        try:
+            objects.check_writable()
+        except ObjectAccessError as error:
+            raise UserError(f"{error}. Choose another STORE, or get the right to write there") from error
+        requests += counted_requests(objects)
+    return requests
 
 
 def check_place(objects: Objects, planned: PlannedStore, overwrite: bool) -> tuple[StoreDocument | None, bool]:
@@ -27,12 +50,11 @@ def check_place(objects: Objects, planned: PlannedStore, overwrite: bool) -> tup
     Raises:
         UserError: Something else is there; says what, and what to do.
     """
-    if "://" not in objects.location and Path(objects.location).is_file():
-        raise UserError(f"{objects.location} is a file; a store is a folder. Choose another STORE")
+    _check_no_file(objects.location)
     try:
         found = read_store_document(objects, objects.location)
     except NotAStoreError:
-        strangers = [info.key for info in objects.list() if not is_owned(info.key)][:_N_NAMED]
+        strangers = list(islice((info.key for info in objects.list() if not is_owned(info.key)), _N_NAMED))
         if strangers:
             raise UserError(
                 f"{objects.location} is not empty and is no store: it holds {', '.join(strangers)}. "
@@ -52,6 +74,11 @@ def check_place(objects: Objects, planned: PlannedStore, overwrite: bool) -> tup
     different = identity_differences(objects, found, expected, planned.samples)
     if not different:
         return found, False
+    if overwrite and is_bare_bucket(objects.location):
+        raise UserError(
+            f"--overwrite deletes nothing in a whole bucket, and {objects.location} is one. Choose a prefix in it for "
+            "STORE, or empty the bucket yourself"
+        )
     if overwrite:
         return None, True
     raise UserError(
@@ -65,15 +92,38 @@ def check_place(objects: Objects, planned: PlannedStore, overwrite: bool) -> tup
     )
 
 
+def begin_store(objects: Objects, planned: PlannedStore) -> StoreDocument:
+    """Write the documents of a new store, store.json last; interrupted, it is simply done again.
+
+    Nothing that is there already is replaced. So of two jobs with different settings that begin in one place at one
+    moment, at least one finds that a document is not its own, and stops.
+
+    Raises:
+        UserError: Another job has begun another store here; says how it differs.
+    """
+    document, documents = plan_documents(planned.spec, planned.samples, planned.teacher_files)
+    for key, data in documents.items():
+        if not objects.put_new(key, data) and objects.get(key) != data:
+            raise UserError(_raced(objects, [f"{key}: another content than this run's"]))
+    if not objects.put_new(STORE_KEY, document.to_bytes()):
+        found = read_store_document(objects, objects.location)
+        different = identity_differences(objects, found, document, planned.samples)
+        if different:
+            raise UserError(_raced(objects, different))
+        return found
+    return document
+
+
 def delete_store(objects: Objects, *, keep_run: str) -> None:
-    """Delete the keys that this format owns, store.json last, but for the log of one run; says how many."""
-    kept = (HEARTBEAT_KEY, f"{LOG_PREFIX}{keep_run}/")
+    """Delete the keys that this format owns, store.json last, but for the log of one run and who is at work; says how
+    many."""
+    kept = (HEARTBEAT_KEY, HEARTBEATS_PREFIX, f"{LOG_PREFIX}{keep_run}/")
     owned = [info for info in objects.list() if is_owned(info.key) and not info.key.startswith(kept)]
     if not owned:
         return
     say(f"  deleting {len(owned):,} objects, {human_bytes(sum(info.nbytes for info in owned))}, of {objects.location}")
-    for info in sorted(owned, key=lambda info: info.key == STORE_KEY):
-        objects.delete(info.key)
+    delete_all(objects, (info.key for info in owned if info.key != STORE_KEY))
+    objects.delete(STORE_KEY)
 
 
 def check_disk(needs: Iterable[tuple[str, int]]) -> None:
@@ -83,36 +133,45 @@ def check_disk(needs: Iterable[tuple[str, int]]) -> None:
         needs: Location of each store and the bytes still to be written there.
 
     Raises:
-        UserError: Names the place, what is free and what is needed.
+        UserError: Names the place, what is free and what is needed. Buckets have no end.
     """
-    needed: dict[int, tuple[Path, int]] = {}
-    for location, nbytes in needs:
-        place = Path(location).absolute()
-        while not place.exists():
-            place = place.parent
-        device = place.stat().st_dev
-        needed[device] = (place, needed.get(device, (place, 0))[1] + nbytes)
-    for place, nbytes in needed.values():
-        free = shutil.disk_usage(place).free
-        if nbytes > free:
-            raise UserError(
-                f"{place} has {human_bytes(free)} free and up to {human_bytes(nbytes)} are needed. "
-                "Free some, choose another STORE, or take fewer images with LIMIT=n"
-            )
+    shortage = disk_shortage(needs)
+    if shortage:
+        raise UserError(f"{shortage}. Free some, choose another STORE, or take fewer images with LIMIT=n")
 
 
-def write_index(objects: Objects, store: Store) -> None:
-    """Put index.parquet of a complete store, unless it is there already."""
-    commits, _ = read_commits(objects, store.document, use_index=False)  # the index there may be an earlier one
-    data = index_to_bytes(store.spec, store.document.digest, commits)
+def finish_store(objects: Objects, document: StoreDocument) -> bool:
+    """Put index.parquet, unless it is there already, if every shard is committed; returns whether that is so."""
+    if len(list_commits(objects)) < document.spec.n_shards:
+        return False
+    commits, _ = read_commits(objects, document, use_index=False)  # the index there may be an earlier one
+    if len(commits) < document.spec.n_shards:
+        return False
+    data = index_to_bytes(document.spec, document.digest, commits)
     try:
-        if objects.get(INDEX_KEY, at_most=most_nbytes(store.spec, INDEX_KEY)) == data:
-            return
+        if objects.get(INDEX_KEY, at_most=most_nbytes(document.spec, INDEX_KEY)) == data:
+            return True
     except ObjectMissingError:
         pass  # the usual case: the last shard has just been committed
     objects.put(INDEX_KEY, data)
+    return True
 
 
 def was_left_in_order(objects: Objects) -> bool:
-    """Whether there is an index, and the last run took its heartbeat away: it was not killed, and is not at work."""
-    return has_index(objects) and not any(True for _ in objects.list(HEARTBEAT_KEY))
+    """Whether there is an index, and every job took its heartbeat away: none was killed, and none is at work."""
+    return has_index(objects) and not anybody_at_work(objects)
+
+
+def _check_no_file(location: str) -> None:
+    if not is_remote(location) and Path(location).is_file():
+        raise UserError(f"{location} is a file; a store is a folder. Choose another STORE")
+
+
+def _raced(objects: Objects, different: Sequence[str]) -> str:
+    return "\n  ".join(
+        [
+            f"another job with other settings is creating a store at {objects.location}:",
+            *different,
+            "Choose another STORE, or set the variables as that job has them",
+        ]
+    )

@@ -1,15 +1,18 @@
-"""What an extraction will take, worked out before the first image: bytes, objects, memory. Opens nothing."""
+"""What an extraction will take, worked out before the first image: bytes, objects, memory, requests. Opens nothing."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from infra.console import human_bytes
+from pipeline.locations import is_remote
+from pipeline.plan_requests import Requests, data_nbytes, extraction_requests, shard_nbytes, verify_requests
 from pipeline.preprocess import DECODE_NBYTES_PER_PIXEL, LARGE_PIXELS
-from storage_schemas.codecs import raw_chunk_nbytes
-from storage_schemas.commit import statistics_nbytes
+from pipeline.shard_writer import N_PUT_THREADS
+from pipeline.source_errors import counted
 from storage_schemas.keys import array_kind, sharded_array_paths
+from storage_schemas.layout import full_chunk_nbytes
 from storage_schemas.shard_buffers import ShardBuffers
 from storage_schemas.spec import StoreSpec
-from storage_schemas.zarr_layout import CRC_NBYTES, index_nbytes, slot_nbytes
 
 #: Interpreter, torch, timm, pyarrow and Ray's client in one process, before anything of the job: measured 0.8 GB.
 BASE_NBYTES = 1_000_000_000
@@ -26,6 +29,9 @@ class StorePlan:
         data_nbytes: Size of the data objects; exact with codec "none", else the size before compression.
         shard_nbytes: Size of one full shard.
         worker_nbytes: Memory that one worker stays under, weights included.
+        n_workers: As asked for, else one; each reads the teacher on its own.
+        extraction: Requests and bytes of the whole of it on a remote store; its sign of life comes to that.
+        verify: Requests and bytes of reading it all again.
     """
 
     n_samples: int
@@ -34,40 +40,52 @@ class StorePlan:
     data_nbytes: int
     shard_nbytes: int
     worker_nbytes: int
+    n_workers: int
+    extraction: Requests
+    verify: Requests
 
 
-def plan_store(spec: StoreSpec, *, weights_nbytes: int, n_states: int, depth: int, n_threads: int) -> StorePlan:
+def plan_store(
+    spec: StoreSpec,
+    *,
+    location: str = "",
+    teacher_files: Mapping[str, int],
+    samples_nbytes: int = 0,
+    n_states: int,
+    depth: int,
+    n_threads: int,
+    n_workers: int = 1,
+) -> StorePlan:
     """Work out a store's numbers.
 
     Args:
         spec: Its identity.
-        weights_nbytes: Size of the teacher's weights.
+        location: Where it goes.
+        teacher_files: Sizes of what goes under teacher/, by name.
+        samples_nbytes: Size of samples.parquet.
         n_states: States that one forward pass makes, stored or not.
         depth: Shards in flight per worker.
         n_threads: Micro-batches in flight per worker.
+        n_workers: How many there are.
     """
     n_objects = len(sharded_array_paths(spec)) + 2  # statistics and commit
     return StorePlan(
         n_samples=spec.n_samples,
         n_shards=spec.n_shards,
         n_objects=spec.n_shards * n_objects,
-        data_nbytes=sum(shard_nbytes(spec, shard) for shard in _first_and_last(spec))
-        + max(0, spec.n_shards - 2) * shard_nbytes(spec, 0),
+        data_nbytes=data_nbytes(spec),
         shard_nbytes=shard_nbytes(spec, 0),
         worker_nbytes=BASE_NBYTES
-        + 4 * weights_nbytes  # as planned (where driver and worker are one), as read, as tensors, and the model
-        + runner_nbytes(spec, n_states=n_states, depth=depth, n_threads=n_threads),
+        + 4
+        * sum(teacher_files.values())  # as planned (where driver and worker are one), as read, as tensors, the model
+        + runner_nbytes(spec, n_states=n_states, depth=depth, n_threads=n_threads)
+        + (upload_nbytes(spec, depth) if is_remote(location) else 0),
+        n_workers=n_workers,
+        extraction=extraction_requests(
+            spec, teacher_files=teacher_files, samples_nbytes=samples_nbytes, n_workers=n_workers
+        ),
+        verify=verify_requests(spec, teacher_files=teacher_files, samples_nbytes=samples_nbytes),
     )
-
-
-def shard_nbytes(spec: StoreSpec, shard: int) -> int:
-    """Bytes of a shard's data objects with codec "none"."""
-    n_chunks = len(spec.shard_chunks(shard))
-    arrays = sum(
-        n_chunks * slot_nbytes(raw_chunk_nbytes(spec, array_kind(path))) + index_nbytes(spec)
-        for path in sharded_array_paths(spec)
-    )
-    return arrays + statistics_nbytes(spec) + CRC_NBYTES
 
 
 def runner_nbytes(spec: StoreSpec, *, n_states: int, depth: int, n_threads: int) -> int:
@@ -84,17 +102,25 @@ def runner_nbytes(spec: StoreSpec, *, n_states: int, depth: int, n_threads: int)
     return depth * ShardBuffers.nbytes(spec) + n_threads * (teacher + LARGE_PIXELS * DECODE_NBYTES_PER_PIXEL)
 
 
+def upload_nbytes(spec: StoreSpec, depth: int) -> int:
+    """Memory that a worker needs for objects on their way to a remote store.
+
+    The client sends each from one piece of memory, twice as large for a moment; and with a codec the objects of a shard
+    are encoded while those before are on their way.
+    """
+    kinds = {array_kind(path) for path in sharded_array_paths(spec)}
+    largest = spec.chunks_per_shard * max(full_chunk_nbytes(spec, kind) for kind in kinds)
+    encoded = 0 if spec.codec == "none" else depth * ShardBuffers.nbytes(spec)
+    return 2 * N_PUT_THREADS * largest + encoded
+
+
 def describe(plan: StorePlan, spec: StoreSpec, location: str) -> list[str]:
     """The plan as lines to print."""
     bound = "" if spec.codec == "none" else f" before {spec.codec}"
     return [
-        f"{location}: {plan.n_samples:,} images, layers {spec.layers[0]} to {spec.layers[-1]} of {spec.teacher}, "
-        f"{spec.n_tokens} tokens x {spec.dim} channels, patches in {spec.precision}",
-        f"  {human_bytes(plan.data_nbytes)}{bound} in {plan.n_objects:,} objects, {plan.n_shards:,} shards of "
+        f"{location}: {counted(plan.n_samples, 'image')}, layers {spec.layers[0]} to {spec.layers[-1]} of "
+        f"{spec.teacher}, {spec.n_tokens} tokens x {spec.dim} channels, patches in {spec.precision}",
+        f"  {human_bytes(plan.data_nbytes)}{bound} in {plan.n_objects:,} objects, {counted(plan.n_shards, 'shard')} of "
         f"{human_bytes(plan.shard_nbytes)}; each worker stays under {human_bytes(plan.worker_nbytes)} of memory "
         f"(images over {LARGE_PIXELS // 10**6} Mpx: {DECODE_NBYTES_PER_PIXEL} MB more per Mpx of the largest)",
     ]
-
-
-def _first_and_last(spec: StoreSpec) -> list[int]:
-    return sorted({0, spec.n_shards - 1})

@@ -8,10 +8,11 @@ Nothing of PIL's global state is read or set by us: each file is opened by the c
 """
 
 import io
+import re
 import threading
 import warnings
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,8 +36,13 @@ MAX_PIXELS = 89_478_485
 #: Images of more pixels are decoded one at a time, so that their memory does not multiply with the threads.
 LARGE_PIXELS = 4_000_000
 
-#: Memory per pixel while an image is decoded, converted and resized, bytes. Measured on PNGs of 81 Mpx: 7.5.
-DECODE_NBYTES_PER_PIXEL = 9
+#: Memory per pixel while an image is decoded, converted and resized, bytes. Measured on 64 Mpx: WebP 16.1, progressive
+#: CMYK JPEG 12.0, TIFF of float32 9.0, PNG 8.1.
+DECODE_NBYTES_PER_PIXEL = 17
+
+#: Pixels times scans above which a JPEG is refused undecoded: each scan costs a pass over the whole image and may take
+#: a hundred bytes. Encoders write 10 to 15 scans; this allows 24 of the largest image, which take some 5 s.
+MAX_SCAN_PIXELS = 2**31
 
 CROP_RATIO = 0.875
 
@@ -138,6 +144,13 @@ _READERS: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
 )
 
 _APNG_MARK = b"acTL"
+_TIFF_TILE = (322, 323)  # width and length of a tile
+_TIFF_STRIP_ROWS = 278
+_TIFF_COMPRESSION = 259
+_TIFF_JPEG = (6, 7)
+# Where segments of a JPEG begin: after 0xff, what is neither data (0x00) nor a restart within it.
+_JPEG_MARKER = re.compile(rb"\xff([\x02-\xcf\xd9-\xfe])")
+_JPEG_END, _JPEG_SCAN = 0xD9, 0xDA
 _warnings_lock = threading.Lock()
 _large_image_turn = threading.Lock()
 
@@ -155,16 +168,24 @@ def decode_image(data: bytes, preprocessing: Preprocessing) -> UInt8[np.ndarray,
 
     Raises:
         BadImageError: The bytes are no usable image; its code says why. An image of more than MAX_PIXELS declared
-            pixels, before or after the resize, is refused before anything of it is decoded.
+            pixels, before or after the resize, or in one of its tiles, or with more scans than any encoder writes, is
+            refused before anything of it is decoded.
     """
     reader = _reader_for(data)
     try:
-        image = _open(reader, data)
+        with _quiet(reader, data):
+            image = reader(io.BytesIO(data))
         _refuse_bombs(image.width, image.height, preprocessing)
-        with _large_image_turn if image.width * image.height > LARGE_PIXELS else nullcontext():
+        unit_pixels = _tile_pixels(image) if isinstance(image, TiffImageFile) else image.width * image.height
+        _refuse_scans(image, data, unit_pixels)
+        with _large_image_turn if max(image.width * image.height, unit_pixels) > LARGE_PIXELS else nullcontext():
+            with _quiet(reader, data):  # TIFF and GIF read on while they decode
+                image.load()
             rgb = _crop(_resize(_to_rgb(image), preprocessing), preprocessing.image_size)
     except (BadImageError, MemoryError):
         raise
+    except Image.DecompressionBombError as error:  # some readers look for themselves, at twice the pixels
+        raise BadImageError("too_large", str(error)) from error
     except Exception as error:  # hostile bytes make PIL's Python readers raise almost anything
         detail = f"{type(error).__name__}: {error}"
         raise BadImageError("truncated" if "truncat" in detail.lower() else "undecodable", detail) from error
@@ -192,8 +213,44 @@ def _refuse_bombs(width: int, height: int, preprocessing: Preprocessing) -> None
         )
 
 
+def _tile_pixels(image: TiffImageFile) -> int:
+    """Pixels that a TIFF decodes at once: those of a tile, however small the image is, or of a strip."""
+    width, height = (image.tag_v2.get(tag) for tag in _TIFF_TILE)
+    if width is None and height is None:
+        rows = image.tag_v2.get(_TIFF_STRIP_ROWS)
+        return image.width * (rows if type(rows) is int and 0 < rows < image.height else image.height)
+    if not isinstance(width, int) or not isinstance(height, int):
+        raise BadImageError("undecodable", f"tiles of {width!r:.40} by {height!r:.40}, expected their width and length")
+    if width * height > MAX_PIXELS:
+        raise BadImageError(
+            "too_large", f"tiles of {width} x {height} px declared, at most {MAX_PIXELS} px are decoded"
+        )
+    return width * height
+
+
+def _refuse_scans(image: ImageFile.ImageFile, data: bytes, unit_pixels: int) -> None:
+    """Refuse a JPEG, or a TIFF of JPEGs, that is decoded again and again."""
+    if isinstance(image, TiffImageFile):
+        n_scans = data.count(b"\xff\xda") if image.tag_v2.get(_TIFF_COMPRESSION) in _TIFF_JPEG else 0
+    elif isinstance(image, JpegImageFile):
+        n_scans = data.count(b"\xff\xda")  # a bound, found much faster than the number
+        n_scans = _n_scans(data) if n_scans * unit_pixels > MAX_SCAN_PIXELS else n_scans
+    else:
+        return
+    if n_scans * unit_pixels > MAX_SCAN_PIXELS:
+        raise BadImageError("too_large", f"{n_scans} scans of {unit_pixels} px; at most {MAX_SCAN_PIXELS} px in all")
+
+
+def _n_scans(jpeg: bytes) -> int:
+    """Scans of a JPEG's first picture; previews within it, and films behind it, do not count."""
+    n_scans, place = 0, 2
+    while (found := _JPEG_MARKER.search(jpeg, place)) and found[1][0] != _JPEG_END:
+        n_scans += found[1][0] == _JPEG_SCAN
+        place = found.end() + int.from_bytes(jpeg[found.end() : found.end() + 2], "big")
+    return n_scans
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    image.load()
     # Transparency never changes RGB values here, and PIL warns while it drops that of palettes.
     image.info.pop("transparency", None)
     return image.convert("RGB")
@@ -208,17 +265,16 @@ def _reader_for(data: bytes) -> type[ImageFile.ImageFile]:
     raise BadImageError("not_an_image", f"it begins with {data[:8]!r}, which no supported format does")
 
 
-def _open(reader: type[ImageFile.ImageFile], data: bytes) -> ImageFile.ImageFile:
-    """Read the header. Readers that may warn are silenced one at a time: Python's filters belong to the process."""
+@contextmanager
+def _quiet(reader: type[ImageFile.ImageFile], data: bytes) -> Iterator[None]:
+    """Readers that may warn are silenced one at a time: Python's filters belong to the process."""
     may_warn = reader in (TiffImageFile, GifImageFile) or (reader is PngImageFile and _APNG_MARK in data)
     if not may_warn:
-        return reader(io.BytesIO(data))
+        yield
+        return
     with _warnings_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        image = reader(io.BytesIO(data))
-        if image.width * image.height <= MAX_PIXELS:
-            image.load()  # TIFF and GIF read on while they decode
-        return image
+        yield
 
 
 def _resized(width: int, height: int, preprocessing: Preprocessing) -> tuple[int, int]:

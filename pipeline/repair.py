@@ -5,12 +5,14 @@ is not, the settings have to describe the store, and the digest in its commits t
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from infra.console import JobError, UserError, say
 from infra.objects import ObjectError, Objects, open_objects
-from pipeline.extract import ExtractResult, extract_planned
-from pipeline.run_log import claimed
+from pipeline.extract import extract_planned
+from pipeline.job import ExtractResult
+from pipeline.place import check_writable
+from pipeline.run_log import at_work
 from pipeline.settings import ExtractConfig, PlannedStore, check_config, make_teacher, plan_split, split_location
 from pipeline.sources import Source, open_sources
 from pipeline.teacher import Teacher, teacher_from_files
@@ -37,11 +39,13 @@ def repair(config: ExtractConfig, run: RunConfig) -> list[ExtractResult]:
     """
     check_run(run)
     check_config(config)
-    planned = [_plan(config, split, source) for split, source in open_sources(config.images).items()]
+    sources = open_sources(config.images)
     try:
+        check_writable(split_location(config, split) for split in sources)
+        planned = [_plan(config, split, source) for split, source in sources.items()]
         for store in planned:
             objects = open_objects(store.location)
-            with claimed(objects, say):
+            with at_work(objects, say):
                 objects.sweep()
                 _mend(store, objects)
     except ObjectError as error:
@@ -64,11 +68,16 @@ def _plan(config: ExtractConfig, split: str, source: Source) -> PlannedStore:
     except (NotAStoreError, SchemaError) as error:
         if isinstance(error, NotAStoreError) and not list_commits(objects):
             raise  # nothing of a store is here to be mended
-        teacher = make_teacher(config)
-        planned = plan_split(config, teacher, teacher.to_files(), split, source, say)
-        expected, _ = plan_documents(planned.spec, planned.samples, planned.teacher_files)
+        planned, expected = _plan_from_settings(config, split, source)
         _check_against_commits(objects, expected, location)
         return planned
+    if not _commits_name(objects, document):
+        try:  # a sound store.json, but is it this store's?
+            planned, expected = _plan_from_settings(config, split, source)
+        except UserError:
+            expected = document
+        if expected.digest != document.digest and _commits_name(objects, expected):
+            return planned
     config = _settings_of(document.spec, config)
     teacher = _teacher_of(objects, document, config)
     planned = plan_split(config, teacher, teacher.to_files(), split, source, say)
@@ -79,6 +88,13 @@ def _plan(config: ExtractConfig, split: str, source: Source) -> PlannedStore:
             "\n  ".join([f"IMAGES or the teacher are not those of {location}; nothing was changed:", *different])
         )
     return planned
+
+
+def _plan_from_settings(config: ExtractConfig, split: str, source: Source) -> tuple[PlannedStore, StoreDocument]:
+    """What the settings alone say that the store should be."""
+    teacher = make_teacher(config)
+    planned = plan_split(config, teacher, teacher.to_files(), split, source, say)
+    return planned, plan_documents(planned.spec, planned.samples, planned.teacher_files)[0]
 
 
 def _settings_of(spec: StoreSpec, config: ExtractConfig) -> ExtractConfig:
@@ -92,7 +108,7 @@ def _settings_of(spec: StoreSpec, config: ExtractConfig) -> ExtractConfig:
         format=spec.backend,
         precision=spec.precision,
         codec=spec.codec,
-        shuffle=spec.shuffle if spec.codec != "none" else None,
+        shuffle=None if spec.shuffle == "none" else spec.shuffle,
         compute=spec.compute,
         layers=",".join(map(str, spec.layers)),
         limit=spec.n_samples,
@@ -121,18 +137,26 @@ def _teacher_of(objects: Objects, document: StoreDocument, config: ExtractConfig
 
 def _mend(planned: PlannedStore, objects: Objects) -> None:
     document, documents = plan_documents(planned.spec, planned.samples, planned.teacher_files)
-    problems = verify_store(objects)
-    if any(problem.key == STORE_KEY for problem in problems):
+    if not _has_its_identity(objects, document):
         say(f"rewriting {planned.location}/{STORE_KEY}")
         objects.put(STORE_KEY, document.to_bytes())
-        problems = verify_store(objects)  # until now nothing else could be checked
+    problems = verify_store(objects)
     for key in sorted({problem.key for problem in problems} & set(documents)):
         say(f"rewriting {planned.location}/{key}")
         objects.put(key, documents[key])
     for shard in sorted({problem.shard for problem in problems if problem.shard is not None}):
         say(f"shard {shard} will be extracted again")
         objects.delete(commit_key(shard))  # first of all: from now on the shard does not exist
-    _drop(objects, [p for p in problems if p.shard is None and p.key not in documents and p.key != STORE_KEY])
+    _drop(objects, [p for p in problems if p.shard is None and p.key not in documents])
+
+
+def _has_its_identity(objects: Objects, planned: StoreDocument) -> bool:
+    """Whether store.json is whole, and no other store's that was put in its place."""
+    try:
+        found = read_store_document(objects, objects.location)
+    except (NotAStoreError, SchemaError):
+        return False
+    return _commits_name(objects, found) or not _commits_name(objects, planned)
 
 
 def _drop(objects: Objects, problems: Sequence[Problem]) -> None:
@@ -145,16 +169,29 @@ def _drop(objects: Objects, problems: Sequence[Problem]) -> None:
             say(f"left alone, not ours: {objects.location}/{problem.key}")
 
 
-def _check_against_commits(objects: Objects, expected: StoreDocument, location: str) -> None:
-    """Commits name the store.json that they belong to, also when it is damaged or gone."""
-    named: dict[str, int] = {}
+def _commits_name(objects: Objects, document: StoreDocument) -> bool:
+    """Whether a commit belongs to this store.json, or none to any."""
+    named = _named_by_commits(objects)
+    first = next(named, document.digest)
+    return document.digest == first or document.digest in named
+
+
+def _named_by_commits(objects: Objects) -> Iterator[str]:
+    """The digests of store.json that commits name, one after the other."""
     for key in list_commits(objects):
         try:
             store = unseal(key, objects.get(key)).get("store")
         except SchemaError:
             continue  # a damaged commit names nothing; its shard is extracted again
         if isinstance(store, str):
-            named[store] = named.get(store, 0) + 1
+            yield store
+
+
+def _check_against_commits(objects: Objects, expected: StoreDocument, location: str) -> None:
+    """Commits name the store.json that they belong to, also when it is damaged or gone."""
+    named: dict[str, int] = {}
+    for store in _named_by_commits(objects):
+        named[store] = named.get(store, 0) + 1
     if named and expected.digest not in named:
         commonest = max(named, key=lambda digest: named[digest])
         raise UserError(

@@ -7,15 +7,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from infra.console import UserError
+from infra.objects import check_location
+from pipeline.locations import is_remote, lies_in, plain_location
 from pipeline.preprocess import Preprocessing
-from pipeline.sources import DIGITS, Source, open_sources, storage_order
+from pipeline.sources import DIGITS, Source, images_name, open_sources, storage_order
 from pipeline.teacher import Teacher, load_teacher
-from storage_schemas.documents import canonical_json, sha256
-from storage_schemas.samples import Sample
-from storage_schemas.spec import BACKENDS, CODECS, COMPUTE_PRECISIONS, PRECISIONS, SHUFFLES, StoreSpec
+from storage_schemas.samples import Samples, samples_to_bytes, source_digest
+from storage_schemas.spec import (
+    BACKENDS,
+    BLOSC_CODECS,
+    CODECS,
+    CODECS_OF,
+    COMPUTE_PRECISIONS,
+    PRECISIONS,
+    SHUFFLES,
+    StoreSpec,
+)
 
 DEFAULT_TEACHER = "vit_base_patch14_reg4_dinov2.lvd142m"
 DEFAULT_STORES = "data/stores"
+_N_SIZED = 20_000  # samples by which the size of the table of all is told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,18 +34,20 @@ class ExtractConfig:
     """What to extract, and how.
 
     Attributes:
-        images: "digits", or a folder of class folders, or a folder with such folders train/ and val/.
-        store: Where the store goes, or the stores train and val; None is data/stores/<name of images>.
+        images: "digits"; a folder of class folders or of WebDataset tars, or one with such folders train/ and val/; or
+            tars by a pattern such as s3://bucket/train-{000000..000146}.tar. Here, on s3://, or at any URL of fsspec's.
+        store: Where the store goes, or the stores train and val: a folder, or s3://bucket/prefix; None is
+            data/stores/<name of images>.
         teacher: Any timm ViT, or digits_vit; None is digits_vit for digits, else DINOv2 ViT-B/14 with registers.
         weights: None for timm's pretrained (or the shipped) ones; a file in timm's or Meta's naming; or random:<seed>.
         head: File of a linear classifier on [final-norm CLS; mean of final-norm patches]; None if there is none.
         image_size: Side of the square crop, px; None is the teacher's.
         resize_size: The short side is resized to this before the crop, px; None is image_size / 0.875.
         interpolation: bicubic or bilinear; None is the teacher's.
-        format: zarr.
-        precision: Of stored patch states: float32 or float16. The small kinds are always float32.
-        codec: none, lz4, zstd-1 or zstd-3; lossless.
-        shuffle: byte or bit shuffle before the codec; None is byte with a codec.
+        format: zarr or webdataset.
+        precision: Of stored patch states: float32, float16, bfloat16 or int8. The small kinds are always float32.
+        codec: none; with zarr also lz4, zstd-1 or zstd-3, with webdataset gzip; lossless.
+        shuffle: byte or bit shuffle before lz4 or zstd; None is byte.
         compute: Arithmetic of the teacher: float32, tf32, bfloat16 or float16.
         layers: States to store, such as 0-12 or 0,6,12; None is all.
         limit: Only the first so many samples of the shuffled order of each split; None is all.
@@ -67,13 +80,27 @@ class ExtractConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        """Local paths mean the same in every process and folder: ~ is the home, and relative ones begin here."""
+        """Local paths mean the same in every process and folder: ~ is the home, and relative ones begin here.
+
+        Raises:
+            UserError: One of them begins like an address and is none; as a path it would be a folder called "s3:".
+        """
+        for name in ("store", "images", "weights", "head"):
+            _check_location(name, getattr(self, name) or "")
         for name in ("images", "weights", "head"):
             value = getattr(self, name)
-            if value and value != DIGITS and "://" not in value and not value.startswith("random"):
+            if value and value != DIGITS and not is_remote(value) and not value.startswith("random"):
                 object.__setattr__(self, name, os.path.abspath(os.path.expanduser(value)))
-        if self.store and "://" not in self.store:
-            object.__setattr__(self, "store", os.path.normpath(os.path.expanduser(self.store)))
+        if self.store:
+            object.__setattr__(self, "store", plain_location(self.store))
+
+
+def _check_location(name: str, value: str) -> None:
+    try:
+        if not value.startswith("random:"):
+            check_location(value)
+    except UserError as error:
+        raise UserError(f"{name.upper()}={error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,10 +122,21 @@ class PlannedStore:
     location: str
     source: Source
     spec: StoreSpec
-    samples: list[Sample]
+    samples: Samples
     teacher_files: dict[str, bytes]
     n_states: int
     notes: list[str]
+
+    @property
+    def teacher_nbytes(self) -> dict[str, int]:
+        """Sizes of the teacher's files, by name."""
+        return {name: len(data) for name, data in self.teacher_files.items()}
+
+    @property
+    def samples_nbytes(self) -> int:
+        """About the size of samples.parquet."""
+        few = self.samples[:_N_SIZED]
+        return len(samples_to_bytes(few)) * len(self.samples) // len(few)
 
 
 def check_config(config: ExtractConfig) -> None:
@@ -119,6 +157,9 @@ def check_config(config: ExtractConfig) -> None:
         )
         if value not in allowed
     ]
+    codecs = CODECS_OF.get(config.format, CODECS)
+    if config.codec in CODECS and config.codec not in codecs:
+        problems.append(f"CODEC={config.codec}: expected one of {', '.join(codecs)}, which FORMAT={config.format} has")
     problems += [
         f"{name.upper()}={value}: expected a number of at least 1"
         for name in ("image_size", "resize_size", "limit", "samples_per_shard", "samples_per_chunk", "micro_batch")
@@ -129,9 +170,8 @@ def check_config(config: ExtractConfig) -> None:
         problems.append(f"SAMPLES_PER_SHARD={shard}: expected a multiple of SAMPLES_PER_CHUNK={chunk}")
     if config.layers is not None and not re.fullmatch(r"\d+-\d+|\d+(,\d+)*", config.layers):
         problems.append(f"LAYERS={config.layers}: expected a range such as 0-12, or a list such as 0,6,12")
-    for name in ("store", "images"):
-        if "://" in (getattr(config, name) or ""):
-            problems.append(f"{name.upper()}={getattr(config, name)}: this version works on local folders")
+    if is_remote(config.store or "") and not (config.store or "").startswith("s3://"):
+        problems.append(f"STORE={config.store}: expected a local path, or s3://bucket/prefix")
     if problems:
         raise UserError("\n  ".join(["these settings cannot be:", *problems]))
 
@@ -144,8 +184,7 @@ def check_inputs(config: ExtractConfig) -> None:
     """
     check_config(config)
     open_sources(config.images)
-    store, images = os.path.realpath(store_root(config)), os.path.realpath(config.images)
-    if config.images != DIGITS and (store == images or store.startswith(images.rstrip("/") + "/")):
+    if config.images != DIGITS and lies_in(store_root(config), config.images):
         raise UserError(
             f"STORE={store_root(config)} lies inside IMAGES={config.images}, where it would be listed as a class of "
             "images. Give a STORE elsewhere"
@@ -159,7 +198,7 @@ def teacher_name(config: ExtractConfig) -> str:
 
 def store_root(config: ExtractConfig) -> str:
     """Where the store, or the folder with stores train and val, goes."""
-    return config.store or f"{DEFAULT_STORES}/{os.path.basename(config.images) or 'images'}"
+    return config.store or f"{DEFAULT_STORES}/{images_name(config.images) or 'images'}"
 
 
 def make_teacher(config: ExtractConfig) -> Teacher:
@@ -196,21 +235,12 @@ def plan_split(
     """The store of one split; `teacher_files` is teacher.to_files(), made once for all splits."""
     listing = source.listing(progress=_ListingProgress(split or source.name, say))
     order = storage_order(len(listing), config.order_seed)[: config.limit]
-    samples = [
-        Sample(
-            sample_id=listing[place].sample_id,
-            label=listing[place].label,
-            class_name=listing[place].class_name,
-            nbytes=listing[place].nbytes,
-        )
-        for place in order
-    ]
-    digest = sha256(canonical_json({"samples": sorted([s.sample_id, s.nbytes] for s in listing)}))
+    samples = listing.take(order)
     return PlannedStore(
         split=split,
         location=split_location(config, split),
         source=source,
-        spec=_spec(config, teacher, len(samples), digest),
+        spec=_spec(config, teacher, len(samples), source_digest(listing)),
         samples=samples,
         teacher_files=teacher_files,
         n_states=teacher.n_layers,
@@ -230,7 +260,7 @@ class _ListingProgress:
             self._say(f"listing {self._name}: {n_seen:,} images so far")
 
 
-def _spec(config: ExtractConfig, teacher: Teacher, n_samples: int, source_digest: str) -> StoreSpec:
+def _spec(config: ExtractConfig, teacher: Teacher, n_samples: int, digest: str) -> StoreSpec:
     shard, chunk = _sizes(config)
     return StoreSpec(
         backend=config.format,
@@ -241,7 +271,7 @@ def _spec(config: ExtractConfig, teacher: Teacher, n_samples: int, source_digest
         grid=teacher.grid,
         precision=config.precision,
         codec=config.codec,
-        shuffle=(config.shuffle or "byte") if config.codec != "none" else "none",
+        shuffle=(config.shuffle or "byte") if config.codec in BLOSC_CODECS else "none",
         n_samples=n_samples,
         samples_per_shard=shard,
         samples_per_chunk=chunk,
@@ -251,7 +281,7 @@ def _spec(config: ExtractConfig, teacher: Teacher, n_samples: int, source_digest
         preprocessing=_preprocessing(config, teacher).to_dict(),
         compute=config.compute,
         micro_batch=config.micro_batch or (32 if config.images == DIGITS else 16),
-        source_digest=source_digest,
+        source_digest=digest,
     )
 
 

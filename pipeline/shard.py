@@ -9,31 +9,31 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import LifoQueue
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
 from infra.machine import n_cores
 from infra.metrics import Metrics, StageClock
-from infra.objects import ObjectAccessError, Objects, open_objects
-from pipeline.dispatch import FatalError
+from infra.objects import Objects, open_objects
 from pipeline.preprocess import BadImageError, Preprocessing, decode_image, normalise
-from pipeline.sources import SourceError
-from pipeline.states import Reduced, merge_reduced, reduce_micro_batch
+from pipeline.shard_writer import ShardWriter, check_fidelity
+from pipeline.source_errors import MAX_IMAGE_NBYTES, SourceError
+from pipeline.states import Reduced, check_head_input, merge_reduced, reduce_micro_batch
 from pipeline.teacher import Teacher, teacher_from_files
 from storage_schemas.commit import Commit
 from storage_schemas.create import StoreDocument, read_store_document
 from storage_schemas.documents import sha256
 from storage_schemas.errors import ChecksumError
-from storage_schemas.keys import SAMPLES_KEY, TEACHER_PREFIX, array_path, commit_key, sharded_array_paths
-from storage_schemas.samples import samples_from_bytes
-from storage_schemas.shard_buffers import EncodedObject, ShardBuffers, encode_statistics
+from storage_schemas.keys import SAMPLES_KEY, TEACHER_PREFIX, array_path, commit_key
+from storage_schemas.samples import Sample, samples_from_bytes, samples_of_table
+from storage_schemas.shard_buffers import ShardBuffers
 from storage_schemas.spec import HEAD_INPUT, StoreSpec
 
 READ_TRIES = 4
@@ -44,7 +44,7 @@ READ_BACKOFF_S = 0.5
 class ImageBytes(Protocol):
     """The one verb that a shard needs of an image source."""
 
-    def read(self, sample_id: str) -> bytes: ...
+    def read(self, sample: Sample) -> bytes: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,7 @@ class ShardReport:
         seconds: Busy thread-seconds by stage.
         wall_s: From the first image to the commit.
         worker: Host and process.
+        requests: Of this worker to a remote store, by verb, since its last report; also bytes_out and bytes_in.
     """
 
     shard: int
@@ -67,6 +68,25 @@ class ShardReport:
     seconds: dict[str, float]
     wall_s: float
     worker: str
+    requests: dict[str, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardElsewhere:
+    """A shard that another job has, or has done.
+
+    Attributes:
+        run_id: The run that claims it.
+        committed: Whether it is done; if not, nothing is known of its images yet.
+        bad_images: As in `ShardReport`.
+        requests: As in `ShardReport`.
+    """
+
+    shard: int
+    run_id: str
+    committed: bool
+    bad_images: tuple[tuple[int, str, str], ...]
+    requests: dict[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +100,8 @@ class RunnerConfig:
         n_threads: Threads for images and, on a CPU, the teacher; None for all cores that this process may use.
         n_buffers: Shards in flight, each with buffers of its own.
         make_teacher: Makes the teacher; None takes the one in the store.
+        run_id: Of the run, for its claims; None makes none.
+        max_error: Largest relative MSE of a layer and kind against float32; None for any.
     """
 
     store: str
@@ -88,6 +110,8 @@ class RunnerConfig:
     n_threads: int | None = None
     n_buffers: int = 2
     make_teacher: Callable[[str], Teacher] | None = None
+    run_id: str | None = None
+    max_error: float | None = None
 
     def __call__(self) -> "ShardRunner":
         """Make the runner, in the worker process."""
@@ -111,11 +135,11 @@ class ShardRunner:
 
     def __init__(self, config: RunnerConfig, objects: Objects) -> None:
         self._objects = objects
+        self._run_id = config.run_id or ""
         self._source = config.source
         self._document = read_store_document(objects, objects.location)
-        self._sample_ids = samples_from_bytes(_read_checked(objects, self._document, SAMPLES_KEY), self.spec.n_samples)[
-            "sample_id"
-        ]
+        samples = _read_checked(objects, self._document, SAMPLES_KEY)
+        self._samples = samples_of_table(samples_from_bytes(samples, self.spec.n_samples))
         device = resolve_device(config.device)
         self._on_gpu = device.startswith("cuda")
         self._n_threads = config.n_threads or n_cores()
@@ -126,6 +150,8 @@ class ShardRunner:
         self._metrics = Metrics({"store": "/".join(objects.location.rsplit("/", 2)[-2:])})
         self._device_turn = threading.Lock()
         self._pool = ThreadPoolExecutor(self._n_threads, thread_name_prefix="micro-batch")
+        self._writer = ShardWriter(objects, self._document, self._pool, config.run_id)
+        self._max_error = config.max_error
         self._buffers: LifoQueue[ShardBuffers] = LifoQueue()
         for _ in range(config.n_buffers):
             self._buffers.put(ShardBuffers(self.spec, _pinned if self._on_gpu else None))
@@ -137,44 +163,64 @@ class ShardRunner:
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown()
+        self._writer.close()
 
-    def run(self, shard: int) -> ShardReport:
-        """Do one shard from images to commit. May be called from several threads.
+    def run(self, shard: int) -> ShardReport | ShardElsewhere:
+        """Do one shard from images to commit, unless another job has it. May be called from several threads.
 
         Raises:
-            FatalError: The store cannot be written; no shard can pass.
+            FatalError: The store cannot be written, or MAX_ERROR is not held; no shard can pass.
             SourceError: An image could not be read, after several tries.
             StateError: The teacher's states cannot be stored.
         """
         began = time.monotonic()
         clock = StageClock()
+        with clock("commit"):
+            holder, commit = self._writer.find(shard)
+        if commit is not None or holder != self._run_id:
+            return self._elsewhere(shard, holder, commit)
         with self._borrow(clock) as buffers:
             buffers.begin(shard)
             bad, reduced = self._run_teacher(shard, buffers, clock)
             statistics, fidelity = merge_reduced(self.spec, reduced)
+            check_fidelity(fidelity, self.spec.precision, self._max_error)
             for index, _ in bad:
                 buffers.invalidate(index - self.spec.shard_samples(shard).start)
-            written = self._write(shard, buffers, statistics.to_array(), clock)
-            with clock("commit"):
-                commit = Commit(
-                    shard=shard,
-                    store=self._document.digest,
-                    bad_images=tuple(bad),
-                    objects={encoded.key: encoded.record for encoded in written},
-                    fidelity=fidelity,
-                ).to_bytes()
-                self._put(commit_key(shard), commit)
+            written = self._writer.write(shard, buffers, statistics.to_array(), clock)
+        with clock("commit"):
+            document = Commit(
+                shard=shard,
+                store=self._document.digest,
+                bad_images=tuple(bad),
+                objects={encoded.key: encoded.record for encoded in written},
+                fidelity=fidelity,
+            ).to_bytes()
+            # a plain put: whoever else commits this shard has the same bytes, and a damaged commit has to go
+            self._writer.put(commit_key(shard), document)
         report = ShardReport(
             shard=shard,
             n_samples=len(self.spec.shard_samples(shard)),
-            bad_images=tuple((index, self._sample_ids[index].as_py(), code) for index, code in bad),
-            nbytes=len(commit) + sum(encoded.record.nbytes for encoded in written),
+            bad_images=self._named(bad),
+            nbytes=len(document) + sum(encoded.record.nbytes for encoded in written),
             seconds=clock.seconds(),
             wall_s=time.monotonic() - began,
             worker=f"{socket.gethostname()}:{os.getpid()}",
+            requests=self._writer.new_requests(),
         )
         self._count(report)
         return report
+
+    def _elsewhere(self, shard: int, holder: str, commit: Commit | None) -> ShardElsewhere:
+        return ShardElsewhere(
+            shard=shard,
+            run_id=holder,
+            committed=commit is not None,
+            bad_images=self._named(commit.bad_images if commit else ()),
+            requests=self._writer.new_requests(),
+        )
+
+    def _named(self, bad: Sequence[tuple[int, str]]) -> tuple[tuple[int, str, str], ...]:
+        return tuple((index, self._samples[index].sample_id, code) for index, code in bad)
 
     def _count(self, report: ShardReport) -> None:
         self._metrics.add("images", report.n_samples - len(report.bad_images))
@@ -234,17 +280,19 @@ class ShardRunner:
         bad = []
         for i, index in enumerate(rows):
             try:
-                pixels[i] = decode_image(self._read_bytes(self._sample_ids[index].as_py()), self._preprocessing)
+                pixels[i] = decode_image(self._read_bytes(self._samples[index]), self._preprocessing)
             except BadImageError as error:
                 bad.append((index, error.code))
         return torch.from_numpy(pixels), bad
 
-    def _read_bytes(self, sample_id: str) -> bytes:
+    def _read_bytes(self, sample: Sample) -> bytes:
+        if sample.nbytes > MAX_IMAGE_NBYTES:
+            raise BadImageError("too_large", f"{sample.nbytes:,} bytes; at most {MAX_IMAGE_NBYTES:,} are read")
         for attempt in range(1, READ_TRIES + 1):
             try:
-                return self._source.read(sample_id)
-            except SourceError:
-                if attempt == READ_TRIES:
+                return self._source.read(sample)
+            except SourceError as error:
+                if error.tried_again or attempt == READ_TRIES:
                     raise
                 time.sleep(READ_BACKOFF_S * 2 ** (attempt - 1))
         raise AssertionError("unreachable")
@@ -268,6 +316,7 @@ class ShardRunner:
             layers, reduced = reduce_micro_batch(spec, kept, index)
             if spec.has_head_input:
                 head_input = teacher.head_input(teacher.final_norm(states[-1]))[:n_rows].float()
+                check_head_input(head_input, index)
         with clock("copy"):
             for layer, kinds in zip(spec.layers, layers):
                 for kind, values in kinds.items():
@@ -277,34 +326,6 @@ class ShardRunner:
             if self._on_gpu:
                 torch.cuda.current_stream().synchronize()  # nothing of the buffers is read before this returns
         return reduced
-
-    def _write(
-        self, shard: int, buffers: ShardBuffers, statistics: np.ndarray, clock: StageClock
-    ) -> list[EncodedObject]:
-        def one(path: str) -> EncodedObject:
-            with clock("encode"):
-                encoded = buffers.encode(path, shard)
-            with clock("write"):
-                self._put(encoded.key, encoded.pieces)
-            return encoded
-
-        futures = [self._pool.submit(one, path) for path in sharded_array_paths(self.spec)]
-        try:
-            written = [future.result() for future in futures]
-        finally:
-            for future in futures:
-                future.cancel()
-            _wait_all(futures)
-        encoded = encode_statistics(shard, statistics)
-        with clock("write"):
-            self._put(encoded.key, encoded.pieces)
-        return [*written, encoded]
-
-    def _put(self, key: str, data: Any) -> None:
-        try:
-            self._objects.put(key, data)
-        except ObjectAccessError as error:
-            raise FatalError(f"{error}. What is committed stays valid; the same command goes on from there") from error
 
     def _stored_teacher(self, device: str) -> Teacher:
         files = {

@@ -4,7 +4,7 @@ All of it runs on the teacher's device, before anything is copied, and every red
 in a fixed order, so that equal states give equal bytes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,10 +15,10 @@ from pipeline.dispatch import FinalError
 from storage_schemas.commit import Fidelity
 from storage_schemas.from_arrays import make_fidelity
 from storage_schemas.keys import array_path
+from storage_schemas.precision import INT8_MAX, LARGEST
 from storage_schemas.spec import Kind, StoreSpec
 from storage_schemas.statistics import Statistics, merge
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16}
 _WIDE = torch.float64
 
 
@@ -66,15 +66,15 @@ def reduce_micro_batch(
     layers: list[dict[Kind, torch.Tensor]] = []
     for i, state in enumerate(states):
         patches = state[:, first_patch:]
-        stored = patches.to(_DTYPES[spec.precision])
+        rounded = round_patches(spec.precision, patches)
         mean, patch_moments = _patch_moments(patches, valid)
         small: dict[Kind, torch.Tensor] = {"cls": state[:, 0], "registers": state[:, first_register:first_patch]}
-        every = {**small, "patches": stored, "patch_mean": mean}
-        layers.append({kind: every[kind] for kind in spec.token_kinds})
+        every = {**small, **rounded, "patches": _bits(rounded["patches"]), "patch_mean": mean}
+        layers.append({kind: every[kind] for kind in spec.array_kinds})
         if not nothing_valid:
             moments[i, spec.token_kinds.index("patches")] = patch_moments
             if spec.precision != "float32":
-                errors[i] = _rounding_errors(_take(stored, valid), _take(patches, valid))
+                errors[i] = _rounding_errors(_take(restore_patches(rounded), valid), _take(patches, valid))
     if nothing_valid:
         nothing = np.zeros(len(spec.layers))
         return layers, Reduced(moments=Statistics.empty(shape), squared_error=nothing, worst=nothing)
@@ -88,6 +88,43 @@ def reduce_micro_batch(
         squared_error=host_errors[:, 0].sum(axis=-1),
         worst=host_errors[:, 1].max(axis=-1),
     )
+
+
+def round_patches(precision: str, patches: Float32[torch.Tensor, "batch patch dim"]) -> dict[Kind, torch.Tensor]:
+    """The patches as a store keeps them, on their device; for int8 with their scale.
+
+    The same values as `storage_schemas.precision.round_patches`, bit for bit, but unchecked: what is too large shows in
+    the moments.
+    """
+    if precision == "int8":
+        # without minus zeros, where all is zero
+        scale = torch.maximum(patches.amax(dim=1), -patches.amin(dim=1)).abs_() / INT8_MAX
+        steps = patches / torch.where(scale > 0, scale, 1.0)[:, None]
+        return {"patches": steps.round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8), "patches_scale": scale}
+    return {"patches": patches.to(getattr(torch, precision))}
+
+
+def restore_patches(rounded: Mapping[Kind, torch.Tensor]) -> Float32[torch.Tensor, "batch patch dim"]:
+    """What a reader of the store will get for them."""
+    stored = rounded["patches"].float()
+    return stored.mul_(rounded["patches_scale"][:, None]) if "patches_scale" in rounded else stored
+
+
+def check_head_input(head_input: Float32[torch.Tensor, "batch dim2"], valid: torch.Tensor | None) -> None:
+    """Raise StateError if what a linear head reads of a valid row is NaN or infinite; names channel and value."""
+    rows = _take(head_input, valid)
+    bad = (~torch.isfinite(rows)).nonzero()
+    if len(bad):
+        row, channel = bad[0].tolist()
+        raise StateError(
+            f"head_input, channel {channel}: {float(rows[row, channel]):g}; and {len(bad) - 1} more. The final norm of "
+            "the teacher gives values that are not finite; look at its weights"
+        )
+
+
+def _bits(stored: torch.Tensor) -> torch.Tensor:
+    """As NumPy, and so a store, can hold it."""
+    return stored.view(torch.uint16) if stored.dtype == torch.bfloat16 else stored
 
 
 def merge_reduced(spec: StoreSpec, parts: Sequence[Reduced]) -> tuple[Statistics, dict[str, Fidelity]]:
@@ -148,9 +185,9 @@ def _patch_moments(
     return patch_mean, torch.stack([torch.full_like(mean, n), mean, m2, low.to(_WIDE), high.to(_WIDE)])
 
 
-def _rounding_errors(stored: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """(2, dim): sums of squared differences per channel, and largest absolute ones."""
-    difference = stored.float().sub_(exact)
+def _rounding_errors(restored: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """(2, dim): sums of squared differences per channel, and largest absolute ones. Overwrites `restored`."""
+    difference = restored.sub_(exact)
     worst = torch.maximum(difference.amax(dim=1).amax(dim=0), -difference.amin(dim=1).amin(dim=0))
     squared = difference.square_().sum(dim=1).to(_WIDE).sum(dim=0)
     return torch.stack([squared, worst.to(_WIDE)])
@@ -158,8 +195,8 @@ def _rounding_errors(stored: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
 
 def _check_finite(spec: StoreSpec, moments: np.ndarray) -> None:
     low, high = moments[:, :, 3], moments[:, :, 4]
-    limits = {kind: float(np.finfo(np.float32).max) for kind in spec.token_kinds}
-    limits["patches"] = float(np.finfo(spec.precision).max)
+    limits = dict.fromkeys(spec.token_kinds, LARGEST["float32"])
+    limits["patches"] = LARGEST[spec.precision]
     problems = []
     for j, kind in enumerate(spec.token_kinds):
         largest = np.maximum(np.abs(low[:, j]), np.abs(high[:, j]))

@@ -23,6 +23,8 @@ class RunConfig:
         cpus_per_worker: Cores of each; None shares out what there is.
         depth: Shards in flight per worker; bounds its memory. None is 3 on a GPU, else 2.
         shard_timeout_s: A shard that takes longer loses its worker, seconds.
+        join: Share the work with the jobs that are at work on the same store.
+        max_error: Stop if rounding loses more than this relative MSE in any layer and kind; None for any loss.
         device: cpu, cuda or auto.
         dashboard: Whether a private Ray has its dashboard.
         verbose: Show what workers print.
@@ -34,13 +36,19 @@ class RunConfig:
     cpus_per_worker: int | None = None
     depth: int | None = None
     shard_timeout_s: float = 3600.0
+    join: bool = False
+    max_error: float | None = None
     device: str = "auto"
     dashboard: bool = True
     verbose: bool = False
 
 
-def check_run(run: RunConfig) -> None:
+def check_run(run: RunConfig, *, overwrite: bool = False) -> None:
     """Refuse ways of working that cannot be, all at once.
+
+    Args:
+        run: How the work is to be done.
+        overwrite: Whether a store of another identity is to be deleted first.
 
     Raises:
         UserError: Lists every setting that is wrong, with what it may be.
@@ -50,10 +58,14 @@ def check_run(run: RunConfig) -> None:
         for name in ("workers", "cpus_per_worker", "depth", "shard_timeout_s")
         if (value := getattr(run, name)) is not None and value < 1
     ]
+    if run.max_error is not None and not 0 <= run.max_error < float("inf"):
+        problems.append(f"MAX_ERROR={run.max_error:g}: expected a relative MSE such as 1e-4, at least 0")
     if re.fullmatch(r"auto|cpu|cuda(:\d+)?", run.device) is None:
         problems.append(f"DEVICE={run.device}: expected cpu, cuda or auto")
     elif run.no_ray and run.device.startswith("cuda") and not torch.cuda.is_available():
         problems.append(f"DEVICE={run.device}: there is no CUDA device here; expected cpu or auto")
+    if run.join and overwrite:
+        problems.append("JOIN=1 with --overwrite: a store that is shared is never deleted; expected one of the two")
     if problems:
         raise UserError("\n  ".join(["these settings cannot be:", *problems]))
 

@@ -10,6 +10,7 @@ from numcodecs import blosc
 
 from storage_schemas.errors import StoreError
 from storage_schemas.keys import array_kind
+from storage_schemas.precision import FILL_VALUES, STORED_DTYPES
 from storage_schemas.spec import HEAD_INPUT, StoreSpec
 
 BLOSC_OVERHEAD = 16  # bytes by which Blosc may exceed what it cannot compress; also the size of its header
@@ -23,8 +24,13 @@ class DecodeError(StoreError):
 
 
 def kind_dtype(spec: StoreSpec, kind: str) -> np.dtype:
-    """How values of a kind are stored: the spec's precision for patches, float32 for the small kinds."""
-    return np.dtype(spec.precision if kind == "patches" else "float32").newbyteorder("<")
+    """How values of a kind are stored: as the spec's precision says for patches, float32 for the small kinds."""
+    return np.dtype(STORED_DTYPES[spec.precision] if kind == "patches" else "float32").newbyteorder("<")
+
+
+def kind_fill(spec: StoreSpec, kind: str) -> int | float:
+    """What rows without states hold in an array of a kind."""
+    return FILL_VALUES[spec.precision] if kind == "patches" else np.nan
 
 
 def kind_shape(spec: StoreSpec, kind: str) -> tuple[int, ...]:
@@ -33,6 +39,7 @@ def kind_shape(spec: StoreSpec, kind: str) -> tuple[int, ...]:
         "cls": (spec.dim,),
         "registers": (spec.n_registers, spec.dim),
         "patches": (spec.n_patches, spec.dim),
+        "patches_scale": (spec.dim,),
         "patch_mean": (spec.dim,),
         HEAD_INPUT: (2 * spec.dim,),
     }

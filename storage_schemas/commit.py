@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from storage_schemas.codecs import BLOSC_OVERHEAD, raw_chunk_nbytes
 from storage_schemas.documents import MAX_DOCUMENT_NBYTES, seal, sha256, unseal
 from storage_schemas.errors import SchemaError
 from storage_schemas.keys import (
@@ -18,8 +17,9 @@ from storage_schemas.keys import (
     sharded_array_paths,
     statistics_key,
 )
+from storage_schemas.layout import payload_bounds, room_nbytes, tail_nbytes
 from storage_schemas.spec import FORMAT_VERSION, StoreSpec
-from storage_schemas.zarr_layout import CRC_NBYTES, index_nbytes, slot_nbytes
+from storage_schemas.zarr_layout import CRC_NBYTES
 
 BAD_IMAGE_CODES = ("empty", "not_an_image", "truncated", "undecodable", "too_large")
 
@@ -212,12 +212,10 @@ def objects_fit(
         n_chunks: (object,) of its chunks; they follow one another in `chunks`.
         chunks: (chunk, 3) int64: offset, payload bytes and payload CRC32C.
     """
-    raw = [raw_chunk_nbytes(spec, array_kind(path)) for path in sharded_array_paths(spec)]
-    overhead = 0 if spec.codec == "none" else BLOSC_OVERHEAD
-    most = np.array([*(size + overhead for size in raw), statistics_nbytes(spec)])
-    least = most if spec.codec == "none" else np.array([*(1 for _ in raw), statistics_nbytes(spec)])
-    is_statistics = np.arange(len(most)) == len(raw)
-    n_objects, shape = len(most) * spec.n_shards, (spec.n_shards, len(most))
+    n_arrays = len(sharded_array_paths(spec))
+    bounds = _bounds(spec, spec.samples_per_chunk)
+    is_statistics = np.arange(n_arrays + 1) == n_arrays
+    n_objects, shape = (n_arrays + 1) * spec.n_shards, (spec.n_shards, n_arrays + 1)
     n_expected = np.where(
         is_statistics, 1, np.array([len(spec.shard_chunks(shard)) for shard in range(spec.n_shards)])[:, None]
     ).reshape(-1)
@@ -225,22 +223,30 @@ def objects_fit(
         return False
     offset, payload, crc = chunks.T
     first = np.cumsum(n_chunks) - n_chunks
-    least, most = (np.repeat(np.broadcast_to(bound, shape).reshape(-1), n_chunks) for bound in (least, most))
+    least, most = (np.repeat(np.broadcast_to(bound, shape).reshape(-1), n_chunks) for bound in bounds)
+    last = (first + n_chunks - 1)[-(n_arrays + 1) :]  # the last chunks of the store may hold fewer samples
+    least[last], most[last] = _bounds(spec, len(spec.chunk_samples(spec.n_chunks - 1)))
     if len(chunks) != len(least) or (payload < least).any() or (payload > most).any():
         return False
-    slots = slot_nbytes(payload)
+    slots = room_nbytes(spec, payload)
     ends = np.cumsum(slots)
     places = ends - slots
     in_object = places - np.repeat(places[first], n_chunks)
     sizes = np.where(
         np.broadcast_to(is_statistics, shape).reshape(-1),
         payload[first] + CRC_NBYTES,
-        ends[first + n_chunks - 1] - places[first] + index_nbytes(spec),
+        ends[first + n_chunks - 1] - places[first] + tail_nbytes(spec),
     )
     every_crc = np.concatenate([crc, crc32c])
     return bool(
         (offset == in_object).all() and (nbytes == sizes).all() and ((every_crc >= 0) & (every_crc < 2**32)).all()
     )
+
+
+def _bounds(spec: StoreSpec, n_rows: int) -> np.ndarray:
+    """(2, object) int64: least and most payload bytes of a chunk of so many samples, of each object of a shard."""
+    bounds = [payload_bounds(spec, array_kind(path), n_rows) for path in sharded_array_paths(spec)]
+    return np.array([*bounds, 2 * (statistics_nbytes(spec),)]).T
 
 
 def statistics_nbytes(spec: StoreSpec) -> int:
@@ -256,18 +262,19 @@ def _statistics_problems(spec: StoreSpec, record: ObjectRecord) -> list[str]:
 
 
 def _record_problems(spec: StoreSpec, path: str, shard: int, record: ObjectRecord) -> list[str]:
-    n_chunks = len(spec.shard_chunks(shard))
-    if len(record.chunks) != n_chunks:
-        return [f"{len(record.chunks)} chunks, expected {n_chunks}"]
+    chunks, kind = spec.shard_chunks(shard), array_kind(path)
+    if len(record.chunks) != len(chunks):
+        return [f"{len(record.chunks)} chunks, expected {len(chunks)}"]
     # plain integers: there are few chunks in an object, but very many objects
-    raw, place = raw_chunk_nbytes(spec, array_kind(path)), 0
-    least, most = (raw, raw) if spec.codec == "none" else (1, raw + BLOSC_OVERHEAD)
-    for offset, nbytes, _ in record.chunks.tolist():
+    place, full = 0, payload_bounds(spec, kind, spec.samples_per_chunk)
+    for chunk, (offset, nbytes, _) in zip(chunks, record.chunks.tolist()):
         if offset != place:
             return ["chunks do not lie where they belong in the object"]
+        n_rows = len(spec.chunk_samples(chunk))
+        least, most = full if n_rows == spec.samples_per_chunk else payload_bounds(spec, kind, n_rows)
         if not least <= nbytes <= most:
             return ["chunks have a wrong size"]
-        place += slot_nbytes(nbytes)
-    if place + index_nbytes(spec) != record.nbytes:
+        place += room_nbytes(spec, nbytes)
+    if place + tail_nbytes(spec) != record.nbytes:
         return ["chunks do not lie where they belong in the object"]
     return []

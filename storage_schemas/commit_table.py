@@ -21,7 +21,8 @@ class CommitTable:
         chunks: By array path, (chunk, 3) int64 of payload offset, bytes and CRC32C; -1 where nothing is committed.
         statistics: (shard, 3) int64, likewise, for the statistics object.
         stored_nbytes: Size of all committed data objects together.
-        fidelity: By array path, the worst of all shards; empty where nothing was rounded.
+        shard_fidelity: By path of each array that was rounded, (shard, 3) float64 of relative_mse, r2 and worst; NaN
+            where nothing was measured.
     """
 
     committed: np.ndarray
@@ -30,7 +31,19 @@ class CommitTable:
     chunks: dict[str, np.ndarray]
     statistics: np.ndarray
     stored_nbytes: int
-    fidelity: dict[str, Fidelity]
+    shard_fidelity: dict[str, np.ndarray]
+
+    @property
+    def fidelity(self) -> dict[str, Fidelity]:
+        """By array path, the worst of all shards; empty where nothing was rounded."""
+        return {
+            path: Fidelity(
+                relative_mse=float(np.nanmax(each[:, 0])),
+                r2=float(np.nanmin(each[:, 1])),
+                worst=float(np.nanmax(each[:, 2])),
+            )
+            for path, each in self.shard_fidelity.items()
+        }
 
 
 def make_commit_table(spec: StoreSpec, commits: Iterable[Commit]) -> CommitTable:
@@ -41,7 +54,7 @@ def make_commit_table(spec: StoreSpec, commits: Iterable[Commit]) -> CommitTable
     chunks = {path: np.full((spec.n_chunks, 3), -1, np.int64) for path in paths}
     statistics = np.full((spec.n_shards, 3), -1, np.int64)
     bad_images: dict[int, str] = {}
-    fidelity: dict[str, Fidelity] = {}
+    fidelity: dict[str, np.ndarray] = {}
     stored_nbytes = 0
     for commit in commits:
         assert not committed[commit.shard]
@@ -54,7 +67,8 @@ def make_commit_table(spec: StoreSpec, commits: Iterable[Commit]) -> CommitTable
         bad_images |= dict(commit.bad_images)
         stored_nbytes += sum(record.nbytes for record in commit.objects.values())
         for path, found in commit.fidelity.items():
-            fidelity[path] = _worst(fidelity.get(path, found), found)
+            each = fidelity.setdefault(path, np.full((spec.n_shards, 3), np.nan))
+            each[commit.shard] = found.relative_mse, found.r2, found.worst
     valid[list(bad_images)] = False
     return CommitTable(
         committed=committed,
@@ -63,9 +77,5 @@ def make_commit_table(spec: StoreSpec, commits: Iterable[Commit]) -> CommitTable
         chunks=chunks,
         statistics=statistics,
         stored_nbytes=stored_nbytes,
-        fidelity=fidelity,
+        shard_fidelity=fidelity,
     )
-
-
-def _worst(a: Fidelity, b: Fidelity) -> Fidelity:
-    return Fidelity(relative_mse=max(a.relative_mse, b.relative_mse), r2=min(a.r2, b.r2), worst=max(a.worst, b.worst))

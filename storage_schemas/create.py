@@ -8,10 +8,10 @@ from infra.objects import Get, ObjectMissingError, ObjectTooLargeError, Put
 from storage_schemas.documents import MAX_DOCUMENT_NBYTES, seal, sha256, unseal
 from storage_schemas.errors import NotAStoreError, SchemaError
 from storage_schemas.keys import SAMPLES_KEY, STORE_KEY, TEACHER_PREFIX, is_teacher_key, zarr_json_keys
+from storage_schemas.layout import array_documents
 from storage_schemas.limits import most_nbytes
 from storage_schemas.samples import Sample, samples_from_bytes, samples_to_bytes
 from storage_schemas.spec import FORMAT_VERSION, StoreSpec, differences
-from storage_schemas.zarr_layout import zarr_documents
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ def plan_documents(
     unfit = [f"{TEACHER_PREFIX}{name}" for name in teacher_files if not is_teacher_key(f"{TEACHER_PREFIX}{name}")]
     if unfit:
         raise SchemaError("teacher files", [f"{key!r} is not a plain name below {TEACHER_PREFIX}" for key in unfit])
-    documents = zarr_documents(spec)
+    documents = array_documents(spec)
     documents[SAMPLES_KEY] = samples_to_bytes(samples)
     documents |= {f"{TEACHER_PREFIX}{name}": data for name, data in teacher_files.items()}
     too_large = [

@@ -6,18 +6,16 @@ import numpy as np
 from jaxtyping import Float32
 
 from infra.objects import Objects
-from storage_schemas.codecs import kind_dtype
 from storage_schemas.commit import Commit, Fidelity
 from storage_schemas.create import create_store
 from storage_schemas.errors import SchemaError
 from storage_schemas.index import index_to_bytes
 from storage_schemas.keys import INDEX_KEY, array_path, commit_key
+from storage_schemas.precision import restore_patches, round_patches
 from storage_schemas.samples import Sample
 from storage_schemas.shard_buffers import ShardBuffers, write_shard
 from storage_schemas.spec import HEAD_INPUT, StoreSpec
 from storage_schemas.statistics import Statistics
-
-_F16_MAX = float(np.finfo(np.float16).max)
 
 
 def write_store(
@@ -101,22 +99,34 @@ def _fill(
             seen = values[valid].reshape(-1, spec.dim).astype(np.float64)
             if not np.isfinite(seen).all():
                 raise SchemaError(array_path(layer, kind), ["holds a state that is NaN or infinite"])
-            dtype = kind_dtype(spec, kind)
-            if dtype == np.float16 and len(seen) and np.abs(seen).max() > _F16_MAX:
-                raise SchemaError(array_path(layer, kind), [f"{np.abs(seen).max():g} does not fit float16"])
-            stored = values.astype(dtype)
-            buffers.assign(array_path(layer, kind), 0, stored)
+            rounds = kind == "patches" and spec.precision != "float32"
+            restored = _assign_rounded(buffers, layer, values) if rounds else values
+            if not rounds:
+                buffers.assign(array_path(layer, kind), 0, values)
             if len(seen):
                 mean = seen.mean(axis=0)
                 m2 = ((seen - mean) ** 2).sum(axis=0)
                 moments.count[i, j], moments.mean[i, j], moments.m2[i, j] = len(seen), mean, m2
                 moments.min[i, j], moments.max[i, j] = seen.min(axis=0), seen.max(axis=0)
-                if dtype != np.float32:
-                    error = stored[valid].reshape(-1, spec.dim).astype(np.float64) - seen
+                if rounds:
+                    error = restored[valid].reshape(-1, spec.dim).astype(np.float64) - seen
                     fidelity[array_path(layer, kind)] = make_fidelity(
                         float((error**2).sum()), float((seen**2).sum()), float(m2.sum()), float(np.abs(error).max())
                     )
     return moments, fidelity
+
+
+def _assign_rounded(buffers: ShardBuffers, layer: int, patches: np.ndarray) -> np.ndarray:
+    """Put the patches of a shard as its precision keeps them; returns what a reader will get."""
+    precision = buffers.spec.precision
+    try:
+        stored, scale = round_patches(precision, patches)
+    except SchemaError as error:
+        raise SchemaError(array_path(layer, "patches"), error.problems) from error
+    buffers.assign(array_path(layer, "patches"), 0, stored)
+    if scale is not None:
+        buffers.assign(array_path(layer, "patches_scale"), 0, scale)
+    return restore_patches(precision, stored, scale)
 
 
 def _checked(values: np.ndarray, what: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -17,7 +17,9 @@ import pyarrow.parquet as pq
 from storage_schemas.commit import Commit, Fidelity, ObjectRecord, commit_problems, objects_fit
 from storage_schemas.documents import canonical_json, sha256
 from storage_schemas.errors import SchemaError
-from storage_schemas.keys import INDEX_KEY, data_object_keys, shard_object_keys
+from storage_schemas.keys import INDEX_KEY, data_object_keys, shard_object_keys, sharded_array_paths
+from storage_schemas.limits import most_nbytes
+from storage_schemas.parquet import read_parquet
 from storage_schemas.spec import FORMAT_VERSION, StoreSpec
 
 _DIGEST_NBYTES = 32
@@ -79,10 +81,10 @@ def commits_from_index(spec: StoreSpec, store: str, data: bytes) -> list[Commit]
     """
     body = unseal_parquet(INDEX_KEY, data)
     try:
-        table = pq.read_table(io.BytesIO(body)).combine_chunks()
+        n_chunks = len(sharded_array_paths(spec)) * spec.n_chunks + spec.n_shards
+        most = most_nbytes(spec, INDEX_KEY)
+        table = read_parquet(body, [SCHEMA], most_nbytes=most, most_values=2 * n_chunks).combine_chunks()
         metadata = json.loads((table.schema.metadata or {})[b"index"])
-        if not table.schema.equals(SCHEMA):
-            raise ValueError(f"columns are {table.schema.names}, expected {SCHEMA.names}")
         if metadata["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {metadata['format_version']!r}; this version reads {FORMAT_VERSION}")
         written_for = str(metadata["store"])

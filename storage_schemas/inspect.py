@@ -11,7 +11,7 @@ from infra.console import human_bytes
 from infra.objects import ObjectError
 from storage_schemas.codecs import kind_dtype, kind_shape, raw_chunk_nbytes
 from storage_schemas.errors import SchemaError, StoreError
-from storage_schemas.keys import array_kind, array_path, sharded_array_paths
+from storage_schemas.keys import array_kind, sharded_array_paths
 from storage_schemas.reader import Store
 from storage_schemas.spec import FORMAT_VERSION, HEAD_INPUT, StoreSpec
 
@@ -27,7 +27,7 @@ def describe_store(store: Store) -> str:
         ("bad images", lambda: _bad_image_lines(store)),
         ("", lambda: _array_lines(store)),
         ("norms", lambda: _norm_lines(store)),
-        ("", lambda: _fidelity_lines(store)),
+        ("error", lambda: _fidelity_lines(store)),
         ("teacher", lambda: _accuracy_lines(store)),
     ]
     lines = [store.location]
@@ -129,12 +129,12 @@ def stored_nbytes(store: Store, kind: str) -> tuple[int, int]:
 def _identity_lines(store: Store) -> list[str]:
     spec = store.spec
     n_shards = int(store.committed.sum())
-    codec = spec.codec if spec.codec == "none" else f"{spec.codec} with {spec.shuffle} shuffle"
+    codec = spec.codec if spec.shuffle == "none" else f"{spec.codec} with {spec.shuffle} shuffle"
     lines = [
         f"teacher      {spec.teacher}, weights {spec.teacher_weights_digest[:16]}, computed in {spec.compute}",
         f"samples      {spec.n_samples:,} planned, {store.n_committed:,} committed "
         f"({n_shards:,} of {spec.n_shards:,} shards), {store.n_valid:,} valid",
-        f"layers       {_ranges(spec.layers)}; {spec.n_tokens} tokens of {spec.dim} channels: {_tokens(spec)}",
+        f"layers       {ranges(spec.layers)}; {spec.n_tokens} tokens of {spec.dim} channels: {_tokens(spec)}",
         f"stored as    {spec.backend}, patches in {spec.precision}, codec {codec}, "
         f"{spec.samples_per_shard} samples a shard, {spec.samples_per_chunk} a chunk",
         f"order        seed {spec.order_seed}, source {spec.source_digest[:16]}; "
@@ -145,7 +145,7 @@ def _identity_lines(store: Store) -> list[str]:
     return [*lines, f"             and {more:,} more damaged commits"] if more > 0 else lines
 
 
-def _ranges(layers: Sequence[int]) -> str:
+def ranges(layers: Sequence[int]) -> str:
     """0, 1, 2, 5 as `0 to 2, 5`."""
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in _runs(layers))
 
@@ -179,7 +179,7 @@ def _bad_image_lines(store: Store) -> list[str]:
 
 def _array_lines(store: Store) -> list[str]:
     spec = store.spec
-    kinds = [*spec.token_kinds, *([HEAD_INPUT] if spec.has_head_input else [])]
+    kinds = [*spec.array_kinds, *([HEAD_INPUT] if spec.has_head_input else [])]
     rows = [["kind", "shape of one sample", "dtype", "arrays", "stored", "ratio"]]
     for kind in kinds:
         raw, stored = stored_nbytes(store, kind)
@@ -187,7 +187,7 @@ def _array_lines(store: Store) -> list[str]:
             [
                 kind,
                 " x ".join(map(str, kind_shape(spec, kind))),
-                kind_dtype(spec, kind).name,
+                spec.precision if kind == "patches" else kind_dtype(spec, kind).name,
                 "1" if kind == HEAD_INPUT else str(len(spec.layers)),
                 human_bytes(stored),
                 f"{raw / stored:.2f}" if stored else "-",
@@ -211,19 +211,20 @@ def _norm_lines(store: Store) -> list[str]:
 
 
 def _fidelity_lines(store: Store) -> list[str]:
-    """The worst shard and layer of each kind that was rounded."""
-    lines = []
-    for kind in store.spec.token_kinds:
-        paths = [array_path(layer, kind) for layer in store.layers]
-        found = [(store.table.fidelity[path], path) for path in paths if path in store.table.fidelity]
-        if found:
-            worst, path = max(found, key=lambda item: item[0].relative_mse)
-            lines += [
-                "",
-                f"{kind} in {store.spec.precision} against float32, worst shard: R2 {worst.r2:.7f}, relative MSE "
-                f"{worst.relative_mse:.1e} ({path}); largest error {max(f.worst for f, _ in found):.3g}",
-            ]
-    return lines
+    """The error of each array that was rounded, over all shards, and the worst of them."""
+    fidelity = store.fidelity
+    if not fidelity:
+        return []
+    rows = [["array", "relative MSE", "R2", "largest error"]]
+    rows += [[path, f"{f.relative_mse:.2e}", f"{f.r2:.8f}", f"{f.worst:.3g}"] for path, f in fidelity.items()]
+    worst = max(fidelity, key=lambda path: fidelity[path].relative_mse)
+    layer, kind = int(worst[6:8]), array_kind(worst)
+    return [
+        "",
+        f"stored in {store.spec.precision} against float32, over all shards; the other arrays are exact",
+        *table(rows),
+        f"worst: {kind} of layer {layer}, relative MSE {fidelity[worst].relative_mse:.2e}",
+    ]
 
 
 def _accuracy_lines(store: Store) -> list[str]:

@@ -15,11 +15,11 @@ from crc32c import crc32c
 from jaxtyping import Float32
 
 from infra.objects import ObjectError, ObjectMissingError, Objects, ObjectTooLargeError, open_objects, read_range
-from storage_schemas.codecs import decode_chunk, kind_shape
-from storage_schemas.commit import Commit, read_commit
+from storage_schemas.codecs import DecodeError, kind_shape
+from storage_schemas.commit import Commit, Fidelity, read_commit
 from storage_schemas.commit_table import CommitTable, make_commit_table
 from storage_schemas.create import StoreDocument, read_store_document
-from storage_schemas.documents import MAX_DOCUMENT_NBYTES, sha256
+from storage_schemas.documents import sha256
 from storage_schemas.errors import ChecksumError, NotAStoreError, NotCommittedError, Problem, SchemaError
 from storage_schemas.find import splits_in
 from storage_schemas.index import commits_from_index, is_index_of
@@ -36,10 +36,13 @@ from storage_schemas.keys import (
     shard_object_key,
     statistics_key,
 )
+from storage_schemas.layout import decode_payload
 from storage_schemas.limits import most_nbytes
+from storage_schemas.precision import restore_patches
 from storage_schemas.samples import samples_from_bytes
 from storage_schemas.spec import HEAD_INPUT, StoreSpec
-from storage_schemas.statistics import Statistics, merge
+from storage_schemas.statistics import Statistics
+from storage_schemas.sums import sum_shards
 
 _N_READ_THREADS = 8
 MISSING_COMMIT = "it is missing, though the store was finished once"
@@ -156,7 +159,7 @@ class Store:
             NotCommittedError: Its shard has no commit.
         """
         layer = operator.index(layer)
-        self._check_request((layer,), (kind,))
+        self._check_request((layer,), (kind,), self.spec.array_kinds)
         return self._location(array_path(layer, kind), operator.index(chunk))
 
     def read(
@@ -214,7 +217,7 @@ class Store:
             raise SchemaError(self.location, ["this store was made from arrays without head inputs; it holds none"])
         return out
 
-    @cached_property
+    @property
     def statistics(self) -> Statistics:
         """Moments per layer, kind and channel, (layer, kind, dim) in the order of `layers` and `spec.token_kinds`.
 
@@ -224,12 +227,18 @@ class Store:
             NotCommittedError: A commit is damaged, so that a shard would be left out unseen.
             ChecksumError, ObjectMissingError, ShortObjectError: As for `fetch`.
         """
+        return self._sums[0]
+
+    @property
+    def fidelity(self) -> dict[str, Fidelity]:
+        """The measured error over all committed shards, by path of each array that was rounded; raises as above."""
+        return self._sums[1]
+
+    @cached_property
+    def _sums(self) -> tuple[Statistics, dict[str, Fidelity]]:
         self._check_undamaged()
-        shape = (len(self.layers), len(self.spec.token_kinds), self.spec.dim)
-        total = Statistics.empty(shape)
-        for shard in np.flatnonzero(self.committed):
-            total = merge(total, self.shard_statistics(int(shard)))
-        return total
+        shards = np.flatnonzero(self.committed).tolist()
+        return sum_shards(self.spec, shards, self.shard_statistics, self.table.shard_fidelity)
 
     def shard_statistics(self, shard: SupportsIndex) -> Statistics:
         """Moments of one committed shard.
@@ -286,16 +295,17 @@ class Store:
     def _repair_hint(self) -> str:
         return f"Mend it: make verify STORE={self.location} IMAGES=<as extracted> REPAIR=1"
 
-    def _check_request(self, layers: Sequence[int], kinds: Sequence[str]) -> None:
+    def _check_request(self, layers: Sequence[int], kinds: Sequence[str], known: Sequence[str] | None = None) -> None:
+        known = self.spec.token_kinds if known is None else known
         problems = [
             f"layer {layer} is not stored; the store has {', '.join(map(str, self.layers))}"
             for layer in dict.fromkeys(layers)
             if layer not in self.layers
         ]
         problems += [
-            f"token kind {kind!r} is not stored; the store has {', '.join(self.spec.token_kinds)}, or 'all'"
+            f"token kind {kind!r} is not stored; the store has {', '.join(known)}, or 'all'"
             for kind in kinds
-            if kind not in self.spec.token_kinds
+            if kind not in known
         ]
         if problems:
             raise SchemaError(self.location, problems)
@@ -346,7 +356,7 @@ class Store:
             if failed.is_set():  # or all the other chunks would be read before the error is seen
                 return
             try:
-                values = self._chunk_values(path, chunk)[place_of[at]]
+                values = self._values(path, chunk, place_of[at])
             except BaseException:
                 failed.set()
                 raise
@@ -364,8 +374,21 @@ class Store:
                 failed.set()  # also where it is the caller who was interrupted
                 raise
 
+    def _values(self, path: str, chunk: int, places: np.ndarray) -> np.ndarray:
+        """States of some samples of a chunk, in float32."""
+        stored = self._chunk_values(path, chunk)[places]
+        layer, _, kind = path.rpartition("/")
+        if kind != "patches":
+            return stored
+        scale = self._chunk_values(f"{layer}/patches_scale", chunk)[places] if self.spec.precision == "int8" else None
+        return restore_patches(self.spec.precision, stored, scale)
+
     def _chunk_values(self, path: str, chunk: int) -> np.ndarray:
-        return decode_chunk(self.spec, array_kind(path), self.fetch(self._location(path, chunk)))
+        location = self._location(path, chunk)
+        try:
+            return decode_payload(self.spec, array_kind(path), chunk, self.fetch(location))
+        except DecodeError as error:
+            raise DecodeError(f"{self.location}/{location.key}, chunk {chunk}: {error}") from error
 
 
 def check_payload(location: str, chunk: ChunkLocation, payload: bytes | bytearray | memoryview) -> None:
@@ -484,7 +507,7 @@ def load_commits(
         key = commit_key(shard)
         try:
             return key, read_commit(
-                document.spec, document.digest, shard, objects.get(key, at_most=MAX_DOCUMENT_NBYTES)
+                document.spec, document.digest, shard, objects.get(key, at_most=most_nbytes(document.spec, key))
             )
         except (SchemaError, ObjectError) as error:
             return key, "; ".join(error.problems) if isinstance(error, SchemaError) else str(error)

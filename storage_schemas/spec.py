@@ -4,6 +4,7 @@ import dataclasses
 import json
 import operator
 import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -13,22 +14,35 @@ from storage_schemas.errors import SchemaError
 
 FORMAT_VERSION = 1
 
-Kind = Literal["cls", "registers", "patches", "patch_mean"]
-KINDS: tuple[Kind, ...] = ("cls", "registers", "patches", "patch_mean")
+Kind = Literal["cls", "registers", "patches", "patches_scale", "patch_mean"]
+KINDS: tuple[Kind, ...] = ("cls", "registers", "patches", "patch_mean")  # of tokens: what can be asked for
+ARRAY_KINDS: tuple[Kind, ...] = ("cls", "registers", "patches", "patches_scale", "patch_mean")  # what is stored
 HEAD_INPUT = "head_input"
 
-BACKENDS = ("zarr",)
-PRECISIONS = ("float32", "float16")
-CODECS = ("none", "lz4", "zstd-1", "zstd-3")
+BACKENDS = ("zarr", "webdataset")
+PRECISIONS = ("float32", "float16", "bfloat16", "int8")
+BLOSC_CODECS = ("lz4", "zstd-1", "zstd-3")
+CODECS_OF = {"zarr": ("none", *BLOSC_CODECS), "webdataset": ("none", "gzip")}
+CODECS = ("none", *BLOSC_CODECS, "gzip")
 SHUFFLES = ("none", "byte", "bit")
 COMPUTE_PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
-PRECISION_NBYTES = {"float32": 4, "float16": 2}
+PRECISION_NBYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 # Limits that no real store meets; they keep a hostile store.json from claiming all memory before anything is read.
 MAX_SAMPLES = 2**31 - 1
+MAX_TAR_SAMPLES = 10**9  # names in archives have nine digits
+TAR_SAMPLE_NBYTES = 1152  # the most that headers and zeros add to a sample in an archive
 MAX_SHARDS = 2**22
 MAX_CHUNKS = 2**27  # of all arrays together
-MAX_CHUNK_NBYTES = 2**31 - 17  # before the codec; what Blosc takes
+MAX_CHUNK_NBYTES = 2**31 - 17  # before the codec, headers included; what Blosc takes
+# So that a commit, which names them, stays far below what is read of a document.
+MAX_SHARD_SAMPLES = 2**16
+MAX_SHARD_CHUNKS = 2**17  # of all arrays together
+_MAX_INTEGER = 2**63 - 1  # of any field: what other languages can read
+_MAX_JSON_DEPTH = 16
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 100
+_REPR.maxlist = _REPR.maxtuple = 20
 
 
 @dataclass(frozen=True, init=False)
@@ -76,7 +90,7 @@ class StoreSpec:
     """Everything that must match for two runs to write the same store. Checks itself when built.
 
     Attributes:
-        backend: How arrays are laid out as objects: "zarr".
+        backend: How arrays are laid out as objects: "zarr" or "webdataset".
         layers: The teacher states stored, increasing; 0 is the state before the first teacher block.
         dim: Channels per token.
         has_cls: Whether the teacher has a CLS token.
@@ -84,7 +98,7 @@ class StoreSpec:
         grid: Patch rows and columns.
         precision: How patch states are stored; the small kinds are always float32.
         codec: How chunks are compressed; lossless.
-        shuffle: Byte or bit shuffle in front of the codec; "none" with codec "none".
+        shuffle: Byte or bit shuffle in front of lz4 and zstd; "none" with the other codecs.
         n_samples: Samples in the plan, valid or not.
         samples_per_shard: Samples of one shard, the unit of work, retry and commit; a multiple of samples_per_chunk.
         samples_per_chunk: Samples of one chunk, what is coded, checked and decoded whole.
@@ -138,6 +152,12 @@ class StoreSpec:
         return tuple(kind for kind in KINDS if not absent.get(kind, False))
 
     @property
+    def array_kinds(self) -> tuple[Kind, ...]:
+        """The kinds of arrays of each layer, in the format's order: the token kinds, and for int8 its scale."""
+        stored = {*self.token_kinds, *(["patches_scale"] if self.precision == "int8" else [])}
+        return tuple(kind for kind in ARRAY_KINDS if kind in stored)
+
+    @property
     def has_head_input(self) -> bool:
         return self.has_cls
 
@@ -167,6 +187,14 @@ class StoreSpec:
         samples = self.shard_samples(shard)
         return range(samples.start // self.samples_per_chunk, -(-samples.stop // self.samples_per_chunk))
 
+    def chunk_samples(self, chunk: SupportsIndex) -> range:
+        """Sample indices of a chunk; the last chunk of the store may be short."""
+        chunk = operator.index(chunk)
+        if not 0 <= chunk < self.n_chunks:
+            raise IndexError(f"chunk {chunk} is not in the store; it has chunks 0 to {self.n_chunks - 1}")
+        start = chunk * self.samples_per_chunk
+        return range(start, min(start + self.samples_per_chunk, self.n_samples))
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; `from_json` undoes it."""
         return {**dataclasses.asdict(self), "layers": list(self.layers), "grid": list(self.grid)}
@@ -186,7 +214,7 @@ class StoreSpec:
         values = dict(document)
         for name in ("layers", "grid"):
             if not isinstance(values[name], list):
-                raise SchemaError("store identity", [f"{name} is {values[name]!r}, expected a list"])
+                raise SchemaError("store identity", [f"{name} is {_shown(values[name])}, expected a list"])
             values[name] = tuple(values[name])
         problems = _field_problems(SimpleNamespace(**values))
         if problems:
@@ -220,7 +248,7 @@ def _field_problems(spec: Any) -> list[str]:
         ("compute", COMPUTE_PRECISIONS),
     ):
         if getattr(spec, name) not in allowed:
-            problems.append(f"{name} is {getattr(spec, name)!r}, expected one of {', '.join(allowed)}")
+            problems.append(f"{name} is {_shown(getattr(spec, name))}, expected one of {', '.join(allowed)}")
     for name, least in (
         ("dim", 1),
         ("n_registers", 0),
@@ -231,23 +259,32 @@ def _field_problems(spec: Any) -> list[str]:
     ):
         value = getattr(spec, name)
         if not _is_int(value) or value < least:
-            problems.append(f"{name} is {value!r}, expected an integer of at least {least}")
+            problems.append(f"{name} is {_shown(value)}, expected an integer from {least} to {_MAX_INTEGER:,}")
     if not _is_int(spec.order_seed):
-        problems.append(f"order_seed is {spec.order_seed!r}, expected an integer")
+        problems.append(f"order_seed is {_shown(spec.order_seed)}, expected an integer of at most 63 bits")
     if not isinstance(spec.has_cls, bool):
-        problems.append(f"has_cls is {spec.has_cls!r}, expected true or false")
+        problems.append(f"has_cls is {_shown(spec.has_cls)}, expected true or false")
     for name in ("teacher", "teacher_weights_digest", "source_digest"):
-        if not isinstance(getattr(spec, name), str) or not getattr(spec, name):
-            problems.append(f"{name} is {getattr(spec, name)!r}, expected text")
+        value = getattr(spec, name)
+        if not isinstance(value, str) or not value or not value.isprintable():  # it goes to terminals
+            problems.append(f"{name} is {_shown(value)}, expected printable text")
     if not isinstance(spec.preprocessing, Mapping) or not _is_plain_json(spec.preprocessing):
-        problems.append(f"preprocessing is {spec.preprocessing!r}, expected an object of plain JSON values, no tuples")
+        problems.append(
+            f"preprocessing is {_shown(spec.preprocessing)}, expected an object of plain JSON values, no tuples, "
+            f"at most {_MAX_JSON_DEPTH} deep"
+        )
     layers = spec.layers
     if not layers or not all(_is_int(x) and 0 <= x < 100 for x in layers) or list(layers) != sorted(set(layers)):
-        problems.append(f"layers are {list(layers)!r}, expected increasing numbers from 0 to 99")
+        problems.append(f"layers are {_shown(list(layers))}, expected increasing numbers from 0 to 99")
     if len(spec.grid) != 2 or not all(_is_int(x) and x >= 1 for x in spec.grid):
-        problems.append(f"grid is {spec.grid!r}, expected patch rows and columns")
-    if (spec.codec == "none") != (spec.shuffle == "none") and spec.codec in CODECS and spec.shuffle in SHUFFLES:
-        problems.append(f"shuffle is {spec.shuffle!r} with codec {spec.codec!r}; they come together or not at all")
+        problems.append(f"grid is {_shown(spec.grid)}, expected patch rows and columns")
+    if spec.backend in BACKENDS and spec.codec in CODECS and spec.codec not in CODECS_OF[spec.backend]:
+        codecs = ", ".join(CODECS_OF[spec.backend])
+        problems.append(f"codec is {spec.codec!r} with backend {spec.backend!r}, which has {codecs}")
+    if (spec.codec in BLOSC_CODECS) != (spec.shuffle != "none") and spec.codec in CODECS and spec.shuffle in SHUFFLES:
+        problems.append(
+            f"shuffle is {spec.shuffle!r} with codec {spec.codec!r}; {', '.join(BLOSC_CODECS)} have one, others none"
+        )
     if not problems and spec.samples_per_shard % spec.samples_per_chunk:
         problems.append(
             f"samples_per_shard {spec.samples_per_shard} is not a multiple of "
@@ -259,12 +296,23 @@ def _field_problems(spec: Any) -> list[str]:
 def _size_problems(spec: StoreSpec) -> Iterator[str]:
     if spec.n_samples > MAX_SAMPLES:
         yield f"n_samples is {spec.n_samples}, at most {MAX_SAMPLES:,} are supported"
+    if spec.backend == "webdataset" and spec.n_samples > MAX_TAR_SAMPLES:
+        yield f"n_samples is {spec.n_samples}, a WebDataset store has at most {MAX_TAR_SAMPLES:,}"
     if spec.n_shards > MAX_SHARDS:
         yield f"{spec.n_shards} shards, at most {MAX_SHARDS:,} are supported; take more samples_per_shard"
-    n_chunks = len(spec.layers) * len(spec.token_kinds) * max(spec.n_chunks, spec.chunks_per_shard)
+    if spec.samples_per_shard > MAX_SHARD_SAMPLES:
+        yield f"samples_per_shard is {spec.samples_per_shard}, at most {MAX_SHARD_SAMPLES:,} are supported"
+    n_shard_chunks = len(spec.layers) * len(spec.array_kinds) * spec.chunks_per_shard
+    if n_shard_chunks > MAX_SHARD_CHUNKS:
+        yield (
+            f"{n_shard_chunks} chunks in a shard, at most {MAX_SHARD_CHUNKS:,} are supported; "
+            "take more samples_per_chunk or fewer samples_per_shard"
+        )
+    n_chunks = len(spec.layers) * len(spec.array_kinds) * max(spec.n_chunks, spec.chunks_per_shard)
     if n_chunks > MAX_CHUNKS:
         yield f"{n_chunks} chunks in all, at most {MAX_CHUNKS:,} are supported; take more samples_per_chunk"
     per_sample = max(spec.n_patches * PRECISION_NBYTES[spec.precision], 4 * spec.n_registers, 8) * spec.dim
+    per_sample += TAR_SAMPLE_NBYTES if spec.backend == "webdataset" else 0
     if spec.samples_per_chunk * per_sample > MAX_CHUNK_NBYTES:
         yield (
             f"a chunk has {spec.samples_per_chunk * per_sample} bytes, at most {MAX_CHUNK_NBYTES:,} are supported; "
@@ -273,12 +321,26 @@ def _size_problems(spec: StoreSpec) -> Iterator[str]:
 
 
 def _is_plain_json(value: object) -> bool:
-    """Whether JSON gives back what it was given: no tuples, no NaN, no keys but text."""
+    """Whether JSON gives back what it was given: no tuples, no NaN, no keys but text; and other code may recurse."""
     try:
-        return json.loads(json.dumps(value, allow_nan=False)) == value
+        return not _is_deeper(value, _MAX_JSON_DEPTH) and json.loads(json.dumps(value, allow_nan=False)) == value
     except (TypeError, ValueError, RecursionError):
         return False
 
 
+def _is_deeper(value: object, most: int) -> bool:
+    """Whether containers lie within each other more often than that."""
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else None
+    return inner is not None and (most == 0 or any(_is_deeper(child, most - 1) for child in inner))
+
+
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _MAX_INTEGER
+
+
+def _shown(value: object) -> str:
+    """A value of whatever size and depth, for a message."""
+    try:
+        return _REPR.repr(value)
+    except ValueError:  # Python spells no number of more than 4,300 digits
+        return "a number of thousands of digits"

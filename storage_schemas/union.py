@@ -6,7 +6,8 @@ from typing import SupportsIndex
 
 import numpy as np
 
-from infra.objects import Buffer, ObjectInfo, Objects
+from infra.objects import Buffer, Folder, ObjectInfo, Objects
+from storage_schemas.commit import Fidelity
 from storage_schemas.commit_table import CommitTable
 from storage_schemas.create import StoreDocument
 from storage_schemas.errors import Problem, SchemaError
@@ -14,6 +15,8 @@ from storage_schemas.keys import SAMPLES_KEY, layer_path
 from storage_schemas.reader import Store
 from storage_schemas.spec import differences
 from storage_schemas.statistics import Statistics
+
+_FORM = ("backend", "codec", "shuffle")  # a union has one of each, since readers plan with one chunk layout
 
 
 class UnionStore(Store):
@@ -26,7 +29,7 @@ class UnionStore(Store):
         spec = dataclasses.replace(first.spec, layers=layers)
         owners = {layer: next(s for s in stores if layer in s.layers) for layer in layers}
         self._owners = owners
-        document = StoreDocument(spec=spec, documents=first.document.documents)
+        document = StoreDocument(spec=spec, documents=_union_documents(first, owners))
         super().__init__(
             _RoutedObjects(first.objects, {layer_path(layer): s.objects for layer, s in owners.items()}),
             document,
@@ -40,6 +43,17 @@ class UnionStore(Store):
         self._check_undamaged()
         parts = [s.statistics.to_array()[s.layers.index(layer)] for layer, s in self._owners.items()]
         return Statistics.from_array(np.stack(parts))
+
+    @property
+    def fidelity(self) -> dict[str, Fidelity]:
+        """Likewise; a shard that only some of the stores have counts in those."""
+        self._check_undamaged()
+        return {
+            path: found
+            for layer, store in self._owners.items()
+            for path, found in store.fidelity.items()
+            if path.startswith(f"{layer_path(layer)}/")
+        }
 
     def shard_statistics(self, shard: SupportsIndex) -> Statistics:
         parts = [s.shard_statistics(shard).to_array()[s.layers.index(layer)] for layer, s in self._owners.items()]
@@ -83,7 +97,16 @@ class _RoutedObjects:
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         yield from self._owner(prefix).list(prefix)
 
+    def list_folder(self, prefix: str = "") -> Folder:
+        return self._owner(prefix).list_folder(prefix)
+
     def put(self, key: str, data: Buffer | Sequence[Buffer]) -> None:
+        raise PermissionError(f"{self.location}: a union of stores is read-only")
+
+    def put_new(self, key: str, data: Buffer | Sequence[Buffer]) -> bool:
+        raise PermissionError(f"{self.location}: a union of stores is read-only")
+
+    def check_writable(self) -> None:
         raise PermissionError(f"{self.location}: a union of stores is read-only")
 
     def delete(self, key: str) -> None:
@@ -107,9 +130,20 @@ def open_union(stores: Sequence[Store]) -> Store:
         problems += differences(first.spec, asked, found_has=f"{first.location} has", asked_has=f"{other.location} has")
         if _samples_digest(other) != _samples_digest(first):
             problems.append(f"{other.location} is of other samples than {first.location}")
+    if problems and all(problem.partition(":")[0] in _FORM for problem in problems):
+        problems.append(f"bring them into one form first: make convert STORE={other.location} TO=... FORMAT= CODEC=")
     if problems:
         raise SchemaError("these stores do not belong together", problems)
     return stores[0] if len(stores) == 1 else UnionStore(stores)
+
+
+def _union_documents(first: Store, owners: dict[int, Store]) -> dict[str, str]:
+    """Digests of the first store's documents, and of each layer's from the store that holds it."""
+    documents = {key: digest for key, digest in first.document.documents.items() if not key.startswith("layer_")}
+    for layer, store in owners.items():
+        prefix = f"{layer_path(layer)}/"
+        documents |= {key: digest for key, digest in store.document.documents.items() if key.startswith(prefix)}
+    return documents
 
 
 def _samples_digest(store: Store) -> str:
@@ -131,5 +165,10 @@ def _union_table(stores: Sequence[Store], owners: dict[int, Store]) -> CommitTab
         chunks=chunks,
         statistics=stores[0].table.statistics,
         stored_nbytes=sum(s.table.stored_nbytes for s in stores),
-        fidelity={k: v for s in stores for k, v in s.table.fidelity.items()},
+        shard_fidelity={
+            path: each
+            for layer, store in owners.items()
+            for path, each in store.table.shard_fidelity.items()
+            if path.startswith(f"{layer_path(layer)}/")
+        },
     )

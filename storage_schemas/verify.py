@@ -1,12 +1,12 @@
 """Re-read every object of a store and report each that is not what was committed. Never raises for a bad store."""
 
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
-from crc32c import crc32c
-
-from infra.objects import ObjectError, ObjectMissingError, Objects, read_range
-from storage_schemas.commit import Commit, ObjectRecord
+from infra.objects import ObjectError, Objects
+from storage_schemas.commit import Commit
 from storage_schemas.create import StoreDocument, read_store_document
 from storage_schemas.digest import object_sha256
 from storage_schemas.documents import sha256
@@ -26,6 +26,7 @@ from storage_schemas.keys import (
 from storage_schemas.limits import most_nbytes
 from storage_schemas.reader import has_index, list_commits, load_commits
 from storage_schemas.samples import samples_from_bytes
+from storage_schemas.verify_shards import ShardChecks
 
 ProgressCallback = Callable[[int, int], None]
 
@@ -33,13 +34,14 @@ ProgressCallback = Callable[[int, int], None]
 def verify_store(objects: Objects, *, progress: ProgressCallback | None = None, threads: int = 4) -> list[Problem]:
     """Check a store from end to end.
 
-    Identity, documents, every commit, every byte of every object that a commit names, the index, and keys that belong
-    to nothing. Memory: `threads` whole objects.
+    Identity, documents, every commit, every byte of every object that a commit names, whether statistics and measured
+    errors can be those of the values (`storage_schemas.consistency`), the index, and keys that belong to nothing.
+    Memory: for each thread one whole object, the small kinds of one layer in float64, and 10 MB.
 
     Args:
         objects: Of the store.
-        progress: Called with (bytes checked, bytes in all) after each object.
-        threads: Objects read at once.
+        progress: Called with (bytes checked, bytes in all) after each object, from one thread at a time.
+        threads: Layers of a shard checked at once.
 
     Returns:
         Every problem found, in key order; empty when the store is sound.
@@ -58,7 +60,7 @@ def verify_store(objects: Objects, *, progress: ProgressCallback | None = None, 
     commits, commit_problems = _check_commits(objects, document, was_finished)
     sizes = {info.key: info.nbytes for info in objects.list() if not info.key.startswith(LOG_PREFIX)}
     problems += commit_problems
-    problems += _object_problems(objects, commits, sizes, progress, threads)
+    problems += _object_problems(objects, document, commits, sizes, progress, threads)
     problems += _index_problems(objects, document, commits, was_finished)
     problems += _stray_problems(document, sizes)
     return sorted(problems, key=lambda p: (p.key, p.what))
@@ -119,68 +121,31 @@ def _check_commits(objects: Objects, document: StoreDocument, was_finished: bool
 
 def _object_problems(
     objects: Objects,
+    document: StoreDocument,
     commits: list[Commit],
     sizes: Mapping[str, int],
     progress: ProgressCallback | None,
     threads: int,
 ) -> Iterator[Problem]:
-    work = [(commit.shard, key, record) for commit in commits for key, record in commit.objects.items()]
-    total = sum(record.nbytes for _, _, record in work)
-    done = 0
+    total = sum(record.nbytes for commit in commits for record in commit.objects.values())
+    done, lock = 0, threading.Lock()
+
+    def advance(nbytes: int) -> None:
+        nonlocal done
+        with lock:
+            done += nbytes
+            if progress is not None:
+                progress(done, total)
+
+    running: deque[Future[list[Problem]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
-        # a bounded window, so that at most `threads` objects are in memory
-        for start in range(0, len(work), 16 * threads):
-            window = work[start : start + 16 * threads]
-            checked = pool.map(lambda item: check_object(objects, sizes.get(item[1]), *item), window)
-            for (_, _, record), found in zip(window, checked):
-                yield from found
-                done += record.nbytes
-                if progress is not None:
-                    progress(done, total)
-
-
-def check_object(
-    objects: Objects, listed_nbytes: int | None, shard: int, key: str, record: ObjectRecord
-) -> list[Problem]:
-    """Problems of one data object; `listed_nbytes` is its size if a listing gave it."""
-    if listed_nbytes is not None and listed_nbytes != record.nbytes:  # never read what may be far too large
-        return [
-            Problem(
-                key=key,
-                what="object has the wrong size",
-                expected=f"{record.nbytes:,} bytes",
-                found=f"{listed_nbytes:,} bytes",
-                shard=shard,
-            )
-        ]
-    try:
-        data = memoryview(read_range(objects, key, 0, record.nbytes))
-    except ObjectMissingError:
-        return [
-            Problem(
-                key=key, what="object is missing", expected=f"{record.nbytes:,} bytes", found="nothing", shard=shard
-            )
-        ]
-    except ObjectError as error:
-        return [Problem(key=key, what="unreadable", expected=f"{record.nbytes:,} bytes", found=str(error), shard=shard)]
-    # Chunk by chunk first: the CRC32C of bytes followed by their own CRC32C is a constant, so over a whole object,
-    # where each chunk carries its own, it cannot tell one object from another. It then covers what lies between chunks.
-    bad = [
-        Problem(key=key, what=f"chunk {i}", expected=f"crc32c {crc:08x}", found=f"crc32c {found:08x}", shard=shard)
-        for i, (offset, nbytes, crc) in enumerate(record.chunks.tolist())
-        if (found := crc32c(data[offset : offset + nbytes])) != crc
-    ]
-    if bad or (found := crc32c(data)) == record.crc32c:
-        return bad
-    return [
-        Problem(
-            key=key,
-            what="sharding index or chunk trailer",
-            expected=f"crc32c {record.crc32c:08x}",
-            found=f"crc32c {found:08x}",
-            shard=shard,
-        )
-    ]
+        for commit in commits:
+            shard = ShardChecks(objects, document.spec, commit, sizes, advance)
+            running += [pool.submit(check) for check in shard.checks()]
+            while len(running) > 16 * threads:  # a bounded window, so that few results wait
+                yield from running.popleft().result()
+        while running:
+            yield from running.popleft().result()
 
 
 def _index_problems(

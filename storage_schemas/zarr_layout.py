@@ -5,12 +5,13 @@ index of the sharding codec (offset and size of every chunk as little-endian uin
 """
 
 import json
+import math
 from typing import Any, TypeVar
 
 import numpy as np
 from crc32c import crc32c
 
-from storage_schemas.codecs import chunk_shape, inner_codecs, kind_dtype, kind_shape
+from storage_schemas.codecs import chunk_shape, inner_codecs, kind_dtype, kind_fill, kind_shape
 from storage_schemas.keys import STATISTIC_NAMES, STATISTICS, array_kind, layer_path, sharded_array_paths
 from storage_schemas.spec import FORMAT_VERSION, HEAD_INPUT, StoreSpec
 
@@ -25,6 +26,7 @@ _AXES = {
     "cls": ["sample", "dim"],
     "registers": ["sample", "register", "dim"],
     "patches": ["sample", "patch", "dim"],
+    "patches_scale": ["sample", "dim"],
     "patch_mean": ["sample", "dim"],
     HEAD_INPUT: ["sample", "dim2"],  # a name of its own: xarray refuses a group where one name has two lengths
 }
@@ -39,7 +41,7 @@ def zarr_documents(spec: StoreSpec) -> dict[str, bytes]:
         documents[f"{layer_path(layer)}/zarr.json"] = _group({"layer": layer})
     for path in sharded_array_paths(spec):
         documents[f"{path}/zarr.json"] = _sharded_array(spec, path)
-    documents[f"{STATISTICS}/zarr.json"] = _statistics_array(spec)
+    documents[f"{STATISTICS}/zarr.json"] = statistics_document(spec)
     return documents
 
 
@@ -84,11 +86,13 @@ def _sharded_array(spec: StoreSpec, path: str) -> bytes:
         dtype=kind_dtype(spec, kind).name,
         codecs=[sharding],
         axes=_AXES[kind],
-        attributes={},
+        attributes={"bits_of": "bfloat16"} if spec.precision == "bfloat16" and kind == "patches" else {},
+        fill=kind_fill(spec, kind),
     )
 
 
-def _statistics_array(spec: StoreSpec) -> bytes:
+def statistics_document(spec: StoreSpec) -> bytes:
+    """The zarr.json of the statistics, which are a Zarr array in every store."""
     shape = (len(spec.layers), len(spec.token_kinds), len(STATISTIC_NAMES), spec.dim)
     return _array(
         shape=(spec.n_shards, *shape),
@@ -112,6 +116,7 @@ def _array(
     codecs: list[dict[str, Any]],
     axes: list[str],
     attributes: dict[str, Any],
+    fill: int | float = math.nan,
 ) -> bytes:
     return _json(
         {
@@ -121,7 +126,7 @@ def _array(
             "data_type": dtype,
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-            "fill_value": "NaN",
+            "fill_value": "NaN" if math.isnan(fill) else fill,
             "codecs": codecs,
             "dimension_names": axes,
             "attributes": attributes,

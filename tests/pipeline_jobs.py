@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 
 from infra.objects import FolderObjects
-from pipeline.extract import ExtractResult, extract
+from pipeline.extract import extract
+from pipeline.job import ExtractResult
 from pipeline.settings import ExtractConfig
 from pipeline.workers import RunConfig
 from storage_schemas.digest import content_digest

@@ -6,6 +6,7 @@ import numpy as np
 
 from infra.objects import Objects
 from storage_schemas.from_arrays import write_store
+from storage_schemas.precision import restore_patches, round_patches
 from storage_schemas.samples import Sample
 from storage_schemas.spec import StoreSpec
 
@@ -44,6 +45,13 @@ def planted_states(spec: StoreSpec, rows: range, seed: int = 0) -> np.ndarray:
     for i, row in enumerate(rows):
         out[i] = np.random.default_rng((seed, row)).integers(-1000, 1000, out.shape[1:]) / 64
     return out
+
+
+def as_stored(spec: StoreSpec, states: np.ndarray) -> np.ndarray:
+    """States as a reader gets them back: patches rounded to the precision."""
+    first_patch = spec.n_tokens - spec.n_patches
+    restored = restore_patches(spec.precision, *round_patches(spec.precision, states[..., first_patch:, :]))
+    return np.concatenate([states[..., :first_patch, :], restored], axis=-2)
 
 
 def planted_head_inputs(spec: StoreSpec, rows: range, seed: int = 0) -> np.ndarray:

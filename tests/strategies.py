@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from storage_schemas.commit import BAD_IMAGE_CODES
-from storage_schemas.spec import COMPUTE_PRECISIONS, PRECISIONS, StoreSpec
+from storage_schemas.spec import BLOSC_CODECS, COMPUTE_PRECISIONS, PRECISIONS, StoreSpec
 
 json_values = st.recursive(
     st.none()
@@ -20,15 +20,18 @@ json_values = st.recursive(
     max_leaves=5,
 )
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
-codecs = st.sampled_from([("none", "none"), *((c, s) for c in ("lz4", "zstd-1", "zstd-3") for s in ("byte", "bit"))])
+_ZARR = [("zarr", "none", "none"), *(("zarr", codec, s) for codec in BLOSC_CODECS for s in ("byte", "bit"))]
+#: Backend, codec and shuffle; WebDataset as often as Zarr.
+forms = st.sampled_from(_ZARR) | st.sampled_from([("webdataset", "none", "none"), ("webdataset", "gzip", "none")])
 
 
 @st.composite
 def specs(draw: st.DrawFn, **fixed: Any) -> StoreSpec:
-    """Small stores of every form: with and without CLS and registers, short last shards and chunks, every codec."""
-    codec, shuffle = draw(codecs)
+    """Small stores of every form: both back ends, every codec and precision, short last shards and chunks, no CLS."""
+    backend, codec, shuffle = draw(forms.filter(lambda form: form[0] == fixed.get("backend", form[0])))
     samples_per_chunk = draw(st.integers(1, 4))
     values = {
+        "backend": backend,
         "layers": tuple(sorted(draw(st.sets(st.integers(0, 12), min_size=1, max_size=3)))),
         "dim": draw(st.integers(1, 9)),
         "has_cls": draw(st.booleans()),
@@ -41,7 +44,7 @@ def specs(draw: st.DrawFn, **fixed: Any) -> StoreSpec:
         "samples_per_shard": samples_per_chunk * draw(st.integers(1, 3)),
         "samples_per_chunk": samples_per_chunk,
         "order_seed": draw(st.integers(-5, 2**40)),
-        "teacher": draw(names),
+        "teacher": draw(names.filter(str.isprintable)),
         "teacher_weights_digest": "0" * 64,
         "preprocessing": draw(st.dictionaries(st.text(max_size=5), json_values, max_size=3)),
         "compute": draw(st.sampled_from(COMPUTE_PRECISIONS)),

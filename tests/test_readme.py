@@ -15,7 +15,7 @@ def test_nothing_is_left_to_be_filled_in() -> None:
     assert re.findall(r"@[A-Z_]+@|TODO|TO BE FILLED", README) == []
 
 
-@pytest.mark.parametrize("target", sorted({*re.findall(r"(?:^|`)make ([a-z-]+)", README, re.MULTILINE)}))
+@pytest.mark.parametrize("target", sorted({*re.findall(r"(?:^|`)make ([a-z0-9-]+)", README, re.MULTILINE)}))
 def test_every_target_named_exists(target: str) -> None:
     done = subprocess.run(
         ["make", "-n", target, "BLOCK=0-7"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
@@ -23,9 +23,11 @@ def test_every_target_named_exists(target: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("variable", sorted(set(re.findall(r"\b([A-Z][A-Z_]{2,})=", README)) - {"RAY_ADDRESS"}))
+@pytest.mark.parametrize(
+    "variable", sorted(set(re.findall(r"\b([A-Z][A-Z_]{2,})=", README)) - {"RAY_ADDRESS", "BLOCKS"})
+)
 def test_every_variable_named_is_passed_on(variable: str) -> None:
-    value = "1" if variable in ("NO_RAY", "REPAIR", "PARTIAL") else "7"
+    value = "1" if variable in ("NO_RAY", "REPAIR", "PARTIAL", "JOIN") else "7"
     flag = f"--{variable.lower().replace('_', '-')}"
     said = "".join(
         subprocess.run(
@@ -36,7 +38,7 @@ def test_every_variable_named_is_passed_on(variable: str) -> None:
             timeout=60,
             check=True,
         ).stdout
-        for target in ("extract", "verify", "train")
+        for target in ("extract", "verify", "train", "copy", "convert", "stores", "phases")
     )
     assert flag in said or variable == "ARGS"
 

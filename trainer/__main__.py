@@ -11,12 +11,14 @@ import tyro
 
 from infra.console import ExitCode, JobError, UserError, human_duration, run_door, stop_on_signals
 from infra.objects import ObjectError, Objects, open_objects
+from infra.s3_settings import use_endpoint
 from storage_schemas.errors import StoreError
 from trainer.data import TrainingData, frozen_shards, open_training_data
 from trainer.machine import Machine, torch_threads
 from trainer.recipes import RECIPES, recipe_for
 from trainer.report import finished_report, start_report
 from trainer.run_files import RunFiles
+from trainer.run_lock import StillOurs
 from trainer.train import TrainConfig, train
 
 DEFAULT_STORE = "data/stores/digits"
@@ -36,13 +38,15 @@ def train_command(
     partial: bool = False,
     device: str | None = None,
     threads: int | None = None,
+    endpoint_url: str | None = None,
 ) -> int:
     """Train one block of a Raptor on the states of a span (stage 1). The same command again resumes.
 
     Args:
         block: Span a-b: the block takes state a and produces states a+1 to b. For example 0-7.
-        store: A store, or a folder with the stores train and val.
-        run: Folder for checkpoints, metrics and weights; empty: data/runs/<store>/<block>-seed<seed>.
+        store: A store, or a folder with the stores train and val; local or s3://bucket/prefix.
+        run: Folder or s3://bucket/prefix for checkpoints, metrics and weights; empty:
+            data/runs/<store>/<block>-seed<seed>.
         recipe: digits_stage1 or imagenet_stage1; empty: the one that fits the store's teacher.
         steps: Optimizer steps; warm-up and teacher forcing scale with them. None: the recipe's own number.
         seed: Of initial weights, order of samples and noise.
@@ -51,12 +55,17 @@ def train_command(
         device: For example cpu or cuda:0. None: the GPU if there is one.
         threads: Of torch on a CPU; a run is repeated bit for bit with the same number. None: one for blocks of fewer
             than 256 channels, else one per core.
+        endpoint_url: S3 endpoint, such as http://127.0.0.1:9000; None is AWS_ENDPOINT_URL, else Amazon's.
     """
+    use_endpoint(endpoint_url)
+    began = time.monotonic()
     machine = Machine.found(device)
     if threads is not None and threads < 1:
         raise UserError(f"THREADS={threads}: expected 1 or more")
     location = run or default_run(store, block, seed)
     run_files = RunFiles(_open_run(location))
+    if run_files.read_result() is None:
+        run_files.check_writable()
     data = open_training_data(
         store,
         block,
@@ -74,32 +83,38 @@ def train_command(
         "SEED": seed or "",
         "PARTIAL": "1" if partial else "",
         "DEVICE": device,
+        "ENDPOINT_URL": endpoint_url,
     }
     variables = {name: str(value) for name, value in typed.items() if value}
-    with run_files.exclusive():
-        return _train_or_show(config, data, run_files, machine, variables)
+    identity = {"train": config.to_json(), "data": data.identity}
+    if not run_files.is_of(identity) or run_files.read_result() is None:
+        with run_files.exclusive() as still_ours:
+            run_files.claim(identity)
+            if not _train(config, data, run_files, machine, still_ours):
+                return ExitCode.INTERRUPTED
+        done = f"This command took {human_duration(time.monotonic() - began)}."
+    else:
+        done = f"This run is finished; there is nothing to do. For another one give RUN, or delete {location}"
+    result = run_files.read_result()
+    assert result is not None
+    print(finished_report(config, data, run_files, result, variables))
+    print(f"\n{done}")
+    return ExitCode.OK
 
 
-def _train_or_show(
-    config: TrainConfig, data: TrainingData, run: RunFiles, machine: Machine, variables: dict[str, str]
-) -> int:
-    run.claim({"train": config.to_json(), "data": data.identity})
-    if (result := run.read_result()) is not None:
-        print(finished_report(config, data, run, result, variables))
-        print(f"\nThis run is finished; there is nothing to do. For another one give RUN, or delete {run.location}")
-        return ExitCode.OK
+def _train(config: TrainConfig, data: TrainingData, run: RunFiles, machine: Machine, still_ours: StillOurs) -> bool:
+    """Train to the end; False if a signal asked to stop before it."""
     print(start_report(config, data, run, machine), file=sys.stderr)
-    began = time.monotonic()
-    with stop_on_signals() as stop:
+    with stop_on_signals() as signalled:
+
+        def stop() -> bool:
+            still_ours()
+            return signalled()
+
         finished = train(config, data, run, machine=machine, stop=stop) is not None
     if not finished:
         print(f"stopped; everything is saved in {run.location}. The same command goes on", file=sys.stderr)
-        return ExitCode.INTERRUPTED
-    result = run.read_result()
-    assert result is not None
-    print(finished_report(config, data, run, result, variables))
-    print(f"\nThis command took {human_duration(time.monotonic() - began)}.")
-    return ExitCode.OK
+    return finished
 
 
 def teacher_command(*, out: str = DEFAULT_TEACHER, seed: int = 0) -> int:

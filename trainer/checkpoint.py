@@ -1,74 +1,29 @@
 """Weights in and out of files. Nothing here runs pickled code, whatever a file holds."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from infra.weights import WeightsError, read_weights
 from trainer.block import DEPTH_WIDTH
 
 # ---------------------------------------------------------------- files
 
 
-class WeightsError(Exception):
-    """A file or state dict is not the weights it should be; `problems` holds every one found, not the first."""
-
-    def __init__(self, title: str, problems: Sequence[str]) -> None:
-        self.title = title
-        self.problems = tuple(problems)
-        super().__init__("\n  ".join([f"{title}:", *self.problems]))
-
-    def __reduce__(self) -> tuple:
-        return type(self), (self.title, self.problems)
-
-
 def load_weights_file(path: str | Path) -> dict[str, Tensor]:
-    """Read a state dict from a .safetensors, .pt or .pth file, onto the CPU.
+    """Read a state dict from a file, onto the CPU.
 
     Args:
-        path: A local file. What is not named .safetensors is read with torch.load(weights_only=True).
+        path: As for `infra.weights.read_weights`: a .safetensors, .pt, .pth or .bin file here, or at s3:// or another
+            address.
 
     Raises:
-        FileNotFoundError: There is none.
-        WeightsError: The file is damaged, holds something else than tensors by name, or is a pickled module as the
-            published trainer saves it; then it says how to save its state dict where it was made.
+        WeightsError: There is none, or it is damaged; it holds something else than tensors by name, or is a pickled
+            module as the published trainer saves it; then it says how to save its state dict where it was made.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no weights file {path}")
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise WeightsError(str(path), [f"not a whole safetensors file ({error}): copy it again"]) from error
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler fails on junk in many ways: KeyError, EOFError, RuntimeError, ...
-        raise WeightsError(str(path), [_why_not_loaded(path, error)]) from error
-    return _checked_state_dict(loaded, str(path))
-
-
-def _why_not_loaded(path: Path, error: Exception) -> str:
-    if "Unsupported" not in str(error):
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"not a whole file of torch.save ({first_line}): copy it again"
-    # The published code pickles whole modules, which only its own source folder can read.
-    return (
-        f"holds {_pickled_class(error)}, and no pickled object is loaded here, as that runs code. "
-        "If you trust it, save its state dict where it was made, from the folder of the code that made it:\n"
-        f"    python -c \"import torch; m = torch.load('{path.name}', map_location='cpu', weights_only=False); "
-        f"torch.save(m.state_dict(), '{path.stem}.state.pt')\"\n"
-        f"  and load {path.stem}.state.pt"
-    )
-
-
-def _pickled_class(error: Exception) -> str:
-    name = re.search(r"GLOBAL (\S+)", str(error))
-    return f"a pickled {name[1]}" if name else "pickled objects"
+    return _checked_state_dict(read_weights(path), str(path))
 
 
 def _checked_state_dict(loaded: object, title: str) -> dict[str, Tensor]:

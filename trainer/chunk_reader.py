@@ -7,18 +7,23 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from infra.machine import n_cores
 from infra.objects import SMALL_ROW_NBYTES
-from storage_schemas.codecs import DecodeError, decode_chunk, raw_chunk_nbytes
+from infra.retry import pointless_once
+from storage_schemas.codecs import DecodeError, raw_chunk_nbytes
 from storage_schemas.errors import ChecksumError
+from storage_schemas.layout import decode_payload, payload_bounds
 from storage_schemas.reader import ChunkLocation, Store, check_crc
 from storage_schemas.spec import Span, StoreSpec
 from trainer.order import PassOrder, ReadPlan
 from trainer.ring import Ring, stream_kinds
 
-_JOIN_S = 30.0
+_JOIN_S = 2.0
+_LOCAL_THREADS = 8
+_REMOTE_THREADS = 32  # as many requests as `infra.s3` has in flight
+_REPLY_COPIES = 2  # of a chunk in memory while the network brings it
 _BLOSC_BLOCK_NBYTES = 2**20  # the largest that it chooses; to decode, it sets three of them aside
 _STACK_NBYTES = 2**18  # of a thread: stack, and what the C library and the interpreter set aside for it
-_HEADER = 1024  # bytes that a codec may add to what it cannot compress
 _N_PLANNED = 8  # chunks whose places are worked out at a time; one by one would cost more than their checksums
 
 
@@ -41,12 +46,22 @@ class _Placement:
     buffers: np.ndarray
 
 
-def thread_nbytes(spec: StoreSpec) -> int:
+def is_remote(store: Store) -> bool:
+    """Whether reads cross a network, and so wait much longer than they work."""
+    return "s3://" in store.location
+
+
+def default_threads(*, remote: bool) -> int:
+    """Threads to read with: what keeps the cores busy, or the network."""
+    return _REMOTE_THREADS if remote else max(2, min(_LOCAL_THREADS, n_cores()))
+
+
+def thread_nbytes(spec: StoreSpec, *, remote: bool) -> int:
     """Memory that one reading thread needs at most: to decode, for samples that go nowhere, and for its own stack."""
     largest = max(raw_chunk_nbytes(spec, kind) for kind in stream_kinds(spec))
     codec = 0 if spec.codec == "none" else 3 * min(largest, _BLOSC_BLOCK_NBYTES)
-    passing = max(_passing_nbytes(spec, kind) for kind in stream_kinds(spec))
-    return scratch_nbytes(spec) + codec + passing + _STACK_NBYTES
+    passing = _REPLY_COPIES * largest if remote else max(_passing_nbytes(spec, kind) for kind in stream_kinds(spec))
+    return sum(scratch_nbytes(spec)) + codec + passing + _STACK_NBYTES
 
 
 def _passing_nbytes(spec: StoreSpec, kind: str) -> int:
@@ -55,17 +70,26 @@ def _passing_nbytes(spec: StoreSpec, kind: str) -> int:
     return row if row >= SMALL_ROW_NBYTES else 2 * raw_chunk_nbytes(spec, kind)
 
 
-def scratch_nbytes(spec: StoreSpec) -> int:
-    """Memory of one thread for payloads and what they decode to; nothing without a codec."""
-    return 0 if spec.codec == "none" else 2 * max(raw_chunk_nbytes(spec, kind) for kind in stream_kinds(spec)) + _HEADER
+def is_plain(spec: StoreSpec) -> bool:
+    """Whether the payload of a chunk is its samples and nothing else, so that each can be read into its place."""
+    return spec.codec == "none" and spec.backend == "zarr"
+
+
+def scratch_nbytes(spec: StoreSpec) -> tuple[int, int]:
+    """Memory of one thread for payloads, and for what they decode to; nothing for plain chunks."""
+    if is_plain(spec):
+        return 0, 0
+    kinds = stream_kinds(spec)
+    payload = max(payload_bounds(spec, kind, spec.samples_per_chunk)[1] for kind in kinds)
+    return payload, 0 if spec.codec == "none" else max(raw_chunk_nbytes(spec, kind) for kind in kinds)
 
 
 class _Scratch:
     """One thread's own memory, made once."""
 
     def __init__(self, spec: StoreSpec) -> None:
-        memory = np.empty(scratch_nbytes(spec), np.uint8)
-        self.payload, self.decoded = memory[: (len(memory) + _HEADER) // 2], memory[(len(memory) + _HEADER) // 2 :]
+        payload, decoded = scratch_nbytes(spec)
+        self.payload, self.decoded = np.empty(payload, np.uint8), np.empty(decoded, np.uint8)
 
 
 class ChunkReader:
@@ -75,6 +99,7 @@ class ChunkReader:
     else. Chunks are read in the plan's order, each when all its batches have buffers.
 
     Attributes:
+        precision: Of the patches.
         bytes_fetched: Bytes read from objects.
         bytes_needed: Stored bytes of the chunks that were asked for.
         n_chunks_read: Chunks of one (layer, kind).
@@ -97,12 +122,13 @@ class ChunkReader:
         n_threads: int,
     ) -> None:
         self._store, self._span, self._order, self._plan, self._ring = store, span, order, plan, ring
+        self.precision = store.spec.precision
         self._batch_size, self._n_buffer_rows = batch_size, n_buffer_rows
         self._rank_starts, self._rank_lanes = rank_starts, rank_lanes
         self._opens_at = plan.opens_at.tolist()
         self._kinds = stream_kinds(store.spec)
         self._targets = [[ring.arrays[kind][:, state] for kind in self._kinds] for state in range(span.n_states)]
-        self._plain = store.spec.codec == "none"
+        self._plain = is_plain(store.spec)
         self._lock = threading.Lock()
         self._room = threading.Condition(self._lock)  # readers wait here for buffers
         self._filled = threading.Condition(self._lock)  # the consumer waits here for its batch
@@ -159,18 +185,17 @@ class ChunkReader:
             self._room.notify_all()
             self._filled.notify_all()
 
-    def join(self) -> None:
+    def join(self) -> bool:
         """Wait until the stopped threads are gone: each ends after the chunk it is reading.
 
-        Raises:
-            TimeoutError: A read did not come back.
+        Returns:
+            Whether all are. A read that does not come back soon, as from a server that hangs, keeps its thread; the
+            buffers must then not be used again, as it may still write to them.
         """
         deadline = time.monotonic() + _JOIN_S
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
-        alive = [thread.name for thread in self._threads if thread.is_alive()]
-        if alive:
-            raise TimeoutError(f"{self._store.location}: reads did not return in {_JOIN_S:.0f} s: {', '.join(alive)}")
+        return not any(thread.is_alive() for thread in self._threads)
 
     def _n_parts(self, batch: int) -> int:
         if batch + 1 >= len(self._rank_starts):
@@ -180,8 +205,9 @@ class ChunkReader:
     def _work(self) -> None:
         try:
             scratch = _Scratch(self._store.spec)
-            while (task := self._take()) is not None:
-                self._read(*task, scratch)
+            with pointless_once(lambda: self._stopped):
+                while (task := self._take()) is not None:
+                    self._read(*task, scratch)
         except BaseException as error:  # noqa: BLE001 - not swallowed: the consumer raises it at its next batch
             with self._lock:
                 self._error = self._error or error
@@ -284,7 +310,7 @@ class ChunkReader:
         crc = self._store.objects.read_rows(location.key, location.offset, payload[None], np.zeros(1, np.int64))
         check_crc(self._store.location, location, crc)
         try:
-            values = decode_chunk(self._store.spec, kind, payload.data, scratch.decoded)
+            values = decode_payload(self._store.spec, kind, placement.chunk, payload.data, scratch.decoded)
         except DecodeError as error:
             raise DecodeError(f"{self._store.location}/{location.key}, chunk {placement.chunk}: {error}") from error
         target[placement.wanted_rows] = values if placement.wanted is None else values[placement.wanted]

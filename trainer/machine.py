@@ -25,12 +25,10 @@ class Machine:
     Attributes:
         device: Of model and batches.
         compile: Whether to compile the model, which pays after some hundred steps on a GPU.
-        stream_threads: Threads that read the store.
     """
 
     device: torch.device
     compile: bool
-    stream_threads: int
 
     @classmethod
     def found(cls, device: str | None = None) -> "Machine":
@@ -48,7 +46,7 @@ class Machine:
         n_gpus = torch.cuda.device_count()
         if chosen.type == "cuda" and (chosen.index or 0) >= n_gpus:
             raise UserError(f"DEVICE={device}: this machine has {n_gpus} usable GPUs; leave it out, or give cpu")
-        return cls(device=chosen, compile=chosen.type == "cuda", stream_threads=max(2, min(8, n_cores())))
+        return cls(device=chosen, compile=chosen.type == "cuda")
 
     def autocast(self, precision: str) -> AbstractContextManager:
         """Products of the model in `precision` ("float32" or "bfloat16"); its residual stream stays float32."""

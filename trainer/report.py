@@ -8,6 +8,7 @@ from typing import Any
 from infra.console import human_bytes
 from storage_schemas import Span, Store
 from storage_schemas.spec import KINDS
+from trainer.chunk_reader import is_remote
 from trainer.data import TrainingData
 from trainer.machine import Machine
 from trainer.run_files import METRICS_KEY, WEIGHTS_KEY, RunFiles
@@ -66,9 +67,7 @@ def finished_report(
 
 def _memory(config: TrainConfig, data: TrainingData, machine: Machine) -> str:
     def nbytes(store: Store, lanes: int) -> int:
-        return stream_memory_nbytes(
-            store.spec, config.span, config.batch_size, lanes=lanes, threads=machine.stream_threads
-        )
+        return stream_memory_nbytes(store.spec, config.span, config.batch_size, lanes=lanes, remote=is_remote(store))
 
     training = human_bytes(nbytes(data.train, config.lanes))
     validating = human_bytes(nbytes(data.validation, validation_lanes(config)))

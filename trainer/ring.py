@@ -22,7 +22,7 @@ _TOUCH_NBYTES = 64 * 2**20
 
 def stream_kinds(spec: StoreSpec) -> tuple[str, ...]:
     """The kinds that a batch holds."""
-    return tuple(kind for kind in STREAM_KINDS if kind in spec.token_kinds)
+    return tuple(kind for kind in STREAM_KINDS if kind in spec.array_kinds)
 
 
 def n_prefix(spec: StoreSpec) -> int:
@@ -41,7 +41,8 @@ class Ring:
     Attributes:
         n_rows: Samples that fit.
         tokens: (row, state, token, dim) in the dtype of the patches, in the teacher's order. The patches are read into
-            it; the tokens before them are stored in a finer dtype and have arrays of their own.
+            it; the tokens before them are stored in a finer dtype and have arrays of their own. None for int8, in
+            whose dtype the other tokens mean nothing.
         arrays: By kind; that of the patches is a part of `tokens`.
         sample_index: Which sample a row holds.
     """
@@ -61,8 +62,10 @@ class Ring:
             array = np.frombuffer(memory, dtype, n_rows * n_states * prod(shape), start)
             self.arrays[kind] = array.reshape(n_rows, n_states, *shape)
             start += _aligned(array.nbytes)
-        self.tokens = self.arrays["patches"]
-        self.arrays["patches"] = self.tokens[:, :, n_prefix(spec) :]
+        self.tokens: np.ndarray | None = None
+        if _has_tokens(spec):
+            self.tokens = self.arrays["patches"]
+            self.arrays["patches"] = self.tokens[:, :, n_prefix(spec) :]
         if torch.cuda.is_available():
             _pin(self, np.frombuffer(memory, np.uint8).ctypes.data, nbytes)
 
@@ -70,8 +73,13 @@ class Ring:
 def _layout(spec: StoreSpec) -> list[tuple[str, np.dtype, tuple[int, ...]]]:
     """What one state of a row holds, by kind: dtype and shape; the patches with room for the tokens before them."""
     shapes = {kind: kind_shape(spec, kind) for kind in stream_kinds(spec)}
-    shapes["patches"] = (spec.n_tokens, spec.dim)
+    if _has_tokens(spec):
+        shapes["patches"] = (spec.n_tokens, spec.dim)
     return [(kind, kind_dtype(spec, kind), shape) for kind, shape in shapes.items()]
+
+
+def _has_tokens(spec: StoreSpec) -> bool:
+    return spec.precision != "int8"
 
 
 def _aligned(nbytes: int) -> int:

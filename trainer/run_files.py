@@ -1,24 +1,26 @@
-"""A RUN folder: what one training leaves behind, written so that a kill at any moment damages nothing.
+"""A RUN, a folder or S3 prefix: what one training leaves behind, written so that a kill at any moment damages nothing.
 
     config.json                     what the run is; another config in the same RUN is refused
     checkpoints/000001200/*.safetensors   weights, optimizer moments, random state
     checkpoints/000001200.json      place in the stream, sha256 of those files; written last: without it, no checkpoint
     metrics.jsonl                   one line per logging interval and validation
     tensorboard/                    the same, for TensorBoard
+    heartbeat.json                  where there are no file locks, as in S3: the process that is training here now
     block.safetensors               the trained weights
     result.json                     the last validation; written last: the run is finished
 
-Everything but tensorboard/ is put as whole objects through `infra.objects`. No pickles.
+All are whole objects, put through `infra.objects`, into a local folder or S3; only local TensorBoard files grow. No
+pickles.
 """
 
-import fcntl
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from safetensors import SafetensorError
@@ -27,20 +29,22 @@ from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor
 
 from infra.console import UserError
-from infra.objects import FolderObjects, ObjectMissingError, Objects
-from storage_schemas.documents import seal, sha256, unseal
+from infra.objects import FolderObjects, ObjectAccessError, ObjectMissingError, Objects, ObjectTooLargeError
+from storage_schemas.documents import MAX_DOCUMENT_NBYTES, seal, sha256, unseal
 from storage_schemas.errors import SchemaError
+from trainer.run_lock import HEARTBEAT_KEY, LOCK_NAME, StillOurs, hold_folder, hold_prefix
 
 CONFIG_KEY = "config.json"
 METRICS_KEY = "metrics.jsonl"
 WEIGHTS_KEY = "block.safetensors"
 RESULT_KEY = "result.json"
 CHECKPOINTS_PREFIX = "checkpoints/"
-LOCK_NAME = ".lock"
+EVENTS_PREFIX = "tensorboard/"
 
 CHECKPOINT_FILES = ("block", "optimizer", "random")
 
 KEPT_CHECKPOINTS = 3
+_MAX_METRICS_NBYTES = 2**30
 _FORMAT_VERSION = 1
 _CHECKPOINT_KEY = re.compile(rf"{CHECKPOINTS_PREFIX}(\d{{9,}})(\.json|/({'|'.join(CHECKPOINT_FILES)})\.safetensors)")
 
@@ -76,47 +80,42 @@ class RunFiles:
 
     @property
     def local_folder(self) -> str | None:
-        """The folder, where these objects are files; TensorBoard writes to folders only."""
+        """The folder, where these objects are files."""
         return self._objects.location if isinstance(self._objects, FolderObjects) else None
 
-    @contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Keep other processes out of a RUN in a local folder, for a while; a dead process keeps nobody out.
+    def exclusive(self) -> AbstractContextManager[StillOurs]:
+        """Keep other processes out of this RUN, for a while; a dead process keeps nobody out.
 
         Raises:
             UserError: Another process is in it, or the folder cannot be made.
         """
-        if self.local_folder is None:
-            yield
-            return
-        if os.path.exists(self.local_folder) and not os.path.isdir(self.local_folder):
-            raise UserError(f"RUN={self.location} is a file, not a folder: give another place (RUN=...)")
+        return hold_prefix(self._objects) if self.local_folder is None else hold_folder(self.local_folder)
+
+    def check_writable(self) -> None:
+        """Find out at once, and not at the first checkpoint, that nothing may be written here.
+
+        Raises:
+            UserError: Says what was refused.
+        """
+        if self.local_folder is not None:
+            return  # `exclusive` finds out
         try:
-            os.makedirs(self.local_folder, exist_ok=True)
-            lock = open(os.path.join(self.local_folder, LOCK_NAME), "a")  # noqa: SIM115
-        except OSError as error:
+            self._objects.check_writable()
+        except ObjectAccessError as error:
             raise UserError(
-                f"RUN={self.location} cannot be written: {error.strerror}. Give another place (RUN=...)"
+                f"RUN={self.location} may not be written: {error}. Give a place that these credentials may write to "
+                "(RUN=...), such as a local folder"
             ) from error
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(
-                    f"another process is training in {self.location}: wait for it, stop it, or give another RUN"
-                ) from error
-            except OSError as error:
-                raise UserError(
-                    f"RUN={self.location} lies on a file system without locks ({error.strerror}), so two processes "
-                    "could write into it at once: give a place on a local disk (RUN=...)"
-                ) from error
-            yield
 
     # ------------------------------------------------------------ identity
 
     def read_config(self) -> dict[str, Any] | None:
         """The config of the run in this place, nested as it was written, or None if there is none."""
         document = self._read_document(CONFIG_KEY)
+        if document is not None and not isinstance(document.get("run"), dict):
+            raise UserError(
+                f"{self.location}/{CONFIG_KEY} names no 'run', so it is not ours. Give another place (RUN=...)"
+            )
         return None if document is None else document["run"]
 
     def claim(self, config: Mapping[str, Any]) -> None:
@@ -127,12 +126,19 @@ class RunFiles:
         Raises:
             UserError: The RUN holds another run, and every field that differs is listed; or it holds files and no run.
         """
-        asked = json.loads(json.dumps(config))  # tuples become lists, as in what was read
-        found = self.read_config()
-        if found is None:
+        if not self.is_of(config):
             self._check_empty()
-            self._objects.put(CONFIG_KEY, seal({"format_version": _FORMAT_VERSION, "run": asked}))
-        elif found != asked:
+            self._objects.put(CONFIG_KEY, seal({"format_version": _FORMAT_VERSION, "run": _as_json(config)}))
+        self._objects.sweep()
+
+    def is_of(self, config: Mapping[str, Any]) -> bool:
+        """Whether this RUN was claimed for `config` before; False where there is no run yet.
+
+        Raises:
+            UserError: The RUN holds another run, and every field that differs is listed.
+        """
+        asked, found = _as_json(config), self.read_config()
+        if found is not None and found != asked:
             raise UserError(
                 "\n  ".join(
                     [
@@ -142,15 +148,16 @@ class RunFiles:
                     ]
                 )
             )
-        self._objects.sweep()
+        return found is not None
 
     def _check_empty(self) -> None:
         """A folder that is no run must hold nothing: a run deletes old checkpoints, and resumes from those it finds."""
-        found = [info.key for info in self._objects.list() if info.key != LOCK_NAME]
+        keys = (info.key for info in self._objects.list() if info.key not in (LOCK_NAME, HEARTBEAT_KEY))
+        found = list(islice(keys, 6))  # a bucket may hold millions
         if found:
             raise UserError(
                 f"RUN={self.location} has no {CONFIG_KEY}, so it is no run, but it holds {', '.join(found[:5])}"
-                f"{f' and {len(found) - 5:,} more' if len(found) > 5 else ''}. Give an empty or new place (RUN=...)"
+                f"{' and more' if len(found) > 5 else ''}. Give an empty or new place (RUN=...)"
             )
 
     # ------------------------------------------------------------ checkpoints
@@ -193,11 +200,12 @@ class RunFiles:
     def _read_checkpoint(self, step: int) -> Checkpoint:
         name = _checkpoint_name(step)
         try:
-            document = unseal(f"{name}.json", self._objects.get(f"{name}.json"))
+            document = unseal(f"{name}.json", self._objects.get(f"{name}.json", at_most=MAX_DOCUMENT_NBYTES))
+            _check_checkpoint(document, step)
             files = {
                 file: self._read_tensors(f"{name}/{file}.safetensors", d) for file, d in document["sha256"].items()
             }
-        except (SchemaError, ObjectMissingError, SafetensorError) as error:
+        except (SchemaError, ObjectMissingError, ObjectTooLargeError, SafetensorError) as error:
             raise DamagedCheckpointError(str(error)) from error
         return Checkpoint(step=document["step"], tensors=files, state=document["state"])
 
@@ -228,14 +236,40 @@ class RunFiles:
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
         self._objects.put(METRICS_KEY, text.encode())
 
+    def write_events(self, name: str, data: bytes, n_written: int) -> None:
+        """Bring an event file of TensorBoard up to date.
+
+        Args:
+            name: Of the file.
+            data: Everything that it has to hold.
+            n_written: Bytes of it that an earlier call has written. A local file only grows, as TensorBoard keeps it
+                open; elsewhere the object is put anew.
+
+        Raises:
+            ObjectAccessError: It could not be written.
+        """
+        if self.local_folder is None:
+            self._objects.put(f"{EVENTS_PREFIX}{name}", data)
+            return
+        path = f"{self.local_folder}/{EVENTS_PREFIX}{name}"
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, "ab") as file:
+                file.write(data[n_written:])
+        except OSError as error:
+            raise ObjectAccessError(name, f"{path} could not be written: {error.strerror}") from error
+
     def read_metrics(self, report: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; none where there is no such file.
 
         Lines that are damaged are left out and reported, to standard error by default: training does not need them.
         """
         try:
-            data = self._objects.get(METRICS_KEY)
+            data = self._objects.get(METRICS_KEY, at_most=_MAX_METRICS_NBYTES)
         except ObjectMissingError:
+            return []
+        except ObjectTooLargeError as error:
+            (report or _say)(f"{error}; they are left out")
             return []
         lines, bad = [], []
         for number, text in enumerate(data.splitlines(), 1):
@@ -260,8 +294,18 @@ class RunFiles:
         self._objects.put(RESULT_KEY, seal({**result, "weights_nbytes": len(data), "weights_sha256": sha256(data)}))
 
     def read_result(self) -> dict[str, Any] | None:
-        """What `finish` was given, or None while the run is not finished."""
-        return self._read_document(RESULT_KEY)
+        """What `finish` was given, or None while the run is not finished.
+
+        Raises:
+            UserError: The document was changed, or is none of ours.
+        """
+        result = self._read_document(RESULT_KEY)
+        if result is not None and not isinstance(result.get("weights_sha256"), str):
+            raise UserError(
+                f"{self.location}/{RESULT_KEY} names no 'weights_sha256', so it is not ours. Delete it and run the "
+                "same make train again"
+            )
+        return result
 
     def read_weights(self) -> dict[str, Tensor]:
         """The trained weights of a finished run.
@@ -283,12 +327,11 @@ class RunFiles:
 
     def _read_document(self, key: str) -> dict[str, Any] | None:
         try:
-            data = self._objects.get(key)
+            data = self._objects.get(key, at_most=MAX_DOCUMENT_NBYTES)
+            return unseal(key, data)
         except ObjectMissingError:
             return None
-        try:
-            return unseal(key, data)
-        except SchemaError as error:
+        except (SchemaError, ObjectTooLargeError) as error:
             raise UserError(f"{self.location}: {error}\nGive another place (RUN=...), or delete this one") from error
 
 
@@ -304,15 +347,40 @@ def differences(found: Mapping[str, Any], asked: Mapping[str, Any], prefix: str 
     return lines
 
 
+def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
+    """As it will be read back: tuples become lists."""
+    return json.loads(json.dumps(config))
+
+
 def _checkpoint_name(step: int) -> str:
     return f"{CHECKPOINTS_PREFIX}{step:09d}"
 
 
+def _check_checkpoint(document: Mapping[str, Any], step: int) -> None:
+    """See that a document is that of a checkpoint, before anything that it names is read.
+
+    Raises:
+        DamagedCheckpointError: It is of another version or step, or names other files than ours.
+    """
+    digests, state = document.get("sha256"), document.get("state")
+    if document.get("format_version") != _FORMAT_VERSION or document.get("step") != step:
+        raise DamagedCheckpointError(
+            f"its document is of version {document.get('format_version')!r:.40} and step {document.get('step')!r:.40}"
+        )
+    named = isinstance(digests, dict) and all(isinstance(digest, str) for digest in digests.values())
+    if not named or not digests or not set(digests) <= set(CHECKPOINT_FILES) or not isinstance(state, dict):
+        files = ", ".join(CHECKPOINT_FILES)
+        raise DamagedCheckpointError(
+            f"its document is not that of a checkpoint: expected a 'state', and 'sha256' of {files}"
+        )
+
+
 def _metrics_line(text: bytes) -> dict[str, Any] | None:
-    """A line of metrics.jsonl, or None if it is none."""
+    """A line of metrics.jsonl, or None if it is none that can be written again."""
     try:
         line = json.loads(text)
-    except ValueError:  # no JSON, or no UTF-8
+        json.dumps(line, allow_nan=False)
+    except (ValueError, RecursionError):  # no JSON, or no UTF-8; or NaN
         return None
     return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
 

@@ -8,15 +8,15 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from infra.objects import ObjectAccessError
 from trainer.run_files import METRICS_KEY, Checkpoint, RunFiles
 from trainer.validation import Validation
 
 _FLUSH_S = 10.0
+_REMOTE_FLUSH_S = 60.0  # a put to S3 keeps the training waiting, and costs
 
 
 class RunLog:
-    """Writes metrics. metrics.jsonl is replaced as a whole every few seconds, so it is never torn.
+    """Writes metrics. metrics.jsonl is replaced as a whole every few seconds, in S3 every minute, so it is never torn.
 
     Lines of training have step, loss, gradient_norm (means over the samples, and steps, since the line before),
     learning_rate, forcing (weight of the teacher-forced loss), samples_per_s and loader_wait (share of the time spent
@@ -35,7 +35,8 @@ class RunLog:
         self._lines = [line for line in old if resume is not None and line["step"] <= resume.step]
         # From the checkpoint, as metrics.jsonl is for people and may be edited or lost.
         self.last_loss: float | None = None if resume is None else resume.state["last_loss"]
-        self._tensorboard = _open_tensorboard(run, None if resume is None else resume.step + 1)
+        self._tensorboard = EventFile(run, None if resume is None else resume.step + 1)
+        self._flush_s = _REMOTE_FLUSH_S if run.local_folder is None else _FLUSH_S
         self.flush()
 
     def training(self, step: int, means: Mapping[str, float], rates: Mapping[str, float]) -> None:
@@ -57,15 +58,13 @@ class RunLog:
         """Bring everything to the run's files."""
         self._run.write_metrics(self._lines)
         self._flushed_at = time.monotonic()
-        if self._tensorboard is not None:
-            self._tensorboard.flush()
+        self._tensorboard.flush()
 
     def _add(self, line: dict[str, Any], scalars: Mapping[str, float]) -> None:
         self._lines.append(line)
-        if self._tensorboard is not None:
-            for name, value in scalars.items():
-                self._tensorboard.add(name, value, line["step"])
-        if time.monotonic() - self._flushed_at > _FLUSH_S:
+        for name, value in scalars.items():
+            self._tensorboard.add(name, value, line["step"])
+        if time.monotonic() - self._flushed_at > self._flush_s:
             self.flush()
 
     def __enter__(self) -> "RunLog":
@@ -78,16 +77,16 @@ class RunLog:
 class EventFile:
     """An event file of TensorBoard. A writer of our own, as theirs has a thread in which a full disk is a traceback."""
 
-    def __init__(self, folder: str, first_step: int | None) -> None:
+    def __init__(self, run: RunFiles, first_step: int | None) -> None:
         """Begin a file that, if `first_step` is given, hides what earlier files have from that step on."""
         # Half a second of import, which --help need not pay.
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
         # TensorBoard reads files in the order of their names.
-        self._path = f"{folder}/events.out.tfevents.{time.time_ns() // 1000}.{socket.gethostname()}.{os.getpid()}"
-        self._event, self._pending = Event, io.BytesIO()
-        self._records = RecordWriter(self._pending)
+        self._name = f"events.out.tfevents.{time.time_ns() // 1000}.{socket.gethostname()}.{os.getpid()}"
+        self._run, self._event, self._data, self._n_written = run, Event, io.BytesIO(), 0
+        self._records = RecordWriter(self._data)
         self._write(file_version="brain.Event:2")
         if first_step is not None:
             self._write(step=first_step, session_log=SessionLog(status=SessionLog.START))
@@ -97,27 +96,15 @@ class EventFile:
         self._write(step=step, summary={"value": [{"tag": name, "simple_value": value}]})
 
     def flush(self) -> None:
-        """Bring everything to the file.
+        """Bring everything to the file: some megabytes at the end of a long run.
 
         Raises:
             ObjectAccessError: It could not be written.
         """
-        data = self._pending.getvalue()
-        self._pending.seek(0)
-        self._pending.truncate()
-        try:
-            os.makedirs(os.path.dirname(self._path), exist_ok=True)
-            with open(self._path, "ab") as file:
-                file.write(data)
-        except OSError as error:
-            raise ObjectAccessError(
-                os.path.basename(self._path), f"{self._path} could not be written: {error.strerror}"
-            ) from error
+        data = self._data.getvalue()
+        if len(data) > self._n_written:
+            self._run.write_events(self._name, data, self._n_written)
+            self._n_written = len(data)
 
     def _write(self, **values: Any) -> None:
         self._records.write(self._event(wall_time=time.time(), **values).SerializeToString())
-
-
-def _open_tensorboard(run: RunFiles, first_step: int | None) -> EventFile | None:
-    """None where the run is not in a local folder."""
-    return None if run.local_folder is None else EventFile(f"{run.local_folder}/tensorboard", first_step)

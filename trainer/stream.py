@@ -7,18 +7,17 @@ a batch is contiguous without any gathering. See docs/decisions for what this be
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 from weakref import finalize
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int64
 
+from infra.console import say
 from storage_schemas.errors import NotCommittedError, SchemaError
 from storage_schemas.reader import Store
 from storage_schemas.spec import Span, StoreSpec
-from trainer.chunk_reader import ChunkReader, thread_nbytes
+from trainer.batch import Copier, DeviceBatch, HostBatch
+from trainer.chunk_reader import ChunkReader, default_threads, is_remote, thread_nbytes
 from trainer.order import PassOrder, make_pass_order, make_read_plan
 from trainer.ring import Ring, ring_nbytes, stream_kinds
 
@@ -26,122 +25,6 @@ __all__ = ["DeviceBatch", "HostBatch", "LayerSliceStream", "Span", "stream_memor
 
 _STATE_VERSION = 1
 _FIXED_NBYTES = 2**20  # Python's own objects of a stream
-
-
-@dataclass(frozen=True, kw_only=True)
-class DeviceBatch:
-    """A batch on its device.
-
-    Attributes:
-        activations: States of the span, tokens in the teacher's order: CLS, registers, patches in row order.
-        sample_index: Row b belongs to sample sample_index[b] of the store.
-    """
-
-    activations: Float[torch.Tensor, "batch state token dim"]
-    sample_index: Int64[torch.Tensor, " batch"]
-
-
-class HostBatch:
-    """This rank's share of one batch, in the stream's own memory, as stored.
-
-    The arrays are valid until the next batch is asked for, `release()` or the stream's end, and are overwritten then;
-    copy what is to be kept. They are pinned if CUDA is available. A share may be empty.
-
-    Attributes:
-        number: Of the batch in the pass, from 0.
-        n_batch: Samples of the whole batch, over all ranks.
-        sample_index: (sample,); not overwritten.
-        cls: (sample, state, dim) float32, or None if the teacher has none.
-        registers: (sample, state, register, dim) float32, or None.
-        patches: (sample, state, patch, dim) in the store's precision; contiguous for one state of one sample.
-        tokens: (sample, state, token, dim) in the store's precision, tokens in the teacher's order; contiguous. The
-            patches were read into it; asking for it rounds CLS and registers to the store's precision.
-        patches_scale: (sample, state, dim) float32 for int8 stores, else None.
-    """
-
-    def __init__(self, reader: ChunkReader, ring: Ring, number: int, n_batch: int, copier: "_Copier") -> None:
-        rows = reader.rows(number)
-        self.number, self.n_batch = number, n_batch
-        self.sample_index: Int64[np.ndarray, " sample"] = ring.sample_index[rows].copy()
-        self._arrays = {kind: array[rows] for kind, array in ring.arrays.items()}
-        self._tokens, self._has_prefix = ring.tokens[rows], False
-        self._reader, self._copier = reader, copier
-        self._copied: torch.cuda.Event | None = None
-
-    def __len__(self) -> int:
-        return len(self.sample_index)
-
-    @property
-    def cls(self) -> np.ndarray | None:
-        return self._array("cls")
-
-    @property
-    def registers(self) -> np.ndarray | None:
-        return self._array("registers")
-
-    @property
-    def patches(self) -> np.ndarray:
-        patches = self._array("patches")
-        assert patches is not None
-        return patches
-
-    @property
-    def patches_scale(self) -> np.ndarray | None:
-        return self._array("patches_scale")
-
-    @property
-    def tokens(self) -> np.ndarray:
-        self._check_held()
-        if not self._has_prefix:
-            _assemble(self._prefix(), torch.from_numpy(self._tokens))
-            self._has_prefix = True
-        return self._tokens
-
-    def _prefix(self) -> list[torch.Tensor]:
-        """The tokens before the patches, (sample, state, token, dim) each."""
-        parts = [torch.from_numpy(self._arrays[kind]) for kind in ("cls", "registers") if kind in self._arrays]
-        return [part.unsqueeze(2) if part.ndim == 3 else part for part in parts]
-
-    def _array(self, kind: str) -> np.ndarray | None:
-        self._check_held()
-        return self._arrays.get(kind)
-
-    def _check_held(self) -> None:
-        if not self._arrays:
-            raise RuntimeError(f"batch {self.number} was released; copy what you need before asking for the next one")
-
-    def to(
-        self,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-        out: torch.Tensor | None = None,
-    ) -> DeviceBatch:
-        """Copy to a device and assemble the tokens in the teacher's order.
-
-        On CUDA the copies run on a stream of their own, beside the step that is under way; the current stream waits for
-        them, the host does not.
-
-        Args:
-            device: Where to.
-            dtype: Of the activations.
-            out: Memory of an earlier result to write into, at least as many samples; the host saves making it anew.
-        """
-        self._check_held()
-        device, prefix, tokens = torch.device(device), self._prefix(), torch.from_numpy(self._tokens)
-        if device.type == "cuda":
-            activations, index, self._copied = self._copier.copy(prefix, tokens, self.sample_index, device, dtype, out)
-        else:
-            activations = _make_out(tokens.shape, device, dtype, out)
-            _assemble([*prefix, _patches_of(tokens, prefix)], activations)
-            index = torch.from_numpy(self.sample_index).to(device)
-        return DeviceBatch(activations=activations, sample_index=index)
-
-    def release(self) -> None:
-        """Give the memory back before the next batch is asked for."""
-        if self._arrays:
-            self._arrays = {}
-            self._tokens = self._tokens[:0]
-            self._reader.release(self.number, self._copied)
 
 
 class LayerSliceStream:
@@ -166,7 +49,7 @@ class LayerSliceStream:
         rank: int = 0,
         world_size: int = 1,
         lanes: int = 64,
-        threads: int = 8,
+        threads: int | None = None,
         *,
         readahead: float = 1.0,
         partial: bool = False,
@@ -183,7 +66,8 @@ class LayerSliceStream:
             rank: This process, 0 to world_size - 1.
             world_size: Processes that share the pass.
             lanes: Most chunks to be mixed with each other. Memory grows with it.
-            threads: Reading threads; more than cores help where storage is slow to answer.
+            threads: Reading threads; more than cores help where storage is slow to answer. None: one per core, 2 to 8,
+                or 32 where the store is in S3.
             readahead: Buffers beyond one chunk per lane, as a fraction; 1 hides the refills of the lanes, 0 halves the
                 memory and stalls at each.
             partial: Accept a store that is not finished, with the shards committed now.
@@ -194,6 +78,8 @@ class LayerSliceStream:
             NotCommittedError: The store is not finished and `partial` is False, or a shard of `shards` is missing.
             ValueError: A number is out of range, or there are more ranks than lanes.
         """
+        self._is_remote = is_remote(store)
+        threads = default_threads(remote=self._is_remote) if threads is None else threads
         _check_numbers(1, batch_size=batch_size, threads=threads, world_size=world_size, lanes=lanes)
         _check_numbers(0, seed=seed, epoch=epoch, rank=rank)
         if rank >= world_size:
@@ -205,7 +91,7 @@ class LayerSliceStream:
         self.rank, self.world_size = rank, world_size
         self.shards = _frozen_shards(store, partial, shards)
         self._lanes, self._n_threads, self._readahead = lanes, threads, readahead
-        self._copier = _Copier()
+        self._copier = Copier()
         self._ring: Ring | None = None
         self._reader: ChunkReader | None = None
         self._batch: HostBatch | None = None
@@ -231,7 +117,8 @@ class LayerSliceStream:
     def memory_nbytes(self) -> int:
         """The most bytes that this rank takes: buffers of lanes x chunk x states x (1 + readahead), threads, order."""
         n_rows = self._plan.n_buffers * self._n_buffer_rows
-        return _memory_nbytes(self.store.spec, self.span, self._order, n_rows, self._n_threads)
+        per_thread = thread_nbytes(self.store.spec, remote=self._is_remote)
+        return _memory_nbytes(self.store.spec, self.span, self._order, n_rows, self._n_threads * per_thread)
 
     @property
     def bytes_fetched(self) -> int:
@@ -338,7 +225,10 @@ class LayerSliceStream:
         self._set_pass(order, epoch, batch)
 
     def close(self) -> None:
-        """End all threads and give the memory back. More than once is no error."""
+        """End all threads and give the memory back. More than once is no error.
+
+        A thread whose read does not return within two seconds is left behind, and ends when it does.
+        """
         self._closed = True
         self._stop_reader()
         self._ring = None
@@ -419,7 +309,9 @@ class LayerSliceStream:
         if reader is not None:
             self._abandoned.detach()
             reader.stop()
-            reader.join()
+            if not reader.join():
+                self._ring = None
+                say(f"{self.store.location}: some reads hang; they are left behind, each with its memory, to end alone")
             self._totals.add(reader)
 
 
@@ -437,55 +329,21 @@ class _Totals:
         self.waited_s += reader.waited_s
 
 
-class _Copier:
-    """Copies to CUDA devices on a stream of their own."""
-
-    def __init__(self) -> None:
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
-
-    def copy(
-        self,
-        prefix: Sequence[torch.Tensor],
-        tokens: torch.Tensor,
-        sample_index: np.ndarray,
-        device: torch.device,
-        dtype: torch.dtype,
-        out: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.cuda.Event]:
-        """Returns activations, sample index, and the event after which the host memory may be overwritten."""
-        current = torch.cuda.current_stream(device)
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)
-        beside = self._streams[device]
-        with torch.cuda.stream(beside):
-            # first, while the stream is idle: the host waits for this one, as its memory is not pinned
-            index = torch.from_numpy(sample_index).to(device)
-            staged = [part.to(device, non_blocking=True) for part in (*prefix, tokens)]
-            copied = torch.cuda.Event(blocking=True)
-            copied.record(beside)
-            if out is not None:
-                beside.wait_stream(current)  # the step that still reads it
-            activations = _make_out(tokens.shape, device, dtype, out)
-            _assemble([*staged[:-1], _patches_of(staged[-1], prefix)], activations)
-        current.wait_stream(beside)
-        for made in (activations, index):
-            made.record_stream(current)
-        return activations, index, copied
-
-
 def stream_memory_nbytes(
     spec: StoreSpec,
     span: Span,
     batch_size: int = 64,
     world_size: int = 1,
     lanes: int = 64,
-    threads: int = 8,
+    threads: int | None = None,
     *,
     readahead: float = 1.0,
+    remote: bool = False,
 ) -> int:
     """The most bytes that each rank of a stream will take, for a plan; a store without bad images is assumed.
 
     About lanes x chunk x states x (1 + readahead) / world_size. The stream's own `memory_nbytes` knows the bad images.
+    `remote` says that the store is in S3.
     """
     order = make_pass_order(np.ones(spec.n_samples, bool), spec.samples_per_chunk, lanes=lanes)
     most_rows = 0
@@ -493,36 +351,12 @@ def stream_memory_nbytes(
         plan = make_read_plan(order, batch_size, rank=rank, world_size=world_size, readahead=readahead)
         n_rows = int(np.diff(order.rank_starts(batch_size, rank, world_size)).max())
         most_rows = max(most_rows, plan.n_buffers * n_rows)
-    return _memory_nbytes(spec, span, order, most_rows, threads)
+    n_threads = default_threads(remote=remote) if threads is None else threads
+    return _memory_nbytes(spec, span, order, most_rows, n_threads * thread_nbytes(spec, remote=remote))
 
 
-def _memory_nbytes(spec: StoreSpec, span: Span, order: PassOrder, n_rows: int, n_threads: int) -> int:
-    ring = ring_nbytes(spec, span.n_states, n_rows)
-    return ring + order.planning_nbytes + n_threads * thread_nbytes(spec) + _FIXED_NBYTES
-
-
-def _make_out(
-    shape: tuple[int, ...], device: torch.device, dtype: torch.dtype, out: torch.Tensor | None
-) -> torch.Tensor:
-    if out is None:
-        return torch.empty(shape, device=device, dtype=dtype)
-    if out.shape[1:] != shape[1:] or out.shape[0] < shape[0] or out.dtype != dtype or out.device != device:
-        raise ValueError(
-            f"out is {tuple(out.shape)} {out.dtype} on {out.device}; at least {shape} {dtype} on {device} was expected"
-        )
-    return out[: shape[0]]
-
-
-def _patches_of(tokens: torch.Tensor, prefix: Sequence[torch.Tensor]) -> torch.Tensor:
-    return tokens[:, :, sum(part.shape[2] for part in prefix) :]
-
-
-def _assemble(parts: Sequence[torch.Tensor], activations: torch.Tensor) -> None:
-    """Write (batch, state, token, dim) parts side by side along the tokens."""
-    start = 0
-    for part in parts:
-        activations[:, :, start : start + part.shape[2]].copy_(part)
-        start += part.shape[2]
+def _memory_nbytes(spec: StoreSpec, span: Span, order: PassOrder, n_rows: int, threads_nbytes: int) -> int:
+    return ring_nbytes(spec, span.n_states, n_rows) + order.planning_nbytes + threads_nbytes + _FIXED_NBYTES
 
 
 def _check_numbers(least: int, **numbers: object) -> None:

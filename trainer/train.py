@@ -254,7 +254,6 @@ class Feed:
             batch_size=config.batch_size,
             seed=config.seed,
             lanes=config.lanes,
-            threads=machine.stream_threads,
             partial=True,  # which samples take part was settled when the store was opened
         )
         self._config, self._device = config, machine.device

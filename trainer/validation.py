@@ -233,7 +233,6 @@ def _batches(data: ValidationSet, span: Span, machine: Machine) -> Iterator[tupl
         span,
         batch_size=data.batch_size,
         lanes=data.lanes,
-        threads=machine.stream_threads,
         partial=True,  # which samples take part was settled when the store was opened
     )
     with closing(stream):

@@ -1,5 +1,6 @@
 """What a folder does when the machine fails it: full disk, no permission, a writer killed in the middle, links."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -121,14 +122,36 @@ def test_no_permission_is_said_for_every_verb(without_rights):
             lambda: objects.read_into("a/key", 0, memoryview(bytearray(1))),
             lambda: list(objects.list()),
             lambda: list(objects.list("a/")),
+            lambda: objects.list_folder(),
+            lambda: objects.list_folder("a/"),
         ],
-        "could not be written: Permission denied": [lambda: objects.put("a/key", b"x")],
+        "could not be written: Permission denied": [
+            lambda: objects.put("a/key", b"x"),
+            lambda: objects.put_new("a/key", b"x"),
+        ],
+        "nothing can be written to .*/store: Permission denied": [objects.check_writable],
         "could not be deleted: Permission denied": [lambda: objects.delete("a/key")],
     }
     for message, calls in verbs.items():
         for call in calls:
             with pytest.raises(ObjectAccessError, match=message):
                 call()
+
+
+def test_whether_it_can_be_written_is_asked_without_making_the_folder(tmp_path):
+    FolderObjects(tmp_path / "not" / "yet").check_writable()
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(ObjectAccessError, match=r"nothing can be written to .*/file/store: Not a directory"):
+        FolderObjects(tmp_path / "file" / "store").check_writable()
+
+
+def test_a_folder_in_the_place_of_a_new_object_is_said(tmp_path):
+    objects = FolderObjects(tmp_path)
+    objects.put("a/b", b"x")
+    with pytest.raises(ObjectAccessError, match="a could not be written: File exists"):
+        objects.put_new("a", b"x")
+    assert files(tmp_path) == ["a/b"]
 
 
 def test_a_file_where_a_folder_should_be_is_said(tmp_path):
@@ -215,5 +238,36 @@ def test_reading_leaves_no_open_files(tmp_path):
 def test_opening_by_location(tmp_path):
     objects = open_objects(tmp_path / "store")
     assert objects.location == str(tmp_path / "store")
-    with pytest.raises(UserError, match=r"s3://bucket/x: this version reads and writes local folders only"):
-        open_objects("s3://bucket/x")
+    with pytest.raises(UserError, match=r"gs://bucket/x: give a local path without '://', or s3://bucket/prefix"):
+        open_objects("gs://bucket/x")
+
+
+def test_without_hard_links_the_first_of_two_still_stays(tmp_path, monkeypatch):
+    """As on exFAT and many network mounts."""
+
+    def no_links(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", no_links)
+    objects = FolderObjects(tmp_path)
+    assert objects.put_new("a/key", b"first")
+    assert not objects.put_new("a/key", b"second")
+    assert objects.get("a/key") == b"first"
+    assert files(tmp_path) == ["a/key"]
+
+
+@pytest.mark.parametrize("verb", ["put", "put_new"])
+def test_a_put_whose_file_another_job_swept_is_done_again(tmp_path, verb):
+    """Two jobs that begin at one moment: one sweeps what it takes for leftovers of a dead one."""
+    objects, n_swept = FolderObjects(tmp_path), []
+
+    class Swept(list):
+        def __iter__(self) -> Iterator[bytes]:
+            yield b"whole"
+            if not n_swept:
+                n_swept.append(FolderObjects(tmp_path).sweep())
+
+    getattr(objects, verb)("a/key", Swept([b"whole"]))
+    assert n_swept == [1]
+    assert objects.get("a/key") == b"whole"
+    assert files(tmp_path) == ["a/key"]

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from infra.objects import (
+    Folder,
     MemoryObjects,
     ObjectInfo,
     ObjectMissingError,
@@ -20,6 +21,7 @@ from infra.objects import (
     ShortObjectError,
     read_range,
 )
+from infra.s3 import S3Objects
 from tests.contract.backends import BACKENDS
 
 BAD_KEYS = ["", "/", "/a", "a/", "a//b", ".", "..", "../a", "a/../b", "a/./b", "a/..", "a\\b", "a\0b", "a\nb", "\ud800"]
@@ -101,6 +103,65 @@ def test_memory_that_was_put_may_be_used_again(objects):
     assert objects.get("key") == b"first"
 
 
+def test_a_new_object_replaces_nothing(objects):
+    assert objects.put_new("a/key", [b"fir", memoryview(b"st")]) is True
+    assert objects.put_new("a/key", b"second") is False
+    assert objects.get("a/key") == b"first"
+    objects.delete("a/key")
+    assert objects.put_new("a/key", b"") is True
+    assert objects.put_new("a/key", b"") is False
+    assert infos(objects) == [("a/key", 0)]
+    with pytest.raises(RuntimeError, match="second piece"):
+        objects.put_new("b", BrokenPieces())
+    assert infos(objects) == [("a/key", 0)]
+
+
+def test_of_many_writers_of_a_new_object_one_is_first(objects):
+    if isinstance(objects, S3Objects) and not objects._conditions_work():
+        pytest.skip("this server knows no conditional writes")
+    first: list[int] = []
+
+    def write(i: int) -> None:
+        if objects.put_new("claim", bytes([i]) * 10_000):
+            first.append(i)
+
+    threads = [threading.Thread(target=write, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(first) == 1
+    assert objects.get("claim") == bytes(first) * 10_000
+    assert objects.sweep() == 0
+
+
+def test_a_folder_is_listed_one_level_deep(objects):
+    for key in ["a/1", "a/b/2", "a/b/3", "a/c.d/e/4", "a-b", "z", "ab/5"]:
+        objects.put(key, key.encode())
+    objects.put("gone/x", b"x")
+    objects.delete("gone/x")
+    assert objects.list_folder() == Folder(
+        objects=[ObjectInfo(key="a-b", nbytes=3), ObjectInfo(key="z", nbytes=1)], folders=["a/", "ab/"]
+    )
+    assert objects.list_folder("a/") == Folder(objects=[ObjectInfo(key="a/1", nbytes=3)], folders=["a/b/", "a/c.d/"])
+    assert objects.list_folder("a/b/").folders == []
+    assert objects.list_folder("nothing/here/") == Folder(objects=[], folders=[])
+
+
+@pytest.mark.parametrize("prefix", ["a", "/", "../", "a//", "a/b"])
+def test_what_is_no_folder_is_refused(objects, prefix):
+    with pytest.raises(ValueError, match=r"ends in '/'|not a plain relative path"):
+        objects.list_folder(prefix)
+
+
+def test_whether_it_can_be_written_is_tried_and_leaves_nothing(objects):
+    objects.check_writable()
+    assert infos(objects) == []
+    objects.put("a", b"x")
+    objects.check_writable()
+    assert infos(objects) == [("a", 1)]
+
+
 def test_missing_objects_are_named(objects):
     objects.put("folder/there", b"x")
     for key in ("nothing", "folder/not", "folder", "folder/there/below"):
@@ -172,6 +233,7 @@ def test_keys_that_are_no_plain_paths_are_refused_by_every_verb(objects, key):
     verbs = [
         lambda: objects.get(key),
         lambda: objects.put(key, b"x"),
+        lambda: objects.put_new(key, b"x"),
         lambda: objects.read_into(key, 0, memoryview(bytearray(1))),
         lambda: list(objects.read_parts(key, 0, [memoryview(bytearray(1))])),
         lambda: objects.delete(key),
@@ -200,9 +262,11 @@ def test_a_reader_sees_the_old_object_or_the_new_one(objects):
     torn: list[str] = []
 
     def write() -> None:
-        for i in range(150):
-            objects.put("key", [memoryview(contents[i % 4])[:70_000], memoryview(contents[i % 4])[70_000:]])
-        stop.set()
+        try:
+            for i in range(150):
+                objects.put("key", [memoryview(contents[i % 4])[:70_000], memoryview(contents[i % 4])[70_000:]])
+        finally:
+            stop.set()
 
     def read() -> None:
         while not stop.is_set():
@@ -249,27 +313,38 @@ PARTS = ["a", "b", "ab", "a.b", "0", "c-d"]
 KEYS = st.sampled_from(["/".join(parts) for n in (1, 2) for parts in product(PARTS, repeat=n)])
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    st.lists(
-        st.one_of(
-            st.tuples(st.just("put"), KEYS, st.binary(max_size=20)),
-            st.tuples(st.just("delete"), KEYS, st.none()),
-            st.tuples(st.just("list"), KEYS, st.none()),
-        ),
-        max_size=30,
-    )
+HISTORIES = st.lists(
+    st.one_of(
+        st.tuples(st.just("put"), KEYS, st.binary(max_size=20)),
+        st.tuples(st.just("delete"), KEYS, st.none()),
+        st.tuples(st.just("list"), KEYS, st.none()),
+    ),
+    max_size=30,
 )
-@pytest.mark.parametrize("backend", BACKENDS)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(HISTORIES)
+@pytest.mark.parametrize("backend", ["folder", "memory"])
 def test_any_history_gives_what_a_dictionary_gives(backend, tmp_path_factory, history):
-    objects = BACKENDS[backend](tmp_path_factory.mktemp("history"))
+    check_history(BACKENDS[backend](tmp_path_factory.mktemp("history")), history)
+
+
+@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(HISTORIES)
+@pytest.mark.parametrize("backend", ["s3-moto", "s3-rclone"])
+def test_any_history_gives_it_on_s3_too(backend, tmp_path, history):
+    check_history(BACKENDS[backend](tmp_path), history)
+
+
+def check_history(objects: Objects, history: list[tuple[str, str, bytes | None]]) -> None:
     model: dict[str, bytes] = {}
     ever: set[str] = set()
     for verb, key, data in history:
         if verb == "list":
             expected = [ObjectInfo(key=k, nbytes=len(v)) for k, v in sorted(model.items()) if k.startswith(key)]
             assert list(objects.list(key)) == expected
-        elif verb == "delete":
+        elif data is None:
             objects.delete(key)
             model.pop(key, None)
         elif not any(_below(key, other) or _below(other, key) for other in ever):

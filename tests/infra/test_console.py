@@ -85,6 +85,10 @@ def test_the_line_says_rate_bytes_time_left_fields_and_status() -> None:
     progress.fields(loader_wait="3 %", loss="0.124")
     assert "images/s" in progress.line()
     assert progress.line().endswith("loader wait 3 %, loss 0.124, 36 s left")
+    progress.estimate(False)
+    assert progress.line().endswith("loss 0.124, 4.0 s so far")
+    progress.estimate(True)
+    assert progress.line().endswith("36 s left")
 
 
 def test_without_a_terminal_it_writes_plain_lines_and_is_never_silent() -> None:

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infra import native
-from infra.native import read_rows_function
+from infra.native import read_rows_function, scatter_rows_function
+from infra.object_rows import scatter_rows
 from infra.objects import FolderObjects, MemoryObjects, ObjectMissingError, Objects, ShortObjectError
 
 DATA = np.random.default_rng(0).integers(0, 256, 700_000, dtype=np.uint8).tobytes()
@@ -24,7 +25,7 @@ DATA = np.random.default_rng(0).integers(0, 256, 700_000, dtype=np.uint8).tobyte
 def objects(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Objects:
     made: Objects = MemoryObjects() if request.param == "memory" else FolderObjects(tmp_path)
     if request.param == "python":
-        monkeypatch.setattr("infra.objects.read_rows_function", lambda: None)
+        monkeypatch.setattr("infra.folder_objects.read_rows_function", lambda: None)
     elif request.param == "compiled" and read_rows_function() is None:
         pytest.skip("no compiler here")
     made.put("a/b", DATA)
@@ -171,3 +172,19 @@ def test_threads_load_it_once() -> None:
         thread.join()
     assert len(found) == 4
     assert all(function is found[0] for function in found)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("row_nbytes", [2, 24, 3000, 70_000])
+def test_bytes_in_memory_go_to_their_rows(compiled: bool, row_nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr("infra.object_rows.scatter_rows_function", lambda: None)
+    elif scatter_rows_function() is None:
+        pytest.skip("no compiler here")
+    data = np.frombuffer(DATA, np.uint8)[1 : 1 + 5 * row_nbytes]  # at an odd address
+    out = np.zeros((6, 2, row_nbytes // 2), "<u2")[:, 0]
+    assert scatter_rows(data, out, np.array([4, -1, 0, 5, 2])) == crc32c(data.data)
+    pieces = data.reshape(5, row_nbytes)
+    for piece, row in ((0, 4), (2, 0), (3, 5), (4, 2)):
+        assert out[row].tobytes() == pieces[piece].tobytes()[: row_nbytes // 2 * 2]
+    assert not out[[1, 3]].any()

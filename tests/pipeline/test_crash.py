@@ -5,14 +5,13 @@ from pathlib import Path
 
 import pytest
 
-import pipeline.extract
+import pipeline.job
 import pipeline.shard
 from infra.console import ExitCode, JobError
 from infra.objects import Buffer, FolderObjects, ObjectAccessError
-from pipeline.run_log import HEARTBEAT_KEY
 from pipeline.settings import ExtractConfig
 from storage_schemas import open_store
-from storage_schemas.keys import LOG_PREFIX, STORE_KEY
+from storage_schemas.keys import HEARTBEAT_KEY, LOG_PREFIX, STORE_KEY
 from tests.crashes import DIED, FINISHED, Crash, run_and_crash
 from tests.pipeline_jobs import digest_of, fake_config, leftovers, make_tree, run_job
 
@@ -115,11 +114,18 @@ class FailingObjects(FolderObjects):
     n_left = 0
 
     def put(self, key: str, data: Buffer | list[Buffer]) -> None:
+        self._count(key)
+        super().put(key, data)
+
+    def put_new(self, key: str, data: Buffer | list[Buffer]) -> bool:
+        self._count(key)
+        return super().put_new(key, data)
+
+    def _count(self, key: str) -> None:
         if not key.startswith(LOG_PREFIX):
             FailingObjects.n_left -= 1
             if FailingObjects.n_left == 0:
                 raise ObjectAccessError(key, f"{self.location}/{key} could not be written: No space left on device")
-        super().put(key, data)
 
 
 def test_a_disk_that_is_full_at_any_put_ends_the_job_in_one_message(
@@ -128,7 +134,7 @@ def test_a_disk_that_is_full_at_any_put_ends_the_job_in_one_message(
     for n in range(1, n_puts + 1):
         job = replace(config, store=str(tmp_path / str(n)))
         with monkeypatch.context() as patched:
-            patched.setattr(pipeline.extract, "open_objects", FailingObjects)
+            patched.setattr(pipeline.job, "open_objects", FailingObjects)
             patched.setattr(pipeline.shard, "open_objects", FailingObjects)
             FailingObjects.n_left = n
             with pytest.raises(JobError, match=r"No space left on device\. What is committed stays valid") as stopped:

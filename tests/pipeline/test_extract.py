@@ -19,10 +19,11 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import InterpolationMode
 
 import pipeline.extract
+import pipeline.job
 import pipeline.shard
 from infra.console import ExitCode, JobError, StopFlag, UserError
-from pipeline.extract import ExtractResult, exit_code, extract, extract_planned
-from pipeline.run_log import HEARTBEAT_KEY
+from pipeline.extract import exit_code, extract, extract_planned
+from pipeline.job import ExtractResult
 from pipeline.settings import ExtractConfig, make_teacher, plan_stores
 from pipeline.shard import RunnerConfig
 from pipeline.sources import ImageFolderSource, SourceError
@@ -30,7 +31,9 @@ from pipeline.summary import summarise
 from pipeline.teacher import Teacher, load_teacher
 from storage_schemas import open_store
 from storage_schemas.from_arrays import split_kinds
+from storage_schemas.keys import HEARTBEAT_KEY
 from storage_schemas.reader import Store
+from storage_schemas.samples import Sample
 from tests.pipeline_jobs import (
     ALONE,
     BAD_IMAGES,
@@ -187,7 +190,7 @@ def test_the_store_is_sound_and_its_log_is_told(first: ExtractResult, store: Sto
     assert leftovers(Path(store.location)) == []
     log = Path(store.location, "log")
     assert not Path(store.location, HEARTBEAT_KEY).exists()
-    (run,) = log.iterdir()
+    (run,) = [path.parent for path in log.glob("*/status.json")]
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["images_done"], status["images_total"]) == ("complete", N_IMAGES, N_IMAGES)
     assert status["bad_images"] == len(BAD_IMAGES)
@@ -237,7 +240,7 @@ def test_a_second_run_does_nothing_and_says_so(
     def never(*args: object, **kwargs: object) -> None:
         raise AssertionError("nothing should have been started")
 
-    for name in ("ray_for", "run_plain", "claimed", "create_store"):
+    for name in ("ray_for", "Rounds", "at_work", "begin_store"):
         monkeypatch.setattr(pipeline.extract, name, never)
     monkeypatch.setattr(RunnerConfig, "__call__", never)
     location = Path(first.planned.location)
@@ -392,10 +395,10 @@ def test_a_source_that_fails_for_a_moment_costs_nothing(
     monkeypatch.setattr(pipeline.shard, "READ_BACKOFF_S", 0.001)
     read, calls = ImageFolderSource.read, itertools.count()
 
-    def shaky(self: ImageFolderSource, sample_id: str) -> bytes:
+    def shaky(self: ImageFolderSource, sample: Sample) -> bytes:
         if next(calls) % 4 != 3:  # three failures in four, in a row
             raise SourceError("the network is away")
-        return read(self, sample_id)
+        return read(self, sample)
 
     monkeypatch.setattr(ImageFolderSource, "read", shaky)
     result = run_job(fake_config(images, tmp_path / "store", head=str(head)))
@@ -469,10 +472,10 @@ def test_states_that_do_not_fit_fail_the_shard_and_name_themselves(images: Path,
 def interrupt_after(n_reads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     read, calls = ImageFolderSource.read, itertools.count(1)
 
-    def reading(self: ImageFolderSource, sample_id: str) -> bytes:
+    def reading(self: ImageFolderSource, sample: Sample) -> bytes:
         if next(calls) == n_reads:
             os.kill(os.getpid(), signal.SIGINT)
-        return read(self, sample_id)
+        return read(self, sample)
 
     monkeypatch.setattr(ImageFolderSource, "read", reading)
 
@@ -499,7 +502,7 @@ def test_an_error_in_the_driver_leaves_no_thread_at_work(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever catches the error may look at the store at once, or start again in the same process."""
-    monkeypatch.setattr(pipeline.extract, "MIN_BAD_IMAGES", 0)
+    monkeypatch.setattr(pipeline.job, "MIN_BAD_IMAGES", 0)
     config = fake_config(images, tmp_path / "store")
     with pytest.raises(JobError, match="did not decode"):
         run_job(config, THREADS)
@@ -510,7 +513,7 @@ def test_an_error_in_the_driver_leaves_no_thread_at_work(
 
 def test_a_store_changed_between_planning_and_claiming_is_not_deleted(images: Path, tmp_path: Path) -> None:
     config = fake_config(images, tmp_path / "store", limit=5)
-    job = pipeline.extract._prepare(planned_with(config)[0], False, ALONE)
+    job = pipeline.job.prepare(planned_with(config)[0], False, ALONE)
     run_job(config)
     before = digest_of(tmp_path / "store")
     with pytest.raises(UserError, match="another job has just written"):

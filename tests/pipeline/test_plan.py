@@ -17,6 +17,7 @@ from pipeline.workers import RunConfig
 from storage_schemas.keys import COMMITS_PREFIX, commit_shard
 from storage_schemas.spec import StoreSpec
 from tests.pipeline_jobs import fake_arguments, fake_config, make_tree
+from tests.s3_servers import S3Server
 from tests.stores import make_spec, write_planted
 from tests.strategies import specs
 
@@ -24,12 +25,17 @@ REPO = Path(__file__).parents[2]
 
 
 def planned(spec: StoreSpec, *, depth: int = 2, n_threads: int = 2, weights_nbytes: int = 0, n_states: int = 13):
-    return plan_store(spec, weights_nbytes=weights_nbytes, n_states=n_states, depth=depth, n_threads=n_threads)
+    files = {"model.safetensors": weights_nbytes}
+    return plan_store(spec, teacher_files=files, n_states=n_states, depth=depth, n_threads=n_threads)
 
 
 def data_nbytes(objects: MemoryObjects) -> int:
     """Bytes below layer_*, head_input and statistics, documents left out."""
-    return sum(info.nbytes for info in objects.list() if "/c/" in info.key)
+    return sum(info.nbytes for info in objects.list() if is_data(info.key))
+
+
+def is_data(key: str) -> bool:
+    return "/c/" in key or key.endswith(".tar")
 
 
 @settings(max_examples=25)
@@ -41,7 +47,7 @@ def test_planned_bytes_and_objects_are_those_written(spec: StoreSpec) -> None:
     assert plan.data_nbytes == data_nbytes(objects)
     n_commits = sum(commit_shard(info.key) is not None for info in objects.list(COMMITS_PREFIX))
     assert (plan.n_samples, plan.n_shards) == (spec.n_samples, n_commits)
-    assert plan.n_objects == n_commits + sum("/c/" in info.key for info in objects.list())
+    assert plan.n_objects == n_commits + sum(is_data(info.key) for info in objects.list())
 
 
 def test_an_extraction_writes_what_it_planned(tmp_path: Path) -> None:
@@ -100,7 +106,7 @@ print(json.dumps({"peak": peak, "stated": result.plan.worker_nbytes}))
 """
 
 
-def check_memory(images: Path, store: Path, depth: int, **changes: object) -> None:
+def check_memory(images: Path, store: Path | str, depth: int, **changes: object) -> None:
     """Extract in a process of its own and hold its largest resident size against the plan."""
     config = MEASURED | {"images": str(images), "store": str(store)} | changes
     run = {"no_ray": True, "device": "cpu", "depth": depth, "cpus_per_worker": 2}
@@ -130,8 +136,19 @@ def test_measured_memory_of_other_shapes(changes: dict, tmp_path: Path) -> None:
     check_memory(make_tree(tmp_path / "images", 192), tmp_path / "store", depth=2, **changes)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"precision": "float32"}, {"codec": "zstd-1", "samples_per_shard": 48}])
+def test_measured_memory_of_writing_to_s3(
+    changes: dict, tmp_path: Path, moto: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in moto.environment.items():
+        monkeypatch.setenv(name, value)
+    images = make_tree(tmp_path / "images", 192)
+    check_memory(images, f"s3://{moto.make_bucket()}/x", depth=2, **changes)
+
+
 def test_the_plan_is_for_reading_only(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     images = make_tree(tmp_path / "images", 21)
-    assert main(["plan", *fake_arguments(images, tmp_path / "store")]) == ExitCode.OK
+    assert main(["plan", *fake_arguments(images, tmp_path / "store", "--no-measure")]) == ExitCode.OK
     assert f"{tmp_path / 'store'}: 21 images" in capfd.readouterr().out
     assert not (tmp_path / "store").exists()

@@ -12,26 +12,35 @@ from infra.console import ExitCode, JobError, UserError
 from infra.objects import FolderObjects
 from infra.status import my_heartbeat
 from pipeline.__main__ import main
-from pipeline.extract import ExtractResult, extract
+from pipeline.extract import extract
+from pipeline.job import ExtractResult
 from pipeline.repair import repair
-from pipeline.run_log import HEARTBEAT_KEY
 from pipeline.settings import ExtractConfig
 from storage_schemas.errors import NotAStoreError
-from storage_schemas.keys import LOG_PREFIX
+from storage_schemas.keys import HEARTBEAT_KEY, LOG_PREFIX
+from storage_schemas.spec import ARRAY_KINDS, HEAD_INPUT
 from storage_schemas.verify import verify_store
 from tests.pipeline_jobs import ALONE, digest_of, fake_config, leftovers, make_tree, run_job, snapshot
 
+DATA = {kind: rf"(layer_.*/)?{kind}/(c/.*|\d+\.tar)" for kind in (*ARRAY_KINDS, HEAD_INPUT)}
 KINDS = {
     "store.json": r"store\.json",
     "samples.parquet": r"samples\.parquet",
     "zarr.json": r"(.*/)?zarr\.json",
     "commit": r"commits/.*",
     "index": r"index\.parquet",
-    "statistics": r"statistics/c/.*",
-    "data": r"(layer_.*|head_input)/c/.*",
     "teacher": r"teacher/.*",
+    "statistics": r"statistics/c/.*",
+    **DATA,
 }
-N_DEFAULT, N_SLOW = 40, 304
+EXTRACTED_AGAIN = ("commit", "statistics", *DATA)
+HOWS = ("flip", "truncate", "delete", "swap", "foreign")
+N_DEFAULT, N_SLOW = 2, 40  # of each kind and back end: 52 and 1,040 in all
+#: Other settings than the defaults; int8, since it has every kind of array.
+FORMS = {
+    "zarr": {"precision": "int8", "codec": "zstd-1"},
+    "webdataset": {"format": "webdataset", "precision": "int8", "codec": "gzip"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +54,24 @@ def sound(images: Path, tmp_path_factory: pytest.TempPathFactory) -> ExtractConf
     config = fake_config(images, tmp_path_factory.mktemp("sound") / "store", layers="0,2", precision="float32")
     run_job(config)
     return config
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def form(request: pytest.FixtureRequest, images: Path, tmp_path_factory: pytest.TempPathFactory) -> ExtractConfig:
+    """Likewise, in each back end."""
+    place = tmp_path_factory.mktemp("sound") / "store"
+    config = fake_config(images, place, layers="0,2", **FORMS[request.param])
+    run_job(config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def foreign(form: ExtractConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound store of another identity, whose objects have the same sizes where both have them."""
+    images = make_tree(tmp_path_factory.mktemp("others"), 16)
+    place = tmp_path_factory.mktemp("foreign") / "store"
+    run_job(replace(form, images=str(images), store=str(place), layers="0,1", weights="random:1"))
+    return place
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +95,8 @@ def keys_of(store: Path, kind: str) -> list[str]:
     return [info.key for info in FolderObjects(store).list() if re.fullmatch(KINDS[kind], info.key)]
 
 
-def damage(store: Path, kind: str, how: str, rng: random.Random) -> str:
-    """Damage one object of a kind, or swap two; says which."""
+def damage(store: Path, kind: str, how: str, rng: random.Random, foreign: Path | None = None) -> str:
+    """Damage one object of a kind, put a foreign one in its place, or swap two; says which."""
     keys = keys_of(store, kind)
     key = rng.choice(keys)
     data = (store / key).read_bytes()
@@ -81,22 +108,25 @@ def damage(store: Path, kind: str, how: str, rng: random.Random) -> str:
         (store / key).write_bytes(data[: rng.randrange(len(data))])
     elif how == "delete":
         (store / key).unlink()
+    elif how == "foreign":
+        assert foreign is not None
+        others = [k for k in keys_of(foreign, kind) if k in keys]
+        key = rng.choice([k for k in others if (foreign / k).read_bytes() != (store / k).read_bytes()])
+        (store / key).write_bytes((foreign / key).read_bytes())
     else:
-        other = rng.choice([k for k in keys if (store / k).read_bytes() != data])
+        differing = [k for k in keys if (store / k).read_bytes() != data]
+        alike = [k for k in differing if (store / k).stat().st_size == len(data)]  # the hardest to see
+        other = rng.choice(alike or differing)
         (store / key).write_bytes((store / other).read_bytes())
         (store / other).write_bytes(data)
         return f"{key} and {other} swapped"
     return f"{key}: {how}"
 
 
-def cases(n: int) -> list[tuple[str, str, int]]:
-    """Kind, damage and seed, in equal shares; two are swapped only where there are two."""
-    made = []
-    for i in range(n):
-        kind = list(KINDS)[i % len(KINDS)]
-        hows = ("flip", "truncate", "delete", "swap")[: 3 if kind in ("store.json", "samples.parquet", "index") else 4]
-        made.append((kind, hows[i // len(KINDS) % len(hows)], i))
-    return made
+def cases(store: str, kind: str, first: int, n: int) -> list[tuple[str, int]]:
+    """Damage and seed; two are swapped only where there are two."""
+    hows = [how for how in HOWS if how != "swap" or len(keys_of(Path(store), kind)) > 1]
+    return [(hows[seed % len(hows)], seed) for seed in range(first, first + n)]
 
 
 def wanted_of(sound: ExtractConfig, store: Path, *kinds: str) -> ExtractConfig:
@@ -106,43 +136,53 @@ def wanted_of(sound: ExtractConfig, store: Path, *kinds: str) -> ExtractConfig:
     return ExtractConfig(images=sound.images, store=str(store))
 
 
-def check_reported_and_mended(sound: ExtractConfig, digest: str, store: Path, kind: str, how: str, seed: int) -> None:
-    what = damage(store, kind, how, random.Random(seed))
+def check_reported_and_mended(form: ExtractConfig, foreign: Path, place: Path, kind: str, how: str, seed: int) -> None:
+    assert form.store is not None
+    store = copy_of(form, place)
+    what = damage(store, kind, how, random.Random(f"{kind} {seed}"), foreign)
     problems = verify_store(FolderObjects(store))
     assert problems, f"verify does not report {what} (seed {seed})"
-    if how != "swap":
+    if how != "swap" and (kind, how) != ("store.json", "foreign"):  # then it is the others that do not belong
         assert any(problem.key == what.partition(":")[0] for problem in problems), (what, problems)
-    (result,) = repair(wanted_of(sound, store, kind), ALONE)
+    (result,) = repair(wanted_of(form, store, kind), ALONE)
     assert result.complete
-    assert digest_of(store) == digest, what
-    if kind not in ("commit", "statistics", "data"):
-        assert result.n_done == 0, f"{what}: only what is damaged is done again"
-    else:
+    assert digest_of(store) == digest_of(form.store), what
+    if kind in EXTRACTED_AGAIN:
         assert 0 < result.n_done <= (8 if how != "swap" else 16), what
+    else:
+        assert result.n_done == 0, f"{what}: only what is damaged is done again"
+    shutil.rmtree(store)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_random_damage_is_reported_and_mended(kind: str, sound: ExtractConfig, digest: str, tmp_path: Path) -> None:
-    here = [case for case in cases(N_DEFAULT) if case[0] == kind]
-    assert len(here) == N_DEFAULT // len(KINDS)
-    for _, how, seed in here:
-        check_reported_and_mended(sound, digest, copy_of(sound, tmp_path / str(seed)), kind, how, seed)
+def test_random_damage_is_reported_and_mended(kind: str, form: ExtractConfig, foreign: Path, tmp_path: Path) -> None:
+    first = N_DEFAULT * (list(KINDS).index(kind) + 1)  # so that all kinds together see every damage
+    for how, seed in cases(str(form.store), kind, first, N_DEFAULT):
+        check_reported_and_mended(form, foreign, tmp_path / str(seed), kind, how, seed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_300_random_damages(kind: str, sound: ExtractConfig, digest: str, tmp_path: Path) -> None:
-    here = [case for case in cases(N_DEFAULT + N_SLOW)[N_DEFAULT:] if case[0] == kind]
-    assert len(here) == N_SLOW // len(KINDS)
-    for _, how, seed in here:
-        check_reported_and_mended(sound, digest, copy_of(sound, tmp_path / str(seed)), kind, how, seed)
-        shutil.rmtree(tmp_path / str(seed))
+def test_1040_random_damages(kind: str, form: ExtractConfig, foreign: Path, tmp_path: Path) -> None:
+    for how, seed in cases(str(form.store), kind, 1000, N_SLOW):
+        check_reported_and_mended(form, foreign, tmp_path / str(seed), kind, how, seed)
+
+
+def test_a_foreign_commit_alone_does_not_mislead(images: Path, tmp_path: Path) -> None:
+    """Of a store with one commit, another's: images and settings tell which of the two documents is the stranger."""
+    config = fake_config(images, tmp_path / "store", samples_per_shard=16)
+    run_job(config)
+    digest = digest_of(tmp_path / "store")
+    run_job(replace(config, store=str(tmp_path / "other"), weights="random:1"))
+    (tmp_path / "store/commits/000000.json").write_bytes((tmp_path / "other/commits/000000.json").read_bytes())
+    repair(ExtractConfig(images=str(images), store=config.store, teacher="fake_vit", weights="random:0"), ALONE)
+    assert digest_of(tmp_path / "store") == digest
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_many_damages_at_once(seed: int, sound: ExtractConfig, digest: str, damaged: Path) -> None:
     rng = random.Random(seed)
-    for kind in rng.sample(list(KINDS), 5):
+    for kind in rng.sample([kind for kind in KINDS if kind != "patches_scale"], 5):
         damage(damaged, kind, rng.choice(["flip", "truncate", "delete"]), rng)
     (result,) = repair(wanted_of(sound, damaged, "store.json"), ALONE)
     assert result.complete
@@ -178,7 +218,7 @@ def test_all_commits_lost(sound: ExtractConfig, digest: str, damaged: Path) -> N
 def test_wrong_images_are_refused_and_nothing_is_changed(
     other: str, sound: ExtractConfig, damaged: Path, tmp_path: Path
 ) -> None:
-    damage(damaged, "data", "flip", random.Random(0))
+    damage(damaged, "patches", "flip", random.Random(0))
     images = tmp_path / "others"
     if other == "another tree":
         make_tree(images, 16)
@@ -242,7 +282,7 @@ def test_strays_of_ours_go_and_others_stay_and_are_named(sound: ExtractConfig, d
 
 
 def test_a_store_at_work_is_not_repaired(sound: ExtractConfig, damaged: Path) -> None:
-    damage(damaged, "data", "flip", random.Random(0))
+    damage(damaged, "patches", "flip", random.Random(0))
     (damaged / HEARTBEAT_KEY).write_bytes(my_heartbeat("another", 0.0).to_bytes())
     before = snapshot(damaged)
     with pytest.raises(UserError, match="is being written by another job"):
@@ -254,7 +294,7 @@ def test_repair_that_is_killed_is_done_again(
     sound: ExtractConfig, digest: str, damaged: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = random.Random(3)
-    for kind in ("zarr.json", "data", "samples.parquet", "index"):
+    for kind in ("zarr.json", "patches", "samples.parquet", "index"):
         damage(damaged, kind, "flip", rng)
     put, n_left = FolderObjects.put, [1]
 
@@ -282,7 +322,7 @@ def test_each_split_of_a_folder_is_mended(tmp_path: Path) -> None:
     extract(config, ALONE)
     stores = [tmp_path / "stores" / split for split in ("train", "val")]
     before = [digest_of(store) for store in stores]
-    damage(tmp_path / "stores/train", "data", "flip", random.Random(0))
+    damage(tmp_path / "stores/train", "patches", "flip", random.Random(0))
     damage(tmp_path / "stores/val", "index", "delete", random.Random(0))
     results: list[ExtractResult] = repair(ExtractConfig(images=config.images, store=config.store), ALONE)
     assert [result.n_done for result in results] == [5, 0]
@@ -290,7 +330,7 @@ def test_each_split_of_a_folder_is_mended(tmp_path: Path) -> None:
 
 
 def test_through_the_door(sound: ExtractConfig, digest: str, damaged: Path, capfd: pytest.CaptureFixture) -> None:
-    damage(damaged, "data", "delete", random.Random(0))
+    damage(damaged, "patches", "delete", random.Random(0))
     damage(damaged, "zarr.json", "flip", random.Random(0))
     assert main(["verify", "--store", str(damaged)]) == ExitCode.PROBLEMS
     assert f"{damaged} has 2 problems in 1 shard" in capfd.readouterr().out

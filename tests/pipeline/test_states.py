@@ -6,10 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.states import StateError, merge_reduced, reduce_micro_batch
+from pipeline.states import StateError, check_head_input, merge_reduced, reduce_micro_batch
 from storage_schemas.from_arrays import split_kinds
 from storage_schemas.keys import array_path
-from storage_schemas.spec import StoreSpec
+from storage_schemas.precision import restore_patches, round_patches
+from storage_schemas.spec import PRECISIONS, StoreSpec
 from storage_schemas.statistics import Statistics
 from tests.stores import make_spec
 
@@ -24,7 +25,7 @@ def random_states(n: int, spec: StoreSpec, seed: int = 0, offset: float = 0.0) -
 
 def reduce_in_parts(spec: StoreSpec, states: np.ndarray, valid: np.ndarray, ends: list[int]):
     """Stored kinds, (kind -> (sample, layer, ...)), and the merged reductions of consecutive micro-batches."""
-    stored: dict[str, list[np.ndarray]] = {kind: [] for kind in spec.token_kinds}
+    stored: dict[str, list[np.ndarray]] = {kind: [] for kind in spec.array_kinds}
     parts = []
     for start, stop in zip([0, *ends], [*ends, len(states)]):
         batch = [torch.from_numpy(states[start:stop, i].copy()) for i in range(len(spec.layers))]
@@ -32,7 +33,7 @@ def reduce_in_parts(spec: StoreSpec, states: np.ndarray, valid: np.ndarray, ends
         index = None if len(rows) == stop - start else torch.from_numpy(rows)
         layers, reduced = reduce_micro_batch(spec, batch, index)
         parts.append(reduced)
-        for kind in spec.token_kinds:
+        for kind in spec.array_kinds:
             stored[kind].append(np.stack([layer[kind].numpy() for layer in layers], axis=1))
     statistics, fidelity = merge_reduced(spec, parts)
     return {kind: np.concatenate(arrays) for kind, arrays in stored.items()}, statistics, fidelity
@@ -68,7 +69,7 @@ def test_any_split_and_any_mask_give_the_moments_of_one_shot(data: st.DataObject
     spec = make_spec(
         has_cls=data.draw(st.booleans()),
         n_registers=data.draw(st.integers(0, 2)),
-        precision=data.draw(st.sampled_from(["float16", "float32"])),
+        precision=data.draw(st.sampled_from(PRECISIONS)),
         dim=data.draw(st.integers(1, 9)),
     )
     n = data.draw(st.integers(1, 9))
@@ -77,11 +78,15 @@ def test_any_split_and_any_mask_give_the_moments_of_one_shot(data: st.DataObject
     states = random_states(n, spec, seed=data.draw(st.integers(0, 99)), offset=data.draw(st.sampled_from([0.0, 300.0])))
     stored, statistics, fidelity = reduce_in_parts(spec, states, valid, ends)
     kinds = split_kinds(spec, states)
+    kinds["patches"], scale = round_patches(spec.precision, kinds["patches"])
+    if scale is not None:
+        kinds["patches_scale"] = scale
     for kind, values in stored.items():
         if kind == "patch_mean":  # one rounding to float32 apart at most
             np.testing.assert_allclose(values, kinds[kind], rtol=2e-7, atol=1e-6)
         else:
-            assert np.array_equal(values, kinds[kind].astype(values.dtype)), kind
+            assert values.dtype == kinds[kind].dtype
+            assert np.array_equal(values, kinds[kind]), kind
     if not valid.any():
         assert statistics.count.max() == 0
         assert fidelity == {}
@@ -117,8 +122,9 @@ def test_states_of_invalid_rows_count_nowhere_and_stop_nothing() -> None:
     assert fidelity == clean[2]
 
 
-def test_fidelity_is_the_closed_form() -> None:
-    spec = make_spec()
+@pytest.mark.parametrize("precision", ["float16", "bfloat16", "int8"])
+def test_fidelity_is_the_closed_form(precision: str) -> None:
+    spec = make_spec(precision=precision)
     states = random_states(7, spec, offset=5.0)
     valid = np.array([1, 1, 0, 1, 1, 1, 1], bool)
     _, _, fidelity = reduce_in_parts(spec, states, valid, [2, 6])
@@ -126,7 +132,8 @@ def test_fidelity_is_the_closed_form() -> None:
     assert set(fidelity) == {array_path(layer, "patches") for layer in spec.layers}
     for i, layer in enumerate(spec.layers):
         exact = patches[:, i].reshape(-1, spec.dim).astype(np.float64)
-        error = exact.astype(np.float16) - exact
+        stored, scale = round_patches(precision, patches[:, i])
+        error = restore_patches(precision, stored, scale).reshape(-1, spec.dim) - exact
         found = fidelity[array_path(layer, "patches")]
         deviations = ((exact - exact.mean(axis=0)) ** 2).sum()
         assert found.relative_mse == pytest.approx((error**2).sum() / (exact**2).sum(), rel=1e-5)
@@ -182,9 +189,9 @@ def test_many_bad_channels_are_counted_and_the_first_are_named() -> None:
         reduce_in_parts(spec, states, np.ones(2, bool), [])
 
 
-@pytest.mark.parametrize("dim", [8, 37, 384])
-def test_bits_do_not_depend_on_torchs_threads(dim: int) -> None:
-    spec = make_spec(dim=dim, grid=(9, 11))
+@pytest.mark.parametrize(("dim", "precision"), [(8, "float16"), (37, "bfloat16"), (384, "float16"), (384, "int8")])
+def test_bits_do_not_depend_on_torchs_threads(dim: int, precision: str) -> None:
+    spec = make_spec(dim=dim, grid=(9, 11), precision=precision)
     states, valid = random_states(12, spec), np.ones(12, bool)
     before, found = torch.get_num_threads(), []
     try:
@@ -195,3 +202,13 @@ def test_bits_do_not_depend_on_torchs_threads(dim: int) -> None:
     finally:
         torch.set_num_threads(before)
     assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_head_input_that_is_not_finite_is_named(value: float) -> None:
+    head_input = torch.zeros(4, 16)
+    check_head_input(head_input, None)
+    head_input[2, 5] = value
+    with pytest.raises(StateError, match=rf"head_input, channel 5: {value:g}"):
+        check_head_input(head_input, None)
+    check_head_input(head_input, torch.tensor([0, 1, 3]))  # of a bad image

@@ -1,6 +1,7 @@
-"""The store kept under tests/golden/store_v1. `python -m tests.storage_schemas.golden_store FOLDER` writes it anew."""
+"""The stores kept under tests/golden. `python -m tests.storage_schemas.golden_store NAME FOLDER` writes one anew."""
 
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -13,26 +14,39 @@ BAD_IMAGES = {1: "truncated"}
 TEACHER_FILES = {"config.json": b'{"name": "golden"}\n'}
 
 
-def golden_spec(codec: str = "zstd-1", shuffle: str = "byte") -> StoreSpec:
-    return StoreSpec(
-        layers=(0, 2),
-        dim=4,
-        has_cls=True,
-        n_registers=1,
-        grid=(1, 2),
-        precision="float16",
-        codec=codec,
-        shuffle=shuffle,
-        n_samples=5,
-        samples_per_shard=4,
-        samples_per_chunk=2,
-        order_seed=42,
-        teacher="golden",
-        teacher_weights_digest="ab" * 32,
-        preprocessing={"image_size": 28, "mean": [0.5, 0.25, 1e-8]},
-        micro_batch=2,
-        source_digest="cd" * 32,
-    )
+KEPT: dict[str, dict[str, str]] = {
+    "store_v1": {},
+    "store_v1_int8": {"precision": "int8", "codec": "lz4"},
+    "store_v1_webdataset": {
+        "backend": "webdataset",
+        "precision": "bfloat16",
+        "codec": "gzip",
+        "shuffle": "none",
+    },
+}
+
+
+def golden_spec(**changes: str) -> StoreSpec:
+    values: dict[str, Any] = {
+        "layers": (0, 2),
+        "dim": 4,
+        "has_cls": True,
+        "n_registers": 1,
+        "grid": (1, 2),
+        "precision": "float16",
+        "codec": "zstd-1",
+        "shuffle": "byte",
+        "n_samples": 5,
+        "samples_per_shard": 4,
+        "samples_per_chunk": 2,
+        "order_seed": 42,
+        "teacher": "golden",
+        "teacher_weights_digest": "ab" * 32,
+        "preprocessing": {"image_size": 28, "mean": [0.5, 0.25, 1e-8]},
+        "micro_batch": 2,
+        "source_digest": "cd" * 32,
+    }
+    return StoreSpec(**(values | changes))
 
 
 def golden_states(rows: range) -> np.ndarray:
@@ -63,4 +77,4 @@ def write_golden(objects: Objects, spec: StoreSpec) -> None:
 
 
 if __name__ == "__main__":
-    write_golden(FolderObjects(sys.argv[1]), golden_spec())
+    write_golden(FolderObjects(sys.argv[2]), golden_spec(**KEPT[sys.argv[1]]))

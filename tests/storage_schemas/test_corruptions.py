@@ -13,32 +13,44 @@ import pytest
 from infra.objects import MemoryObjects, ObjectError, Objects
 from storage_schemas import open_store
 from storage_schemas.errors import StoreError
-from storage_schemas.from_arrays import split_kinds
+from storage_schemas.from_arrays import split_kinds, write_store
 from storage_schemas.keys import layer_path
+from storage_schemas.object_checks import byte_problems, check_object
 from storage_schemas.reader import load_commits
-from storage_schemas.spec import StoreSpec
-from storage_schemas.verify import check_object, verify_store
-from tests.stores import make_spec, planted_head_inputs, planted_states, write_planted
+from storage_schemas.spec import ARRAY_KINDS, BACKENDS, HEAD_INPUT, StoreSpec
+from storage_schemas.verify import verify_store
+from tests.stores import as_stored, make_samples, make_spec, planted_head_inputs, planted_states, write_planted
 
-# Two stores, since whole objects of uncompressed chunks have checksums that do not depend on what is in them.
+# One of each back end compressed, one not: whole objects of plain chunks may have checksums that do not depend on what
+# is in them. int8, since it has every kind of array.
 SMALL = {"n_samples": 14, "layers": (0, 1)}
-SPECS = (make_spec(codec="zstd-1", shuffle="byte", **SMALL), make_spec(precision="float32", **SMALL))
+SPECS = {
+    "zarr": (
+        make_spec(codec="zstd-1", shuffle="byte", **SMALL),
+        make_spec(precision="int8", **SMALL),
+    ),
+    "webdataset": (
+        make_spec(backend="webdataset", codec="gzip", **SMALL),
+        make_spec(backend="webdataset", precision="int8", **SMALL),
+    ),
+}
 BAD_IMAGES = {5: "truncated", 13: "empty"}
 VALID = [i for i in range(14) if i not in BAD_IMAGES]
 TEACHER_FILES = {"config.json": b'{"name": "fake"}\n', "weights.safetensors": bytes(range(256)) * 4}
 
+DATA = {kind: rf"(layer_.*/)?{kind}/(c/.*|\d+\.tar)" for kind in (*ARRAY_KINDS, HEAD_INPUT)}
 KINDS = {
     "store.json": r"store\.json",
     "samples.parquet": r"samples\.parquet",
     "zarr.json": r"(.*/)?zarr\.json",
     "commit": r"commits/.*",
     "index": r"index\.parquet",
-    "statistics": r"statistics/c/.*",
-    "data": r"(layer_.*|head_input)/c/.*",
     "teacher": r"teacher/.*",
+    "statistics": r"statistics/c/.*",
+    **DATA,
 }
-SINGLE = ("store.json", "samples.parquet", "index")  # there is one of each, so nothing to swap it with
-CASES_PER_KIND = 38  # 304 in all
+HOWS = ("flip", "truncate", "delete", "swap", "foreign")
+N_DEFAULT, N_SLOW = 10, 40  # of each kind and back end: 260 and 1,040 in all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,28 +60,47 @@ class Truth:
     spec: StoreSpec
     objects: MemoryObjects
     states: np.ndarray
-    patch_means: np.ndarray
+    kinds: dict[str, np.ndarray]
     head_inputs: np.ndarray
     statistics: np.ndarray
     samples: list[dict]
 
 
 @cache
-def sound(which: int) -> Truth:
-    spec, objects = SPECS[which], MemoryObjects()
+def sound(backend: str, which: int) -> Truth:
+    spec, objects = SPECS[backend][which], MemoryObjects()
     write_planted(objects, spec, BAD_IMAGES, teacher_files=TEACHER_FILES)
     store, rows = open_store(objects), range(spec.n_samples)
     assert store.verify() == []
-    states = planted_states(spec, rows)
+    raw = planted_states(spec, rows)
     return Truth(
         spec=spec,
         objects=objects,
-        states=states,
-        patch_means=split_kinds(spec, states)["patch_mean"],
+        states=as_stored(spec, raw),
+        kinds=split_kinds(spec, raw) | {"patches": split_kinds(spec, as_stored(spec, raw))["patches"]},
         head_inputs=planted_head_inputs(spec, rows),
         statistics=store.statistics.to_array(),
         samples=store.samples.drop(["valid"]).to_pylist(),
     )
+
+
+@cache
+def foreign(backend: str, which: int, changes: str) -> MemoryObjects:
+    """A sound store of another identity and content; with the same shapes, or with others."""
+    spec = dataclasses.replace(SPECS[backend][which], **{"same": {"order_seed": 43}, "other": {"dim": 6}}[changes])
+    objects = MemoryObjects()
+    samples = [dataclasses.replace(sample, label=7) for sample in make_samples(spec.n_samples)]
+    teacher_files = {name: data[::-1] for name, data in TEACHER_FILES.items()}
+    write_store(
+        objects,
+        spec,
+        samples,
+        lambda rows: planted_states(spec, rows, seed=1),
+        head_inputs_of=lambda rows: planted_head_inputs(spec, rows, seed=1),
+        bad_images=BAD_IMAGES,
+        teacher_files=teacher_files,
+    )
+    return objects
 
 
 def copy_of(source: MemoryObjects) -> MemoryObjects:
@@ -83,8 +114,8 @@ def keys_of(objects: Objects, kind: str) -> list[str]:
     return [info.key for info in objects.list() if re.fullmatch(KINDS[kind], info.key)]
 
 
-def damage(objects: MemoryObjects, kind: str, how: str, rng: random.Random) -> list[str]:
-    """Damage one object, or swap two; gives their keys."""
+def damage(objects: MemoryObjects, others: MemoryObjects, kind: str, how: str, rng: random.Random) -> list[str]:
+    """Damage one object, put one of `others` in its place, or swap two; gives their keys."""
     keys = keys_of(objects, kind)
     key = rng.choice(keys)
     data = objects.get(key)
@@ -96,17 +127,22 @@ def damage(objects: MemoryObjects, kind: str, how: str, rng: random.Random) -> l
         objects.put(key, data[: rng.randrange(len(data))])
     elif how == "delete":
         objects.delete(key)
+    elif how == "foreign":
+        key = rng.choice([k for k in keys_of(others, kind) if k in keys and others.get(k) != objects.get(k)])
+        objects.put(key, others.get(key))
     else:
-        other = rng.choice([k for k in keys if objects.get(k) != data and same_array(k, key)])
+        differing = [k for k in keys if objects.get(k) != data]
+        alike = [k for k in differing if len(objects.get(k)) == len(data)]  # the hardest to see
+        other = rng.choice(alike or differing)
         objects.put(key, objects.get(other))
         objects.put(other, data)
         return [key, other]
     return [key]
 
 
-def same_array(a: str, b: str) -> bool:
-    """Shard objects are swapped within one array, where sizes agree; other things with any of their kind."""
-    return "/c/" not in a or a.partition("/c/")[0] == b.partition("/c/")[0]
+def hows_of(objects: Objects, kind: str) -> tuple[str, ...]:
+    """Where there is one object of a kind, it cannot be swapped with another."""
+    return HOWS if len(keys_of(objects, kind)) > 1 else tuple(how for how in HOWS if how != "swap")
 
 
 def right_or_error(what: str, read: Callable[[], bool]) -> bool:
@@ -127,7 +163,9 @@ def check_reads(objects: Objects, truth: Truth, damaged: Sequence[str]) -> None:
         return
     wholes = {
         "states": lambda: np.array_equal(store.read(), truth.states[VALID]),
-        "patch means": lambda: np.array_equal(store.read(tokens="patch_mean")[:, :, 0], truth.patch_means[VALID]),
+        "patch means": lambda: np.array_equal(
+            store.read(tokens="patch_mean")[:, :, 0], truth.kinds["patch_mean"][VALID]
+        ),
         "head inputs": lambda: np.array_equal(store.read_head_input(), truth.head_inputs[VALID]),
     }
     right = [right_or_error(f"all {what}", read) for what, read in wholes.items()]
@@ -152,64 +190,81 @@ def single_reads(store, truth: Truth, damaged: Sequence[str]) -> Iterator[tuple[
             lambda row=row: np.array_equal(store.read_head_input([row]), truth.head_inputs[row : row + 1]),
         )
         for layer in layers:
-            for kind, values in split_kinds(spec, truth.states[row, spec.layers.index(layer)]).items():
+            for kind, values in truth.kinds.items():
+                expected = values[row, spec.layers.index(layer)].reshape(-1, spec.dim)
                 yield (
                     f"{kind} at layer {layer} of sample {row}",
-                    lambda row=row, layer=layer, kind=kind, values=values: np.array_equal(
-                        store.read([layer], [row], kind)[0, 0], values.reshape(-1, spec.dim)
+                    lambda row=row, layer=layer, kind=kind, expected=expected: np.array_equal(
+                        store.read([layer], [row], kind)[0, 0], expected
                     ),
                 )
 
 
+def check_damage(backend: str, kind: str, case: int) -> None:
+    which = 1 if kind == "patches_scale" else case // len(HOWS) % 2
+    truth = sound(backend, which)
+    objects, hows = copy_of(truth.objects), hows_of(truth.objects, kind)
+    how = hows[case % len(hows)]
+    rng = random.Random(f"{backend} {kind} {case}")
+    others = foreign(backend, which, "other" if kind == "zarr.json" else rng.choice(("same", "other")))
+    keys = damage(objects, others, kind, how, rng)
+    reported = {problem.key for problem in verify_store(objects)}
+    assert reported, f"verify does not report {how} of {keys} (case {case})"
+    if kind != "store.json":  # without which nothing else can be judged
+        assert reported >= set(keys), f"{how} of {keys} (case {case})"
+    check_reads(objects, truth, keys)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_random_damage_is_reported_and_never_read_as_data(kind):
-    hows = ("flip", "truncate", "delete") if kind in SINGLE else ("flip", "truncate", "delete", "swap")
-    for case in range(CASES_PER_KIND):
-        how, truth = hows[case % len(hows)], sound(case // len(hows) % 2)
-        objects = copy_of(truth.objects)
-        keys = damage(objects, kind, how, random.Random(f"{kind} {case}"))
-        reported = {problem.key for problem in verify_store(objects)}
-        assert reported, f"verify does not report {how} of {keys} (case {case})"
-        if kind != "store.json":  # without which nothing else can be judged
-            assert reported >= set(keys), f"{how} of {keys} (case {case})"
-        check_reads(objects, truth, keys)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_random_damage_is_reported_and_never_read_as_data(backend, kind):
+    for case in range(N_DEFAULT):
+        check_damage(backend, kind, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_1040_random_damages(backend, kind):
+    for case in range(N_DEFAULT, N_DEFAULT + N_SLOW):
+        check_damage(backend, kind, case)
 
 
 @pytest.mark.parametrize("which", [0, 1])
-def test_any_flipped_byte_of_a_shard_is_reported(which):
-    """Every single place: payloads, the checksums between them, the sharding index and its own checksum."""
-    spec = dataclasses.replace(SPECS[which], n_samples=5, dim=2, grid=(1, 1))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_flipped_byte_of_a_shard_is_reported(backend, which):
+    """Every single place: payloads, the checksums between them, the sharding index or the end of the archive."""
+    spec = dataclasses.replace(SPECS[backend][which], n_samples=5, dim=2, grid=(1, 1), layers=(1,))
     objects = MemoryObjects()
     write_planted(objects, spec)
     [commit, *_] = [record for _, record in load_commits(objects, open_store(objects).document, [0])]
     n_places = 0
     for key, record in commit.objects.items():
         data = bytearray(objects.get(key))
+        view = memoryview(data)
         for place in range(len(data)):
             data[place] ^= 1 << place % 8
-            objects.put(key, data)
-            assert [p.key for p in check_object(objects, len(data), 0, key, record)] == [key], f"byte {place} of {key}"
+            assert [p.key for p in byte_problems(view, 0, key, record)] == [key], f"byte {place} of {key}"
             data[place] ^= 1 << place % 8
             n_places += 1
-        objects.put(key, data)
-        assert check_object(objects, len(data), 0, key, record) == []
+        assert check_object(objects, len(data), 0, key, record) == byte_problems(view, 0, key, record) == []
     assert n_places == sum(record.nbytes for record in commit.objects.values()) > 1000
 
 
 def test_the_check_itself_can_fail():
     """A store of other states, sound in itself, is wrong data."""
     other = MemoryObjects()
-    write_planted(other, SPECS[0], BAD_IMAGES, seed=1, teacher_files=TEACHER_FILES)
+    write_planted(other, SPECS["zarr"][0], BAD_IMAGES, seed=1, teacher_files=TEACHER_FILES)
     with pytest.raises(AssertionError, match="wrong data was given out: all states"):
-        check_reads(other, sound(0), [])
+        check_reads(other, sound("zarr", 0), [])
 
 
-@pytest.mark.parametrize("kind", ["statistics", "data"])
+@pytest.mark.parametrize("kind", ["statistics", "cls", "patches"])
 def test_whole_object_checksums_alone_would_not_see_a_swap(kind):
     """Why verify looks at every chunk: two objects of one array, other bytes, the same CRC32C over the whole."""
     from crc32c import crc32c
 
-    objects = sound(1).objects
-    first, second = [key for key in keys_of(objects, kind) if same_array(key, keys_of(objects, kind)[0])][:2]
+    objects = sound("zarr", 1).objects
+    first, second = keys_of(objects, kind)[:2]
     assert objects.get(first) != objects.get(second)
     assert crc32c(objects.get(first)) == crc32c(objects.get(second))

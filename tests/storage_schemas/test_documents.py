@@ -83,7 +83,7 @@ def test_a_document_of_100_megabytes_is_not_parsed(monkeypatch):
         raise AssertionError("it was parsed")
 
     monkeypatch.setattr(documents.json, "loads", never)
-    with pytest.raises(SchemaError, match=r"document of 100,000,000 bytes; at most 67,108,864 are read"):
+    with pytest.raises(SchemaError, match=r"document of 100,000,000 bytes; at most 8,388,608 are read"):
         unseal("store.json", bytes(100_000_000))
 
 

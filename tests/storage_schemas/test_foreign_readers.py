@@ -12,15 +12,12 @@ import zarr
 
 from infra.objects import FolderObjects
 from storage_schemas import open_store
-from storage_schemas.codecs import kind_dtype, kind_shape
-from storage_schemas.commit import Commit
-from storage_schemas.create import create_store
-from storage_schemas.keys import STATISTICS, array_kind, commit_key, sharded_array_paths
-from storage_schemas.shard_buffers import ShardBuffers, write_shard
-from storage_schemas.spec import StoreSpec
-from tests.stores import make_samples, make_spec
+from storage_schemas.codecs import kind_fill
+from storage_schemas.keys import STATISTICS, array_kind
+from storage_schemas.precision import restore_patches
+from tests.storage_schemas.random_store import BAD_ROWS, bits, write_random
+from tests.stores import make_spec
 
-BAD_ROWS = (2, 17)  # 17 lies in the last, partial shard
 CODECS = [("none", "none"), *product(("lz4", "zstd-1", "zstd-3"), ("byte", "bit"))]
 # What plain zarr says of store.json, commits/ and the other keys of ours that are no part of a Zarr hierarchy.
 strange_keys_are_fine = pytest.mark.filterwarnings("ignore:Object at .* is not recognized as a component of a Zarr")
@@ -50,54 +47,16 @@ def read_with_xarray(root: Path, path: str) -> np.ndarray:
 READERS = [read_with_zarr, read_with_zarrs, read_with_tensorstore, read_with_xarray]
 
 
-def any_finite(rng: np.random.Generator, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    """Every finite bit pattern is possible: minus zero, subnormal numbers, the largest ones."""
-    bits = rng.integers(0, 256, (*shape, dtype.itemsize), np.uint8)
-    values = bits.view(dtype)[..., 0]
-    return np.where(np.isfinite(values), values, -np.zeros((), dtype))
-
-
-def write_random(objects: FolderObjects, spec: StoreSpec) -> dict[str, np.ndarray]:
-    """A store in which every array, head_input and statistics too, holds random values; gives those by path."""
-    rng = np.random.default_rng(7)
-    truth = {
-        path: any_finite(rng, kind_dtype(spec, array_kind(path)), (spec.n_samples, *kind_shape(spec, array_kind(path))))
-        for path in sharded_array_paths(spec)
-    }
-    n_kinds = len(spec.token_kinds)
-    truth[STATISTICS] = rng.standard_normal((spec.n_shards, len(spec.layers), n_kinds, 5, spec.dim))
-    document = create_store(objects, spec, make_samples(spec.n_samples), {})
-    buffers = ShardBuffers(spec)
-    for shard in range(spec.n_shards):
-        rows = spec.shard_samples(shard)
-        bad = [row for row in BAD_ROWS if row in rows]
-        buffers.begin(shard)
-        for path in sharded_array_paths(spec):
-            buffers.assign(path, 0, truth[path][rows.start : rows.stop])
-        for row in bad:
-            buffers.invalidate(row - rows.start)
-        commit = Commit(
-            shard=shard,
-            store=document.digest,
-            bad_images=tuple((row, "truncated") for row in bad),
-            objects=write_shard(objects.put, buffers, shard, truth[STATISTICS][shard]),
-            fidelity={},
-        )
-        objects.put(commit_key(shard), commit.to_bytes())
-    return truth
-
-
-@pytest.fixture(params=product(CODECS, ("float16", "float32")), ids=lambda p: f"{p[0][0]}-{p[0][1]}-{p[1]}")
+@pytest.fixture(
+    params=[*product(CODECS, ("float16", "int8")), *product((CODECS[0], CODECS[3]), ("float32", "bfloat16"))],
+    ids=lambda p: f"{p[0][0]}-{p[0][1]}-{p[1]}",
+)
 def stored(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Mapping[str, np.ndarray]]:
     (codec, shuffle), precision = request.param
     spec = make_spec(codec=codec, shuffle=shuffle, precision=precision)
     assert spec.n_samples % spec.samples_per_shard  # the last shard is partial, and its last chunk is
     assert spec.n_samples % spec.samples_per_chunk
     return tmp_path / "store", write_random(FolderObjects(tmp_path / "store"), spec)
-
-
-def bits(values: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}")
 
 
 @strange_keys_are_fine
@@ -112,7 +71,8 @@ def test_every_array_reads_the_same_bits(read, stored):
             continue
         good = np.setdiff1d(np.arange(len(expected)), BAD_ROWS)
         np.testing.assert_array_equal(bits(found[good]), bits(expected[good]), err_msg=path)
-        assert np.isnan(found[list(BAD_ROWS)]).all(), path
+        fill = kind_fill(open_store(root).spec, array_kind(path))
+        np.testing.assert_array_equal(found[list(BAD_ROWS)], np.full_like(found[list(BAD_ROWS)], fill), err_msg=path)
 
 
 def test_our_reader_agrees_with_them(stored):
@@ -121,7 +81,10 @@ def test_our_reader_agrees_with_them(stored):
     good = np.setdiff1d(np.arange(store.n_samples), BAD_ROWS)
     for layer in store.layers:
         for kind in store.spec.token_kinds:
-            expected = truth[f"layer_{layer:02d}/{kind}"][good].astype(np.float32)
+            expected = truth[f"layer_{layer:02d}/{kind}"][good]
+            if kind == "patches":
+                scale = truth.get(f"layer_{layer:02d}/patches_scale")
+                expected = restore_patches(store.spec.precision, expected, None if scale is None else scale[good])
             found = store.read(layers=[layer], tokens=kind)[:, 0]
             np.testing.assert_array_equal(bits(found.reshape(expected.shape)), bits(expected), kind)
     np.testing.assert_array_equal(bits(store.read_head_input()), bits(truth["head_input"][good]))
@@ -135,7 +98,9 @@ def test_xarray_opens_root_and_layers_with_named_axes(stored):
         assert dataset["statistics"].dims == ("shard", "layer", "kind", "statistic", "dim")
     with xarray.open_zarr(root, group="layer_01", consolidated=False) as dataset:
         assert dict(dataset.sizes) == {"sample": 21, "register": 2, "patch": 6, "dim": 8}
-        assert set(dataset.data_vars) == {"cls", "registers", "patches", "patch_mean"}
+        spec = open_store(root).spec
+        assert set(dataset.data_vars) == set(spec.array_kinds)
+        assert dataset["patches"].attrs == ({"bits_of": "bfloat16"} if spec.precision == "bfloat16" else {})
         np.testing.assert_array_equal(
             dataset["patches"].isel(sample=20, patch=5).to_numpy(), truth["layer_01/patches"][20, 5]
         )

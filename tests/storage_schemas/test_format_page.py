@@ -12,7 +12,7 @@ import pytest
 
 import storage_schemas
 from infra.objects import MemoryObjects
-from storage_schemas import documents, index, keys, limits, samples, spec, zarr_layout
+from storage_schemas import documents, index, keys, limits, samples, spec, tar_layout, zarr_layout
 from storage_schemas.codecs import BLOSC_OVERHEAD, inner_codecs, kind_dtype, kind_shape
 from storage_schemas.commit import BAD_IMAGE_CODES, Commit, Fidelity, ObjectRecord
 from storage_schemas.create import StoreDocument
@@ -107,9 +107,11 @@ def test_allowed_values_are_those_of_the_table():
         "backends": spec.BACKENDS,
         "precisions": spec.PRECISIONS,
         "codecs": spec.CODECS,
+        **{f"codecs of {backend}": codecs for backend, codecs in spec.CODECS_OF.items()},
         "shuffles": spec.SHUFFLES,
         "compute precisions": spec.COMPUTE_PRECISIONS,
-        "kinds": spec.KINDS,
+        "kinds of tokens": spec.KINDS,
+        "kinds of arrays": spec.ARRAY_KINDS,
         "statistics": keys.STATISTIC_NAMES,
         "codes of bad images": BAD_IMAGE_CODES,
     }
@@ -119,9 +121,13 @@ def test_limits_are_those_of_the_table():
     said = {row[0]: int(row[1].replace(",", "")) for row in tables("Allowed values")[1]}
     assert list(said.values()) == [
         spec.MAX_SAMPLES,
+        spec.MAX_TAR_SAMPLES,
         spec.MAX_SHARDS,
         spec.MAX_CHUNKS,
+        spec.MAX_SHARD_SAMPLES,
+        spec.MAX_SHARD_CHUNKS,
         spec.MAX_CHUNK_NBYTES,
+        spec.TAR_SAMPLE_NBYTES,
     ]
     sealed = " ".join(section("Sealed documents").split())
     assert f"of more than {documents.MAX_DOCUMENT_NBYTES:,} bytes" in sealed
@@ -134,9 +140,12 @@ def test_limits_are_those_of_the_table():
     n_objects, n_chunks = 6, 5 * 2 + 1
     expected = 1_048_576 + 1_024 * n_objects + 64 * n_chunks + 64 * small.n_samples
     assert limits.most_nbytes(small, "index.parquet") == expected
-    assert f"at most {BLOSC_OVERHEAD} bytes" in section("Objects of a shard")
-    assert f"multiple of {zarr_layout.ALIGNMENT_NBYTES} bytes" in section("Objects of a shard")
+    assert f"at most {BLOSC_OVERHEAD} bytes" in section("Zarr")
+    assert f"multiple of {zarr_layout.ALIGNMENT_NBYTES} bytes" in " ".join(section("Zarr").split())
     assert f"first multiple of {zarr_layout.ALIGNMENT_NBYTES} behind" in section("Fields of an object's record")
+    archive = " ".join(section("WebDataset").split())
+    assert f"a header of {tar_layout.NPY_HEADER_NBYTES} bytes in all" in archive
+    assert f"then {len(tar_layout.END_OF_ARCHIVE):,} zeros" in archive
     assert f"| `format_version` | integer | {spec.FORMAT_VERSION};" in section("Fields of store.json")
 
 
@@ -152,28 +161,39 @@ def test_metadata_of_the_index(store):
 
 
 def test_kinds_are_those_of_the_table():
-    for changes in ({}, {"has_cls": False}, {"n_registers": 0}, {"precision": "float32"}):
+    stored = {"float32": "float32", "float16": "float16", "bfloat16": "uint16", "int8": "int8"}
+    for changes in ({}, {"has_cls": False}, {"n_registers": 0}, *({"precision": name} for name in stored)):
         made = make_spec(**changes)
-        conditions = {"has_cls": made.has_cls, "n_registers > 0": made.n_registers > 0, "always": True}
+        conditions = {
+            "has_cls": made.has_cls,
+            "n_registers > 0": made.n_registers > 0,
+            "precision is int8": made.precision == "int8",
+            "always": True,
+        }
         rows = tables("Kinds")[0]
         there = [row[0] for row in rows if conditions[row[3]]]
-        assert there == [*made.token_kinds, *(["head_input"] if made.has_head_input else [])]
+        assert there == [*made.array_kinds, *(["head_input"] if made.has_head_input else [])]
         for name, axes, dtype, _ in rows:
             lengths = {"dim": made.dim, "register": made.n_registers, "patch": made.n_patches, "dim2": 2 * made.dim}
             assert kind_shape(made, name) == tuple(lengths[axis] for axis in axes.split(", "))
-            assert kind_dtype(made, name) == np.dtype(made.precision if dtype == "precision" else dtype)
+            assert kind_dtype(made, name) == np.dtype(stored[made.precision] if dtype == "precision" else dtype)
             path = name if name == "head_input" else f"layer_00/{name}"
             if name in there:
                 document = json.loads(zarr_layout.zarr_documents(made)[f"{path}/zarr.json"])
                 assert document["dimension_names"] == ["sample", *axes.split(", ")]
 
 
-def test_every_key_of_a_store_is_in_the_table_and_the_reverse(store):
-    patterns = []
+@pytest.mark.parametrize("backend", spec.BACKENDS)
+def test_every_key_of_a_store_is_in_the_table_and_the_reverse(backend):
+    store, patterns = MemoryObjects(), []
+    write_planted(store, make_spec(backend=backend, precision="int8"), teacher_files={"config.json": b"{}"})
     for row in tables("Keys")[0]:
+        assert row[2] in ("all", *spec.BACKENDS)
+        if row[2] not in ("all", backend):
+            continue
         for form in row[0].split(" or "):
             pattern = re.escape(form).replace("SSSSSS", r"\d{6,}").replace(r"/c/S", r"/c/\d+").replace("LL", r"\d\d")
-            patterns.append(pattern.replace("KIND", f"(?:{'|'.join(spec.KINDS)})").replace("NAME", r"[\w.-]+"))
+            patterns.append(pattern.replace("KIND", f"(?:{'|'.join(spec.ARRAY_KINDS)})").replace("NAME", r"[\w.-]+"))
     found = [info.key for info in store.list()]
     for key in found:
         assert any(re.fullmatch(pattern, key) for pattern in patterns), f"{key} is not in the table of keys"
@@ -184,7 +204,7 @@ def test_every_key_of_a_store_is_in_the_table_and_the_reverse(store):
 
 
 def test_codecs_are_those_of_the_table():
-    for codec, payload in tables("Objects of a shard")[0]:
+    for codec, payload in tables("Zarr")[0]:
         for name, shuffle in (("byte", "shuffle"), ("bit", "bitshuffle")):
             made = make_spec(codec=codec, shuffle="none" if codec == "none" else name)
             blosc = [c["configuration"] for c in inner_codecs(made, "layer_00/patches") if c["name"] == "blosc"]
@@ -195,10 +215,16 @@ def test_codecs_are_those_of_the_table():
             assert payload == f"Blosc 1 with {configuration['cname']}, level {configuration['clevel']}"
             assert configuration["shuffle"] == shuffle
             assert (configuration["typesize"], configuration["blocksize"]) == (2, 0)
-    assert first_column("Objects of a shard") == list(spec.CODECS)
+    assert first_column("Zarr") == list(spec.CODECS_OF["zarr"])
+    assert first_column("WebDataset") == list(spec.CODECS_OF["webdataset"])
+    said = {row[0]: row[1] for row in tables("WebDataset")[0]}["gzip"]
+    assert f"level {tar_layout.GZIP_LEVEL};" in said
+    memory = np.zeros(10**4, np.uint8).data
+    archive = tar_layout.encode_payload(make_spec(backend="webdataset", codec="gzip"), "patches", 0, memory)
+    assert archive[512:522].hex(" ") in said
 
 
 def test_the_parser_of_this_test_sees_tables():
     """A page whose tables were not found would agree with anything."""
-    assert len(re.findall(r"^\|---", PAGE, flags=re.MULTILINE)) == 13
+    assert len(re.findall(r"^\|---", PAGE, flags=re.MULTILINE)) == 15
     assert all(tables(title) for title in ("Keys", "Kinds", "Allowed values", "Fields of spec"))

@@ -166,11 +166,61 @@ def test_the_whole_text_of_a_small_store():
         "  patches                   6 x 8  float16       3  6.9 kB   1.00",
         "  layer    cls  registers  patches  patch_mean",
         "  0      2.828      2.828    2.828       2.828",
-        "  patches in float16 against float32, worst shard: R2 1.0000000, relative MSE 0.0e+00 (layer_00/patches); "
-        "largest error 0",
+        "  stored in float16 against float32, over all shards; the other arrays are exact",
+        "  layer_00/patches      0.00e+00  1.00000000              0",
+        "  worst: patches of layer 0, relative MSE 0.00e+00",
         "  the teacher's head gets 100.00% of these images right",
     ]:
         assert line in text.splitlines(), f"{line!r} is not in\n{text}"
+
+
+@pytest.mark.parametrize("precision", ["float16", "bfloat16", "int8"])
+def test_errors_are_pooled_over_shards_by_their_squares(precision):
+    """Shards a thousand times apart in size: the large one says nearly all, where a mean of ratios would say half."""
+    spec, objects = make_spec(precision=precision, n_samples=24), MemoryObjects()
+    sizes = np.repeat([1.0, 1000.0, 30.0], 8)[:, None, None, None] * np.array([1.0, 2.0, 3.0])[:, None, None]
+    states = (np.random.default_rng(0).standard_normal((24, 3, 9, 8)) * sizes).astype(np.float32)
+    states[8:16, 1, 3:, 0] += 5e4 * (precision != "float16")  # one channel away from the others: int8 does not mind
+    write_store(objects, spec, make_samples(24), lambda rows: states[rows.start : rows.stop], bad_images={3: "empty"})
+    store, valid = open_store(objects), np.arange(24) != 3
+    truth = states[valid][:, :, 3:].astype(np.float64)
+    error = store.read(tokens="patches").astype(np.float64) - truth
+    assert list(store.fidelity) == [f"layer_0{i}/patches" for i in range(3)]
+    for i, found in enumerate(store.fidelity.values()):
+        squared = (error[:, i] ** 2).sum()
+        assert found.relative_mse == pytest.approx(squared / (truth[:, i] ** 2).sum(), rel=1e-9)
+        deviations = ((truth[:, i] - truth[:, i].mean(axis=(0, 1))) ** 2).sum()
+        assert 1 - found.r2 == pytest.approx(squared / deviations, rel=1e-6)
+        assert found.worst == np.abs(error[:, i]).max()
+        shards = store.table.shard_fidelity[f"layer_0{i}/patches"]
+        assert shards.shape == (3, 3)
+        assert store.table.fidelity[f"layer_0{i}/patches"].relative_mse == shards[:, 0].max()
+    worst = max(range(3), key=lambda i: list(store.fidelity.values())[i].relative_mse)
+    assert f"  worst: patches of layer {worst}, relative MSE " in describe_store(store)
+    assert f"patches in {precision}" in describe_store(store)
+
+
+def test_exact_stores_have_no_error_to_show():
+    objects = MemoryObjects()
+    write_planted(objects, make_spec(precision="float32"))
+    assert open_store(objects).fidelity == {}
+    assert "against float32" not in describe_store(open_store(objects))
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"backend": "webdataset", "codec": "gzip"}, "stored as    webdataset, patches in float16, codec gzip, 8"),
+        ({"codec": "lz4", "shuffle": "bit"}, "stored as    zarr, patches in float16, codec lz4 with bit shuffle, 8"),
+        ({"precision": "int8"}, "  patches_scale                  8  float32       3"),
+        ({"precision": "bfloat16"}, "  patches                    6 x 8  bfloat16       3"),
+    ],
+)
+def test_every_form_is_shown(changes, line):
+    objects = MemoryObjects()
+    write_planted(objects, make_spec(**changes))
+    shown = " ".join(describe_store(open_store(objects)).split())
+    assert " ".join(line.split()) in shown
 
 
 def test_tables_are_aligned():
@@ -228,7 +278,7 @@ class TestDoor:
         for place, message in [
             (tmp_path, "is not a store: neither it nor"),
             (tmp_path / "nowhere", "or make one: make extract"),
-            ("gs://bucket", "local folders only"),
+            ("gs://bucket", "give a local path without '://', or s3://bucket/prefix"),
         ]:
             assert main([command, str(place)]) == ExitCode.BAD_INPUT
             error = capsys.readouterr().err

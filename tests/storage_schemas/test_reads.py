@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from infra.console import UserError
 from infra.objects import FolderObjects, MemoryObjects, ObjectMissingError, ShortObjectError
 from storage_schemas import open_store
+from storage_schemas.codecs import DecodeError
 from storage_schemas.commit import Commit
+from storage_schemas.copy import copy_store
 from storage_schemas.create import create_store, read_store_document
 from storage_schemas.errors import ChecksumError, NotAStoreError, NotCommittedError, SchemaError
 from storage_schemas.find import find_stores
@@ -19,7 +21,7 @@ from storage_schemas.inspect import next_command
 from storage_schemas.keys import COMMITS_PREFIX, commit_key, shard_object_key
 from storage_schemas.reader import Store
 from storage_schemas.shard_buffers import ShardBuffers, write_shard
-from storage_schemas.spec import Span
+from storage_schemas.spec import BACKENDS, Span, StoreSpec
 from storage_schemas.statistics import Statistics
 from tests.stores import make_samples, make_spec, planted_states, write_planted
 
@@ -27,16 +29,20 @@ SPEC = make_spec()
 BAD = {5: "truncated", 20: "empty"}
 
 
-@pytest.fixture(scope="module")
-def objects() -> MemoryObjects:
+@pytest.fixture(scope="module", params=BACKENDS)
+def objects(request: pytest.FixtureRequest) -> MemoryObjects:
     made = MemoryObjects()
-    write_planted(made, SPEC, BAD, teacher_files={"config.json": b"{}"})
+    write_planted(made, make_spec(backend=request.param), BAD, teacher_files={"config.json": b"{}"})
     return made
 
 
 @pytest.fixture(scope="module")
 def store(objects: MemoryObjects) -> Store:
     return open_store(objects)
+
+
+def spec_of(objects: MemoryObjects) -> StoreSpec:
+    return read_store_document(objects, "").spec
 
 
 STATES = planted_states(SPEC, range(21))
@@ -222,10 +228,10 @@ class TestErrors:
         assert open_store(str(caught.value).partition("open_store('")[2].removesuffix("')")).n_samples == 1
 
     def test_places_that_are_not_served(self):
-        with pytest.raises(UserError, match=r"s3://bucket/x: this version reads and writes local folders only"):
-            open_store("s3://bucket/x")
-        with pytest.raises(NotAStoreError, match=r"s3://bucket/x: this version reads and writes local folders only"):
-            find_stores("s3://bucket/x")
+        with pytest.raises(UserError, match=r"gs://bucket/x: give a local path without '://', or s3://"):
+            open_store("gs://bucket/x")
+        with pytest.raises(NotAStoreError, match=r"gs://bucket/x: give a local path without '://', or s3://"):
+            find_stores("gs://bucket/x")
 
     def test_a_union_of_nothing(self):
         with pytest.raises(SchemaError, match="give at least one store"):
@@ -241,20 +247,21 @@ class TestDamage:
         return made
 
     def test_a_flipped_bit_names_key_and_both_checksums(self, damaged):
-        key = "layer_01/patches/c/1/0/0"
+        key = shard_object_key(spec_of(damaged), "layer_01/patches", 1)
+        nbytes = open_store(damaged).chunk(1, "patches", 2).nbytes
         data = bytearray(damaged.get(key))
         data[3] ^= 1
         damaged.put(key, data)
         with pytest.raises(
-            ChecksumError, match=rf"{key}: bytes 0 to 384 have crc32c [0-9a-f]{{8}}, the commit says"
+            ChecksumError, match=rf"{key}: bytes 0 to {nbytes} have crc32c [0-9a-f]{{8}}, the commit says"
         ) as e:
             open_store(damaged).read([1], [8])
         assert e.value.key == key
         assert open_store(damaged).read([1], [12]).shape == (1, 1, 9, 8)  # another chunk of the same object is sound
 
     def test_missing_and_short_objects_are_named(self, damaged):
-        key = "layer_01/cls/c/0/0"
-        damaged.put(key, damaged.get(key)[:140])
+        key = shard_object_key(spec_of(damaged), "layer_01/cls", 0)
+        damaged.put(key, damaged.get(key)[: open_store(damaged).chunk(1, "cls", 0).nbytes + 12])
         assert open_store(damaged).read([1], [0], "cls").shape == (1, 1, 1, 8)
         with pytest.raises(ShortObjectError, match=key):
             open_store(damaged).read([1], [4], "cls")
@@ -272,14 +279,19 @@ class TestDamage:
             _ = store.samples
 
     def test_stray_objects_are_reported(self, damaged):
-        damaged.put("layer_00/cls/c/3/0", b"x")
+        beyond, of_the_other = "layer_00/cls/c/3/0", "layer_00/cls/000001.tar"
+        if spec_of(damaged).backend == "webdataset":
+            beyond, of_the_other = "layer_00/cls/000003.tar", "layer_00/cls/c/1/0"
+        damaged.put(beyond, b"x")
+        damaged.put(of_the_other, b"x")
         damaged.put("notes.txt", b"x")
         damaged.put("commits/readme.json", b"x")
         damaged.put("commits/000003.json", b"x")
         damaged.put("log/run/status.json", b"x")
         found = {problem.key: problem.what for problem in open_store(damaged).verify()}
         assert found == {
-            "layer_00/cls/c/3/0": "no commit names this object",
+            beyond: "no commit names this object",
+            of_the_other: "no commit names this object",
             "notes.txt": "not an object of this format",
             "commits/readme.json": "not a commit of this store",
             "commits/000003.json": "not a commit of this store",
@@ -287,10 +299,20 @@ class TestDamage:
 
     def test_a_longer_object_is_reported(self, damaged):
         """Readers would never see its tail; verify still does, without reading it."""
-        key = "layer_01/cls/c/0/0"
+        key = shard_object_key(spec_of(damaged), "layer_01/cls", 0)
         damaged.put(key, damaged.get(key) + bytes(1000))
         [problem] = open_store(damaged).verify()
         assert (problem.key, problem.what, problem.shard) == (key, "object has the wrong size", 0)
+
+    def test_members_of_another_chunk_are_refused_by_their_names(self):
+        """Sound bytes that a wrong table leads to: archives say which samples they hold."""
+        made = MemoryObjects()
+        write_planted(made, make_spec(backend="webdataset"))
+        store = open_store(made)
+        store.table.chunks["layer_01/cls"][1] = store.table.chunks["layer_01/cls"][0]
+        message = r"layer_01/cls/000000\.tar, chunk 1: a tar header of '000000000\.cls.*'000000004\.cls.* expected"
+        with pytest.raises(DecodeError, match=message):
+            store.read([1], [4], "cls")
 
 
 class TestUnfinished:
@@ -345,12 +367,14 @@ class TestOnlyWhatIsNeeded:
     def test_a_shared_chunk_is_fetched_once(self, objects):
         counting = self.counting(objects)
         open_store(counting).read([0, 2], [0, 1, 2, 3, 3, 0], "patches")
-        assert (counting.requests, counting.fetched) == (2, 2 * 4 * 6 * 8 * 2)
+        of_a_sample = {"zarr": 6 * 8 * 2, "webdataset": 1024}[spec_of(objects).backend]
+        assert (counting.requests, counting.fetched) == (2, 2 * 4 * of_a_sample)
 
     def test_only_chunks_that_hold_the_request(self, objects):
         counting = self.counting(objects)
         open_store(counting).read([1], [16, 4], "cls")
-        assert (counting.requests, counting.fetched) == (2, 2 * 4 * 8 * 4)
+        of_a_sample = {"zarr": 8 * 4, "webdataset": 1024}[spec_of(objects).backend]
+        assert (counting.requests, counting.fetched) == (2, 2 * 4 * of_a_sample)
 
     def test_an_error_ends_a_read_at_once(self):
         """Not after all the other chunks, which may take hours."""
@@ -462,6 +486,47 @@ class TestUnion:
         write_planted(second, make_spec(layers=(2,), **changes))
         with pytest.raises(SchemaError, match=message):
             open_store([first, second])
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"backend": "webdataset"}, "backend: memory://a/ has 'zarr', memory://b/ has 'webdataset'"),
+            ({"codec": "lz4", "shuffle": "byte"}, "codec: memory://a/ has 'none', memory://b/ has 'lz4'"),
+        ],
+    )
+    def test_stores_of_other_forms_are_told_how_to_become_one(self, changes, message):
+        first, second = MemoryObjects("memory://a/"), MemoryObjects("memory://b/")
+        write_planted(first, make_spec(layers=(0, 1)), BAD)
+        write_planted(second, make_spec(layers=(2,), **changes), BAD)
+        with pytest.raises(SchemaError, match=message) as error:
+            open_store([first, second])
+        assert error.value.problems[-1].startswith("bring them into one form first: make convert STORE=memory://b/ TO=")
+        converted = MemoryObjects("memory://c/")
+        copy_store(second, converted, backend="zarr", codec="none")
+        union = open_store([first, converted])
+        np.testing.assert_array_equal(union.read([2]), open_store(second).read())
+
+    @pytest.mark.parametrize("form", [{"backend": "webdataset", "codec": "gzip"}, {"precision": "int8"}])
+    def test_unions_of_every_form(self, form):
+        whole, parts = MemoryObjects(), [MemoryObjects("memory://a/"), MemoryObjects("memory://b/")]
+        write_planted(whole, make_spec(**form), BAD)
+        for part, layers in zip(parts, ((0, 2), (1,))):
+            copy_store(whole, part, layers=layers)
+        union, one = open_store(parts), open_store(whole)
+        assert union.spec == one.spec
+        for kind in ("all", "patches", "patch_mean"):
+            np.testing.assert_array_equal(union.read(tokens=kind), one.read(tokens=kind))
+        np.testing.assert_array_equal(union.statistics.to_array(), one.statistics.to_array())
+        assert union.fidelity == one.fidelity
+        assert union.verify() == []
+
+    def test_documents_are_those_of_the_store_that_holds_the_layer(self):
+        """So two unions are told apart by the layers of either store, and each document can be read."""
+        first, second = self.pair()
+        union = open_store([first, second])
+        assert {key.partition("/")[0] for key in union.document.documents} >= {"layer_00", "layer_01", "layer_02"}
+        for key in union.document.documents:
+            assert union.read_document(key)
 
     def test_a_union_is_read_only(self):
         union = open_store(self.pair())

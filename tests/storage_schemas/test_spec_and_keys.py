@@ -25,6 +25,8 @@ from storage_schemas.spec import MAX_CHUNK_NBYTES, Span, StoreSpec, differences
 from tests.stores import make_spec
 from tests.strategies import json_values, specs
 
+#: Chunks that just fit, without the headers of an archive.
+WIDE = {"dim": 4000, "n_registers": 0, "grid": (1, 1), "samples_per_chunk": 2**16, "samples_per_shard": 2**16}
 VIT_B = {
     "layers": tuple(range(13)),
     "dim": 768,
@@ -50,6 +52,12 @@ def test_shards_and_chunks_tile_the_samples(spec):
     for shard in range(spec.n_shards):
         assert {i // spec.samples_per_chunk for i in spec.shard_samples(shard)} == set(spec.shard_chunks(shard))
         assert {i // spec.samples_per_shard for i in spec.shard_samples(shard)} == {shard}
+        for chunk in spec.shard_chunks(shard):
+            assert {i // spec.samples_per_chunk for i in spec.chunk_samples(chunk)} == {chunk}
+    assert [i for chunk in range(spec.n_chunks) for i in spec.chunk_samples(chunk)] == samples
+    for outside in (-1, spec.n_chunks):
+        with pytest.raises(IndexError, match=rf"it has chunks 0 to {spec.n_chunks - 1}"):
+            spec.chunk_samples(outside)
     assert spec.n_tokens == int(spec.has_cls) + spec.n_registers + spec.grid[0] * spec.grid[1]
 
 
@@ -71,6 +79,10 @@ def test_keys_are_plain_unique_and_owned(spec):
     for key in every:
         assert check_key(key) == key
         assert is_owned(key)
+
+
+def test_the_headers_of_archives_count():
+    assert make_spec(**WIDE).samples_per_chunk == 2**16
 
 
 @given(st.integers(0, 10**9))
@@ -112,6 +124,13 @@ def test_other_names_are_no_commits(name):
         "layer_00/cls/c/../0",
         "layer_00/cls/c/x",
         "layer_00/secret",
+        "layer_00/cls/00001.tar",
+        "layer_00/cls/٠٠٠٠٠١.tar",
+        "layer_00/cls/000001.tar.gz",
+        "layer_00/cls/000001.tar/x",
+        "layer_00/cls/../000001.tar",
+        "layer_00/000001.tar",
+        "statistics/000001.tar",
         "layer_٠٠/zarr.json",
         "layer_000/zarr.json",
         "layer_00/cls/c/٠",
@@ -138,7 +157,7 @@ def test_teacher_and_log_keys_are_owned():
 BAD_FIELDS = {
     "backend": "hdf5",
     "precision": "float64",
-    "codec": "gzip",
+    "codec": "brotli",
     "compute": "int4",
     "dim": 0,
     "n_samples": 0,
@@ -181,16 +200,22 @@ def test_lists_must_be_lists(name, value):
         ({"samples_per_shard": 6}, "samples_per_shard 6 is not a multiple of samples_per_chunk 4"),
         ({"codec": "lz4"}, "shuffle is 'none' with codec 'lz4'"),
         ({"shuffle": "bit"}, "shuffle is 'bit' with codec 'none'"),
+        ({"codec": "gzip"}, "codec is 'gzip' with backend 'zarr', which has none, lz4, zstd-1, zstd-3"),
+        ({"backend": "webdataset", "codec": "lz4", "shuffle": "bit"}, "which has none, gzip"),
+        ({"backend": "webdataset", "codec": "gzip", "shuffle": "bit"}, "shuffle is 'bit' with codec 'gzip'"),
         ({"preprocessing": {"mean": (0.5, 0.5)}}, "no tuples"),
         ({"preprocessing": {"mean": float("nan")}}, "plain JSON"),
         ({"layers": ()}, "layers are"),
         ({"layers": (0, 0, 1)}, "layers are"),
         ({"layers": (100,)}, "from 0 to 99"),
         ({"n_samples": 2**31}, "at most 2,147,483,647 are supported"),
+        ({"backend": "webdataset", "n_samples": 10**9 + 1}, "a WebDataset store has at most 1,000,000,000"),
+        ({"backend": "webdataset", "codec": "lz4", "shuffle": "bit"}, "backend 'webdataset', which has none, gzip"),
+        ({**WIDE, "backend": "webdataset"}, "a chunk has 2172649472 bytes"),
         ({"n_samples": 2**31 - 1, "samples_per_chunk": 1}, "chunks in all, at most"),
         ({"n_samples": 2**31 - 1}, "shards, at most 4,194,304 are supported"),
         ({"samples_per_shard": 4 * 10**12}, "chunks in all, at most"),
-        ({"dim": 10**400}, "a chunk has .* bytes"),
+        ({"dim": 10**400}, "dim is 10+.*0, expected an integer from 1 to"),
         ({"dim": 2**20, "grid": (32, 32)}, "take fewer samples_per_chunk"),
     ],
 )
@@ -246,18 +271,21 @@ def test_kinds_follow_the_teacher():
     assert bare.token_kinds == ("patches", "patch_mean")
     assert not bare.has_head_input
     assert "head_input" not in sharded_array_paths(bare)
+    assert make_spec(precision="int8").token_kinds == make_spec().token_kinds == make_spec().array_kinds
+    assert make_spec(precision="int8").array_kinds == ("cls", "registers", "patches", "patches_scale", "patch_mean")
     assert array_kind("layer_07/patches") == "patches"
     assert array_kind("head_input") == "head_input"
 
 
 @given(specs())
 def test_chunk_bytes_are_what_their_shape_says(spec):
-    for kind in (*spec.token_kinds, "head_input"):
+    for kind in (*spec.array_kinds, "head_input"):
         n_values = 1
         for n in chunk_shape(spec, kind):
             n_values *= n
         assert raw_chunk_nbytes(spec, kind) == n_values * kind_dtype(spec, kind).itemsize <= MAX_CHUNK_NBYTES
-        assert kind_dtype(spec, kind).name == (spec.precision if kind == "patches" else "float32")
+        stored = {"bfloat16": "uint16"}.get(spec.precision, spec.precision)
+        assert kind_dtype(spec, kind).name == (stored if kind == "patches" else "float32")
 
 
 @pytest.mark.parametrize(("text", "span"), [("0-7", Span(0, 7)), (" 7 - 10 ", Span(7, 10)), ("10-12", Span(10, 12))])

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from infra.objects import MemoryObjects
 from storage_schemas import open_store
 from storage_schemas.from_arrays import split_kinds, write_store
+from storage_schemas.keys import commit_key, shard_object_keys
 from storage_schemas.statistics import Statistics, merge
 from tests.stores import make_samples, make_spec, planted_states, write_planted
 
@@ -121,6 +122,39 @@ def test_the_order_of_commits_cannot_show():
     a, b = open_store(first).statistics, open_store(second).statistics
     for name in NAMES:
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16", "int8"])
+def test_statistics_are_those_of_one_shot_whatever_order_shards_were_committed_in(precision):
+    """Means of a thousand deviations, shards committed in random orders: within 1e-12, and every bit alike."""
+    spec, whole = make_spec(n_samples=100, samples_per_shard=4, precision=precision), MemoryObjects()
+    states = (np.random.default_rng(0).standard_normal((100, 3, 9, 8)) + 1e3).astype(np.float32)
+    write_store(whole, spec, make_samples(100), lambda rows: states[rows.start : rows.stop], bad_images={50: "empty"})
+    found = []
+    for seed in range(3):
+        objects = MemoryObjects()
+        for key in create_only(whole):
+            objects.put(key, whole.get(key))
+        for shard in np.random.default_rng(seed).permutation(spec.n_shards).tolist():
+            for key in (*shard_object_keys(spec, shard), commit_key(shard)):
+                objects.put(key, whole.get(key))
+            if shard % 5 == 0:
+                assert open_store(objects).statistics.count[0, 0, 0] > 0, "a part is pooled as well"
+        found.append(open_store(objects).statistics)
+    assert {statistics.to_array().tobytes() for statistics in found} == {found[0].to_array().tobytes()}
+    valid = [i for i in range(100) if i != 50]
+    for i in range(3):
+        for j, values in enumerate(split_kinds(spec, states[valid][:, i]).values()):
+            exact = moments(values.astype(np.longdouble).reshape(-1, 8))
+            for name in NAMES:
+                here, there = getattr(found[0], name)[i, j], getattr(exact, name).astype(np.float64)
+                np.testing.assert_allclose(here, there, rtol=1e-12, err_msg=f"{name} of {spec.token_kinds[j]}")
+
+
+def create_only(objects: MemoryObjects) -> list[str]:
+    """Keys of what is there before the first shard."""
+    keys = [info.key for info in objects.list()]
+    return [key for key in keys if "/c/" not in key and not key.startswith(("commits/", "index"))]
 
 
 def test_shards_without_valid_samples_count_nothing():

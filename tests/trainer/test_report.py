@@ -97,7 +97,7 @@ def test_start_says_what_memory_the_streams_take(data: TrainingData) -> None:
     assert data.train.n_valid == 41
     stated = []
     for store, lanes in ((data.train, 64), (data.validation, 8)):
-        with LayerSliceStream(store, config.span, batch_size=16, lanes=lanes, threads=CPU.stream_threads) as stream:
+        with LayerSliceStream(store, config.span, batch_size=16, lanes=lanes) as stream:
             stated.append(human_bytes(stream.memory_nbytes))
     assert f"from the store: {stated[0]}, and {stated[1]} more while validating" in said
 

@@ -3,14 +3,19 @@
 import errno
 import json
 import os
+import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from infra.console import UserError
-from infra.objects import FolderObjects, MemoryObjects
+from infra.objects import FolderObjects, MemoryObjects, ObjectAccessError
+from infra.status import Beat, my_heartbeat
 from trainer.run_files import KEPT_CHECKPOINTS, Checkpoint, RunFiles
+from trainer.run_lock import HEARTBEAT_KEY
 
 
 class Crash(Exception):
@@ -198,7 +203,10 @@ def test_folder_with_other_files_is_not_taken_for_a_run(tmp_path: Path) -> None:
     for i in range(7):
         (tmp_path / f"photos/{i}.jpg").write_bytes(b"jpg")
     run = RunFiles(FolderObjects(tmp_path))
-    with run.exclusive(), pytest.raises(UserError, match=r"no config.json.*photos/0.jpg.* and 2 more.*RUN=") as caught:
+    with (
+        run.exclusive(),
+        pytest.raises(UserError, match=r"no config.json.*photos/0.jpg.*photos/4.jpg and more.*RUN=") as caught,
+    ):
         run.claim({"seed": 0})
     assert str(tmp_path) in str(caught.value)
     assert not (tmp_path / "config.json").exists()
@@ -292,3 +300,63 @@ def test_whole_lines_of_damaged_metrics_are_kept() -> None:
     assert "metrics.jsonl: 3 of 5 lines are damaged and left out: 2, 4, 5" in said[0]
     objects.delete("metrics.jsonl")
     assert run.read_metrics(said.append) == []
+
+
+# ---------------------------------------------------------------- places that are no folder
+
+
+def test_a_prefix_is_held_by_one_process() -> None:
+    objects = MemoryObjects("memory://runs/x/")
+    run = RunFiles(objects)
+    with run.exclusive() as still_ours:
+        with pytest.raises(UserError, match=r"another process is training in memory://runs/x/ \(run .*: wait for it"):
+            RunFiles(objects).exclusive().__enter__()
+        still_ours()
+        run.claim({"seed": 0})  # its own heartbeat is no foreign file
+    assert [info.key for info in objects.list()] == ["config.json"]
+    with pytest.raises(KeyError), run.exclusive():
+        raise KeyError
+    with run.exclusive():
+        pass
+
+
+def test_a_prefix_left_by_a_dead_process_is_free() -> None:
+    objects = MemoryObjects()
+    gone = replace(my_heartbeat("earlier", time.time()), started=-1.0)  # this machine's process, and not alive
+    objects.put(HEARTBEAT_KEY, gone.to_bytes())
+    with RunFiles(objects).exclusive():
+        assert b"earlier" not in objects.get(HEARTBEAT_KEY)
+
+
+def test_losing_a_prefix_to_another_process_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.run_lock.Beat", partial(Beat, every_s=0.01))
+    objects = MemoryObjects()
+    later = my_heartbeat("later", time.time()).to_bytes()
+
+    def lose() -> None:
+        with RunFiles(objects).exclusive() as still_ours:
+            objects.put(HEARTBEAT_KEY, later)
+            for _ in range(500):
+                still_ours()
+                time.sleep(0.01)
+
+    with pytest.raises(UserError, match=r"another process is training in memory:// \(run later"):
+        lose()
+    assert objects.get(HEARTBEAT_KEY) == later, "the other one's heartbeat is not ours to take away"
+
+
+def test_a_run_that_may_not_be_written_is_refused_at_once() -> None:
+    class ReadOnly(MemoryObjects):
+        def check_writable(self) -> None:
+            raise ObjectAccessError("log/probe", "memory://log/probe: 403 AccessDenied")
+
+    with pytest.raises(UserError, match=r"RUN=memory:// may not be written: .*403 AccessDenied.*\(RUN=...\)"):
+        RunFiles(ReadOnly()).check_writable()
+
+
+def test_event_files_are_put_whole_where_objects_cannot_grow(tmp_path: Path) -> None:
+    for objects in (MemoryObjects(), FolderObjects(tmp_path)):
+        run = RunFiles(objects)
+        run.write_events("events.1", b"abc", 0)
+        run.write_events("events.1", b"abcdef", 3)
+        assert objects.get("tensorboard/events.1") == b"abcdef"

@@ -220,7 +220,7 @@ def test_bfloat16_training_matches_float32_at_first(data: TrainingData) -> None:
 def test_gpu_training_matches_the_cpus(data: TrainingData, tmp_path, compiled: bool) -> None:
     """float32 and without noise, whose generator differs: the same losses up to the order of sums."""
     losses = {}
-    for machine in (CPU, Machine(device=torch.device("cuda"), compile=compiled, stream_threads=2)):
+    for machine in (CPU, Machine(device=torch.device("cuda"), compile=compiled)):
         run = RunFiles(MemoryObjects())
         there = tiny_data(tmp_path / machine.device.type, device=machine.device)
         assert train(tiny_config(noise=0.0), there, run, machine=machine) is not None
@@ -230,7 +230,7 @@ def test_gpu_training_matches_the_cpus(data: TrainingData, tmp_path, compiled: b
 
 @pytest.mark.gpu
 def test_gpu_training_resumes_between_lines_of_metrics(tmp_path) -> None:
-    machine = Machine(device=torch.device("cuda"), compile=False, stream_threads=2)
+    machine = Machine(device=torch.device("cuda"), compile=False)
     data, run = tiny_data(tmp_path, device=machine.device), RunFiles(MemoryObjects())
     config = tiny_config(log_every=5, checkpoint_every=1)
     asked = 0

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from infra.objects import FolderObjects, Objects
+from infra.objects import Objects, open_objects
 from pipeline.teacher import Teacher, load_teacher
 from storage_schemas import Span, StoreSpec
 from storage_schemas.from_arrays import write_store
@@ -17,7 +17,7 @@ from trainer.machine import Machine
 from trainer.train import TrainConfig
 
 N_CLASSES = 3
-CPU = Machine(device=torch.device("cpu"), compile=False, stream_threads=2)
+CPU = Machine(device=torch.device("cpu"), compile=False)
 
 
 def tiny_teacher() -> Teacher:
@@ -79,11 +79,11 @@ def write_tiny(
     write_store(objects, spec, samples, states_of, teacher_files=teacher_files or teacher.to_files())
 
 
-def write_tiny_pair(root: Path) -> str:
-    """Stores train (41 samples) and val (18) below a folder."""
+def write_tiny_pair(root: str | Path, **changes: object) -> str:
+    """Stores train (41 samples) and val (18) below a folder or S3 prefix."""
     teacher = tiny_teacher()
-    write_tiny(FolderObjects(root / "train"), teacher, 41, 0)
-    write_tiny(FolderObjects(root / "val"), teacher, 18, 1)
+    write_tiny(open_objects(f"{root}/train"), teacher, 41, 0, **changes)
+    write_tiny(open_objects(f"{root}/val"), teacher, 18, 1, **changes)
     return str(root)
 
 

@@ -1,0 +1,306 @@
+"""`python -m analysis`: the door to the analyses. It puts together what was typed, the store and what is saved."""
+
+import io
+import json
+import math
+import os
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import tyro
+
+from analysis.distances import N_IMAGES, LayerDistances, layer_distances, teacher_depth
+from analysis.figures import phases_figure
+from analysis.partitions import spans_text
+from analysis.phase_report import Phases, find_phases, phases_json, phases_table
+from analysis.phases import DEFAULT_OBJECTIVE, MAX_CUT_LAYERS, MIN_SIZE, OBJECTIVES, partition_problems
+from infra.console import ExitCode, JobError, Progress, UserError, run_door, say
+from infra.objects import (
+    Get,
+    ObjectAccessError,
+    ObjectError,
+    ObjectMissingError,
+    Objects,
+    ObjectTooLargeError,
+    open_objects,
+)
+from infra.s3_settings import split_location, use_endpoint
+from storage_schemas import Store, open_store
+from storage_schemas.documents import MAX_DOCUMENT_NBYTES
+from storage_schemas.errors import StoreError
+from storage_schemas.find import find_stores
+from storage_schemas.keys import STORE_KEY
+
+DEFAULT_STORE = "data/stores/digits"
+DEFAULT_OUT = "data/phases"
+
+
+def phases_command(
+    *,
+    store: str = DEFAULT_STORE,
+    k: int | None = None,
+    epsilon: float | None = None,
+    objective: str = DEFAULT_OBJECTIVE,
+    out: str = "",
+    limit: int = N_IMAGES,
+    endpoint_url: str | None = None,
+) -> int:
+    """Cut the depth of a store's teacher into spans, one for each block of a Raptor. Reads no patches.
+
+    Prints the spans as a line BLOCKS=, with what random partitions score; saves matrix, figure and JSON.
+
+    Args:
+        store: A store, or a folder with the stores train and val, of which train is read; local or s3://bucket/prefix.
+        k: Number of blocks: the best contiguous spans by the objective.
+        epsilon: Threshold of the max-cut recursion, as a share of the total distance, from 0 to 1; without k its
+            clusters become the spans. The reference has 0.20, 0.10 and 0.09 for 2, 3 and 4 blocks of DINOv2 ViT-B.
+        objective: normalised_association, cut, cut_per_layer or mean_distance.
+        out: Folder or s3://bucket/prefix for what is saved; empty: data/phases/<store>.
+        limit: Only the first so many images of the store's shuffled order.
+        endpoint_url: S3 endpoint, such as http://127.0.0.1:9000; None is AWS_ENDPOINT_URL, else Amazon's.
+    """
+    use_endpoint(endpoint_url)
+    place = out or default_out(store)
+    problems = _setting_problems(k, epsilon, objective, limit)
+    saved = _open_out(place, store, problems)
+    source = _open_train(store, problems)
+    depth = 0 if source is None else _find_depth(source, problems)
+    if source is not None:
+        problems += _depth_problems(source, depth, k, epsilon) + _image_problems(source, limit)
+    if problems or source is None or saved is None:
+        raise UserError("\n  ".join(["make phases cannot start:", *problems]))
+    measured = _measure(source, depth, limit)
+    try:
+        phases = find_phases(measured.distance, k, epsilon, objective)
+    except ValueError as error:  # an objective that is not defined on these distances
+        raise UserError(str(error)) from error
+    typed = {
+        "K": k,
+        "EPSILON": epsilon,
+        "OBJECTIVE": objective if objective != DEFAULT_OBJECTIVE else None,
+        "STORE": store if store != DEFAULT_STORE else None,
+        "OUT": out or None,
+        "LIMIT": limit if limit != N_IMAGES else None,
+    }
+    command = _make_command("phases", typed)
+    name = _file_name(phases, epsilon)
+    _save(saved, name, source, measured, phases, command)
+    print(_report(source, measured, phases))
+    print(f"\nsaved  {place}/: distance.npz, {name}.png, {name}.json")
+    return _print_blocks(phases, store)
+
+
+def default_out(store: str) -> str:
+    """data/phases/<store>; a store called train or val is named with its folder."""
+    path = PurePath(os.path.normpath(store))
+    name = f"{path.parent.name}-{path.name}" if path.name in ("train", "val") and path.parent.name else path.name
+    return f"{DEFAULT_OUT}/{name}"
+
+
+def _setting_problems(k: int | None, epsilon: float | None, objective: str, limit: int) -> list[str]:
+    problems = []
+    if k is None and epsilon is None:
+        problems.append("K is missing: give the number of blocks, or EPSILON. For example: make phases K=3")
+    if k is not None and k < 1:
+        problems.append(f"K={k}: expected 1 or more blocks")
+    if epsilon is not None and not 0 <= epsilon < 1:
+        problems.append(f"EPSILON={epsilon}: expected a share of the total distance, from 0 to below 1, such as 0.1")
+    if objective not in OBJECTIVES:
+        problems.append(f"OBJECTIVE={objective}: expected one of {', '.join(OBJECTIVES)}")
+    if limit < 2:
+        problems.append(f"LIMIT={limit}: expected 2 or more images")
+    return problems
+
+
+def _open_train(location: str, problems: list[str]) -> Store | None:
+    try:
+        found = find_stores(location)
+        place = found.get("", found.get("train"))
+        if place is None:
+            problems.append(f"STORE={location} has a store val but none called train: make extract")
+            return None
+        return open_store(place)
+    except (StoreError, ObjectError, UserError) as error:
+        problems.append(f"STORE={location}: {error}")
+        return None
+
+
+def _open_out(place: str, store: str, problems: list[str]) -> Objects | None:
+    try:
+        if _lies_in_a_store(place, store):
+            problems.append(f"OUT={place} lies in a store, which is never written to: give another folder")
+            return None
+        objects = open_objects(place)
+        objects.check_writable()
+        return objects
+    except (ObjectError, UserError) as error:
+        problems.append(f"OUT={place}: {error}")
+        return None
+
+
+def _lies_in_a_store(place: str, store: str) -> bool:
+    if "://" in place:
+        return f"{place.rstrip('/')}/".startswith(f"{store.rstrip('/')}/") or _lies_in_a_store_on_s3(place)
+    folder = Path(place).resolve()
+    around = [folder, *folder.parents]
+    return Path(store).resolve() in around or any((parent / STORE_KEY).exists() for parent in around)
+
+
+def _lies_in_a_store_on_s3(place: str) -> bool:
+    bucket, prefix = split_location(place)
+    objects = open_objects(f"s3://{bucket}")
+    parts = prefix.split("/") if prefix else []
+    return any(_is_there(objects, "/".join([*parts[:n], STORE_KEY])) for n in range(len(parts), -1, -1))
+
+
+def _is_there(objects: Get, key: str) -> bool:
+    try:
+        objects.get(key, at_most=MAX_DOCUMENT_NBYTES)
+    except ObjectTooLargeError:
+        return True
+    except (ObjectMissingError, ObjectAccessError):  # many accounts may only use some prefixes of a bucket
+        return False
+    return True
+
+
+def _find_depth(store: Store, problems: list[str]) -> int:
+    """The last layer of the store's teacher; where the store has no teacher, the last that it holds."""
+    try:
+        return teacher_depth(store) or store.layers[-1]
+    except StoreError as error:
+        problems.append(str(error))
+        return store.layers[-1]
+
+
+def _depth_problems(store: Store, depth: int, k: int | None, epsilon: float | None) -> list[str]:
+    problems = []
+    if missing := [layer for layer in range(1, depth + 1) if layer not in store.layers]:
+        problems.append(
+            f"{store.location} lacks layers {', '.join(map(str, missing))}; phases need all of 1 to {depth}, the depth "
+            f"of {store.spec.teacher}: make extract without LAYERS, into another STORE"
+        )
+    if k is not None and k >= 1:
+        problems += [f"K={k}: {text}" for text in partition_problems(depth, k, DEFAULT_OBJECTIVE)]
+    if epsilon is not None and depth > MAX_CUT_LAYERS:
+        problems.append(
+            f"EPSILON={epsilon}: {store.spec.teacher} has {depth} layers; the recursion's exact cuts are searched for "
+            f"at most {MAX_CUT_LAYERS}. Give K"
+        )
+    if k is None and depth < 2 * MIN_SIZE:
+        problems.append(f"{store.spec.teacher} has {depth} layers; fewer than {2 * MIN_SIZE} are not cut")
+    return problems
+
+
+def _image_problems(store: Store, limit: int) -> list[str]:
+    if store.damaged_commits:
+        first = min(store.damaged_commits)
+        return [
+            f"{store.location} has {len(store.damaged_commits)} damaged commits, {first}: "
+            f"{store.damaged_commits[first]}. Mend it: make verify STORE={store.location} IMAGES=<as extracted> "
+            "REPAIR=1"
+        ]
+    if store.n_valid < 2:
+        return [f"{store.location} has {store.n_valid} valid images, expected 2 or more: make extract"]
+    return []
+
+
+def _measure(store: Store, depth: int, limit: int) -> LayerDistances:
+    if not store.is_complete:
+        say(f"{store.location} is not finished: phases of the {store.n_valid:,} images that are there")
+    total = min(limit, store.n_valid)
+    with Progress(total=total, unit="images", label="distances between layers") as progress:
+        measured = layer_distances(store, range(1, depth + 1), limit, progress=progress.advance)
+    if measured.distance.max() < 1e-12:
+        raise UserError(f"{store.location}: states are the same at all layers, in direction: there is nothing to cut")
+    if measured.standard_error.max() * math.sqrt(total) < 1e-7:
+        raise UserError(f"{store.location}: states are the same for all {total:,} images: one tells nothing of others")
+    return measured
+
+
+def _file_name(phases: Phases, epsilon: float | None) -> str:
+    """Of what is saved, so that another K or objective replaces nothing."""
+    name = f"epsilon{epsilon:g}" if phases.by_epsilon else f"k{len(phases.chosen.groups)}"
+    return name if phases.objective == DEFAULT_OBJECTIVE else f"{name}-{phases.objective}"
+
+
+def _save(out: Objects, name: str, store: Store, measured: LayerDistances, phases: Phases, command: str) -> None:
+    arrays = {
+        "distance": measured.distance,
+        "standard_error": measured.standard_error,
+        "layers": np.asarray(measured.layers),
+        **dict(zip(measured.kinds, measured.by_kind)),
+    }
+    matrix = io.BytesIO()
+    np.savez(matrix, **arrays)
+    origin = {
+        "command": command,
+        "store": store.location,
+        "store_digest": store.document.digest,
+        "teacher": store.spec.teacher,
+    }
+    document: dict[str, Any] = {**origin, **phases_json(phases, measured)}
+    figure = phases_figure(
+        measured.distance,
+        phases.chosen.groups,
+        title=f"{store.spec.teacher}: distance between layers",
+        caption=f"{measured.n_images:,} images of {store.location}; {' and '.join(measured.kinds)}, no final norm; "
+        f"standard error at most {measured.standard_error.max():.4f}\n{command}",
+        score_name=phases.objective,
+        score=phases.chosen.score,
+        controls={kind: [one.score for one in found] for kind, found in phases.controls.items() if found},
+    )
+    out.put("distance.npz", matrix.getvalue())
+    out.put(f"{name}.png", figure)
+    lines = [f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}" for key, value in document.items()]
+    out.put(f"{name}.json", ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+
+
+def _report(store: Store, measured: LayerDistances, phases: Phases) -> str:
+    return "\n".join(
+        [
+            f"phases of {store.spec.teacher}: layers 1 to {measured.layers[-1]} over {measured.n_images:,} images of "
+            f"{store.location}",
+            f"distance: mean of 1 - cosine, {' and '.join(measured.kinds)}; standard error at most "
+            f"{measured.standard_error.max():.4f}",
+            "",
+            phases_table(phases),
+        ]
+    )
+
+
+def _print_blocks(phases: Phases, store: str) -> int:
+    spans = spans_text(phases.chosen.groups)
+    if "|" in spans:
+        n_blocks = len(phases.chosen.groups)
+        say(f"the clusters {spans} are not contiguous, so there is no BLOCKS= for them: give K={n_blocks}")
+        return ExitCode.PROBLEMS
+    print(f"BLOCKS={spans}")
+    first = spans.partition(",")[0]
+    print(f"next  {_make_command('train', {'BLOCK': first, 'STORE': store if store != DEFAULT_STORE else None})}")
+    return ExitCode.OK
+
+
+def _make_command(target: str, variables: Mapping[str, object]) -> str:
+    typed = [f"{name}={shlex.quote(str(value))}" for name, value in variables.items() if value is not None]
+    return " ".join(["make", target, *typed])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the command line, or the given arguments, and do it."""
+    try:
+        return tyro.extras.subcommand_cli_from_dict(
+            {"phases": phases_command},
+            prog="python -m analysis",
+            args=arguments,
+            description="Questions asked of a store, a teacher or a Raptor.",
+        )
+    except ObjectError as error:
+        raise JobError(str(error)) from error
+
+
+if __name__ == "__main__":
+    sys.exit(run_door(main))

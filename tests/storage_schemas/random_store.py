@@ -1,0 +1,58 @@
+"""Stores in which every array holds random values, for readers that we did not write."""
+
+import numpy as np
+
+from infra.objects import Objects
+from storage_schemas.codecs import kind_dtype, kind_shape
+from storage_schemas.commit import Commit
+from storage_schemas.create import create_store
+from storage_schemas.keys import STATISTICS, array_kind, commit_key, sharded_array_paths
+from storage_schemas.shard_buffers import ShardBuffers, write_shard
+from storage_schemas.spec import StoreSpec
+from tests.stores import make_samples
+
+BAD_ROWS = (2, 17)  # 17 lies in the last, partial shard
+
+
+def any_finite(rng: np.random.Generator, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    """Every finite bit pattern is possible: minus zero, subnormal numbers, the largest ones."""
+    bits = rng.integers(0, 256, (*shape, dtype.itemsize), np.uint8)
+    values = bits.view(dtype)[..., 0]
+    return np.where(np.isfinite(values), values, -np.zeros((), dtype))
+
+
+def write_random(objects: Objects, spec: StoreSpec) -> dict[str, np.ndarray]:
+    """A store in which every array, head_input and statistics too, holds random values; gives those by path."""
+    rng = np.random.default_rng(7)
+    truth = {
+        path: any_finite(rng, kind_dtype(spec, array_kind(path)), (spec.n_samples, *kind_shape(spec, array_kind(path))))
+        for path in sharded_array_paths(spec)
+    }
+    for path in truth:
+        if array_kind(path) == "patches_scale":  # of any bits, it would overflow
+            truth[path] = rng.uniform(-9, 9, truth[path].shape).astype(np.float32)
+    n_kinds = len(spec.token_kinds)
+    truth[STATISTICS] = rng.standard_normal((spec.n_shards, len(spec.layers), n_kinds, 5, spec.dim))
+    document = create_store(objects, spec, make_samples(spec.n_samples), {})
+    buffers = ShardBuffers(spec)
+    for shard in range(spec.n_shards):
+        rows = spec.shard_samples(shard)
+        bad = [row for row in BAD_ROWS if row in rows]
+        buffers.begin(shard)
+        for path in sharded_array_paths(spec):
+            buffers.assign(path, 0, truth[path][rows.start : rows.stop])
+        for row in bad:
+            buffers.invalidate(row - rows.start)
+        commit = Commit(
+            shard=shard,
+            store=document.digest,
+            bad_images=tuple((row, "truncated") for row in bad),
+            objects=write_shard(objects.put, buffers, shard, truth[STATISTICS][shard]),
+            fidelity={},
+        )
+        objects.put(commit_key(shard), commit.to_bytes())
+    return truth
+
+
+def bits(values: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}")

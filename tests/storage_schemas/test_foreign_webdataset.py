@@ -1,0 +1,91 @@
+"""Plain webdataset reads from a store what was put in, bit for bit."""
+
+import gc
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+import zarr
+
+from infra.objects import FolderObjects
+from storage_schemas import open_store
+from storage_schemas.codecs import kind_fill
+from storage_schemas.keys import STATISTICS, array_kind
+from storage_schemas.precision import restore_patches
+from storage_schemas.spec import PRECISIONS
+from tests.storage_schemas.random_store import BAD_ROWS, bits, write_random
+from tests.stores import make_spec
+
+
+def rows_of(samples: Iterable[dict], kind: str, codec: str) -> np.ndarray:
+    """What a pass of webdataset gives of one array; the keys of its samples are their indices."""
+    name, rows = f"{kind}.npy.gz" if codec == "gzip" else f"{kind}.npy", []
+    for sample in samples:
+        assert sample["__key__"] == f"{len(rows):09d}"
+        assert {key for key in sample if not key.startswith("__")} == {name}
+        rows.append(sample[name])
+    return np.stack(rows)
+
+
+def read_tars(tars: list[str], kind: str, codec: str) -> np.ndarray:
+    return rows_of(webdataset.WebDataset(tars, shardshuffle=False).decode(), kind, codec)
+
+
+@pytest.fixture
+def unclosed_files() -> Iterator[None]:
+    """webdataset leaves files to the garbage collector."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        yield
+        gc.collect()
+
+
+@pytest.fixture(params=product(("none", "gzip"), PRECISIONS), ids="-".join)
+def stored(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Mapping[str, np.ndarray]]:
+    codec, precision = request.param
+    spec = make_spec(layers=(0, 1), backend="webdataset", codec=codec, precision=precision)
+    assert spec.n_samples % spec.samples_per_chunk, "the last shard is partial, and its last chunk is"
+    return tmp_path, write_random(FolderObjects(tmp_path), spec)
+
+
+def test_every_array_reads_the_same_bits(stored, unclosed_files):
+    root, truth = stored
+    spec = open_store(root).spec
+    for path, expected in truth.items():
+        if path == STATISTICS:
+            continue
+        tars = [str(tar) for tar in sorted((root / path).glob("*.tar"))]
+        assert len(tars) == spec.n_shards
+        found = read_tars(tars, array_kind(path), spec.codec)
+        assert (found.dtype, found.shape) == (expected.dtype, expected.shape), path
+        good = np.setdiff1d(np.arange(len(expected)), BAD_ROWS)
+        np.testing.assert_array_equal(bits(found[good]), bits(expected[good]), err_msg=path)
+        fill = kind_fill(spec, array_kind(path))
+        np.testing.assert_array_equal(found[list(BAD_ROWS)], np.full_like(found[list(BAD_ROWS)], fill), err_msg=path)
+
+
+def test_our_reader_agrees(stored):
+    root, truth = stored
+    store = open_store(root)
+    good = np.setdiff1d(np.arange(store.n_samples), BAD_ROWS)
+    for layer in store.layers:
+        for kind in store.spec.token_kinds:
+            expected = truth[f"layer_{layer:02d}/{kind}"][good]
+            if kind == "patches":
+                scale = truth.get(f"layer_{layer:02d}/patches_scale")
+                expected = restore_patches(store.spec.precision, expected, None if scale is None else scale[good])
+            found = store.read(layers=[layer], tokens=kind)[:, 0]
+            np.testing.assert_array_equal(bits(found.reshape(expected.shape)), bits(expected), kind)
+    np.testing.assert_array_equal(bits(store.read_head_input()), bits(truth["head_input"][good]))
+
+
+def test_zarr_reads_the_statistics(stored):
+    """They are a Zarr array in this back end too; there is no group around it."""
+    root, truth = stored
+    found = np.asarray(zarr.open_array(root / STATISTICS, mode="r")[...])
+    np.testing.assert_array_equal(bits(found), bits(truth[STATISTICS]))
+    assert [path.relative_to(root).as_posix() for path in root.rglob("zarr.json")] == ["statistics/zarr.json"]
