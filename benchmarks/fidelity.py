@@ -22,11 +22,13 @@ from pipeline.extract import extract
 from pipeline.settings import ExtractConfig
 from pipeline.workers import RunConfig
 from storage_schemas.spec import PRECISIONS
+from trainer.config import TrainConfig
 from trainer.data import open_training_data
+from trainer.judge import validation_lanes
 from trainer.machine import Machine, torch_threads
 from trainer.recipes import digits_stage1
 from trainer.run_files import RunFiles
-from trainer.train import TrainConfig, make_block, make_loss, train, validation_lanes
+from trainer.train import make_loss, make_model, train
 from trainer.validation import ALL_TOKENS, Validation, ValidationSet, validate
 
 REFERENCE = "float32"
@@ -159,7 +161,7 @@ def _train(config: FidelityBenchmark, place: Path, precision: str, seed: int, n_
 def _judge(recipe: TrainConfig, files: RunFiles, store: str, block: str, machine: Machine) -> Validation:
     """What a finished run makes of the val split of another store."""
     data = open_training_data(store, block)
-    model = make_block(recipe, data.train.spec)
+    model = make_model(recipe, data.train.spec)
     model.load_state_dict(files.read_weights())
     truth = ValidationSet(
         store=data.validation, teacher=data.teacher, batch_size=recipe.batch_size, lanes=validation_lanes(recipe)

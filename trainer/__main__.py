@@ -13,13 +13,14 @@ from infra.console import ExitCode, JobError, UserError, human_duration, run_doo
 from infra.objects import ObjectError, Objects, open_objects
 from infra.s3_settings import use_endpoint
 from storage_schemas.errors import StoreError
+from trainer.config import TrainConfig
 from trainer.data import TrainingData, frozen_shards, open_training_data
 from trainer.machine import Machine, torch_threads
 from trainer.recipes import RECIPES, recipe_for
 from trainer.report import finished_report, start_report
 from trainer.run_files import RunFiles
 from trainer.run_lock import StillOurs
-from trainer.train import TrainConfig, train
+from trainer.train import train
 
 DEFAULT_STORE = "data/stores/digits"
 DEFAULT_RUNS = "data/runs"

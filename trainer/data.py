@@ -20,6 +20,7 @@ from storage_schemas.errors import SchemaError, StoreError
 from storage_schemas.find import find_stores
 from storage_schemas.spec import differences
 from trainer.order import random64
+from trainer.raptor import span_problems
 
 TRAIN, VAL = "train", "val"
 HOLD_OUT_SHARE = 0.02
@@ -33,7 +34,7 @@ class TrainingData:
     """What one run reads.
 
     Attributes:
-        span: States to train on.
+        spans: One per block, in order; each begins where the one before it stops.
         train: Its valid samples are trained on.
         validation: Its valid samples, and no others, are validated on.
         teacher: From the store's own files; None where it has none.
@@ -41,28 +42,35 @@ class TrainingData:
         identity: What of this belongs to the run's config, as JSON values.
     """
 
-    span: Span
+    spans: tuple[Span, ...]
     train: Store
     validation: Store
     teacher: Teacher | None
     validated_on: str
     identity: dict[str, Any]
 
+    @property
+    def span(self) -> Span:
+        """All states that take part."""
+        return Span(self.spans[0].start, self.spans[-1].stop)
+
 
 def open_training_data(
     location: str,
-    block: str,
+    blocks: str,
     *,
+    variable: str = "BLOCK",
     head: str | None = None,
     partial: bool = False,
     frozen: Mapping[str, Sequence[int]] | None = None,
     device: torch.device | str = "cpu",
 ) -> TrainingData:
-    """Open STORE and check that BLOCK can be trained on it.
+    """Open STORE and check that a block, or several together, can be trained on it.
 
     Args:
         location: A store, or a folder with stores train and val.
-        block: Such as "0-7"; both ends are states.
+        blocks: Such as "0-7", or "0-7,7-10,10-12" for several; both ends are states.
+        variable: What the person typed the blocks as, for messages: BLOCK, of one block, or BLOCKS.
         head: File with a linear classifier, in the place of the teacher's own.
         partial: Train on an unfinished store, with the shards that are there.
         frozen: With partial, exactly these shards of train and val, by split: those that the run began with.
@@ -74,15 +82,15 @@ def open_training_data(
     problems: list[str] = []
     train, val = _open_stores(location, problems)
     teacher = _load_teacher(train, head, device, problems) if train else None
-    span = _parse_span(block, train, teacher, problems)
+    spans = _parse_spans(blocks, variable, train, teacher, problems)
     chosen = {TRAIN: (frozen or {}).get(TRAIN), VAL: (frozen or {}).get(VAL)}
     for split, store in ((TRAIN, train), (VAL, val)):
         if store is not None:
             problems += _unfinished(store, partial, chosen[split]) or _without_samples(store, chosen[split])
     if train is not None and val is not None:
         problems += _foreign_val(train, val)
-    if problems or train is None or span is None:
-        raise UserError("\n  ".join(["make train cannot start:", *problems]))
+    if problems or train is None:
+        raise UserError("\n  ".join([f"make {'train' if variable == 'BLOCK' else 'raptor'} cannot start:", *problems]))
     shards = _frozen(train, chosen[TRAIN]) if partial else None
     val_shards = _frozen(val, chosen[VAL]) if partial and val is not None else None
     usable = train.valid & _in_shards(train, shards)
@@ -102,7 +110,7 @@ def open_training_data(
         "teacher": "none" if teacher is None else teacher.weights_digest,  # with the head's
     }
     return TrainingData(
-        span=span,
+        spans=spans,
         train=with_samples(train, taking),
         validation=validation,
         teacher=teacher,
@@ -182,30 +190,39 @@ def _load_teacher(store: Store, head: str | None, device: torch.device | str, pr
         return None
 
 
-def _parse_span(block: str, store: Store | None, teacher: Teacher | None, problems: list[str]) -> Span | None:
+def _parse_spans(
+    text: str, variable: str, store: Store | None, teacher: Teacher | None, problems: list[str]
+) -> tuple[Span, ...]:
+    """The spans of BLOCK or BLOCKS; what is wrong with them goes to the problems."""
+    example = {"BLOCK": "make train BLOCK=0-7", "BLOCKS": "make raptor BLOCKS=0-7,7-10,10-12"}[variable]
+    last = None
     if store is None:
         allowed = "a-b with 0 <= a < b, both ends states of the teacher"
     else:
         last = teacher.n_layers - 1 if teacher is not None else store.layers[-1]
         allowed = f"a-b with 0 <= a < b <= {last}: {store.spec.teacher} has states 0 to {last}"
-    if not block:
-        problems.append(f"BLOCK is missing: give {allowed}. For example: make train BLOCK=0-7")
-        return None
-    try:
-        span = Span.parse(block)
-    except SchemaError:
-        problems.append(f"BLOCK={block}: expected {allowed}. For example: make train BLOCK=0-7")
-        return None
-    if store is None:
-        return span
-    if span.stop > last:
-        problems.append(f"BLOCK={block}: expected {allowed}")
-    elif missing := [layer for layer in span.states if layer not in store.layers]:
+    if not text:
+        problems.append(f"{variable} is missing: give {allowed}. For example: {example}")
+        return ()
+    spans: list[Span] = []
+    for part in text.split(",") if variable == "BLOCKS" else [text]:
+        try:
+            spans.append(Span.parse(part.strip()))
+        except SchemaError:
+            problems.append(f"{variable}={text}: expected {allowed}. For example: {example}")
+            return ()
+    problems += [f"{variable}={text}: {problem}" for problem in span_problems(spans)]
+    if store is None or last is None:
+        return tuple(spans)
+    states = sorted({layer for span in spans for layer in span.states})
+    if states[-1] > last:
+        problems.append(f"{variable}={text}: expected {allowed}")
+    elif missing := [layer for layer in states if layer not in store.layers]:
         problems.append(
-            f"BLOCK={block}: {store.location} lacks layers {_listed(missing)}; it has {_listed(store.layers)}. "
-            "Choose a span within them, or extract the others"
+            f"{variable}={text}: {store.location} lacks layers {_listed(missing)}; it has {_listed(store.layers)}. "
+            f"Choose {'a span' if variable == 'BLOCK' else 'spans'} within them, or extract the others"
         )
-    return span
+    return tuple(spans)
 
 
 def _unfinished(store: Store, partial: bool, frozen_shards: Sequence[int] | None) -> list[str]:

@@ -1,7 +1,7 @@
 """A Raptor: a few weight-tied blocks that together stand for the whole depth of a teacher."""
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
@@ -33,7 +33,7 @@ class Raptor(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
         self.spans = tuple(spans)
-        problems = _span_problems(len(self.blocks), self.spans)
+        problems = [*_count_problems(len(self.blocks), len(self.spans)), *span_problems(self.spans)]
         if problems:
             raise ValueError("\n  ".join(["these blocks and spans make no Raptor:", *problems]))
         self._stops = [span.stop for span in self.spans]
@@ -129,13 +129,15 @@ def _rows_by_route(routes: Sequence[int], n_routes: int, device: torch.device) -
     return [torch.tensor(r, dtype=torch.int64, device=device) for r in rows]
 
 
-def _span_problems(n_blocks: int, spans: Sequence[Span]) -> list[str]:
-    problems = []
+def span_problems(spans: Sequence[Span]) -> Iterator[str]:
+    """Why these spans do not cover one stretch of the depth, each state once."""
     if not spans:
-        problems.append("there is no span: give at least one")
-    if n_blocks != len(spans):
-        problems.append(f"{n_blocks} blocks for {len(spans)} spans: give one block per span")
+        yield "there is no span: give at least one"
     for left, right in pairwise(spans):
         if left.stop != right.start:
-            problems.append(f"span {left} is followed by {right}: the next one must begin at state {left.stop}")
-    return problems
+            yield f"span {left} is followed by {right}: the next one must begin at state {left.stop}"
+
+
+def _count_problems(n_blocks: int, n_spans: int) -> Iterator[str]:
+    if n_spans and n_blocks != n_spans:
+        yield f"{n_blocks} blocks for {n_spans} spans: give one block per span"

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from storage_schemas import Span, StoreSpec
-from trainer.train import TokenWeights, TrainConfig
+from trainer.config import TokenWeights, TrainConfig
 
 Recipe = Callable[..., TrainConfig]
 """recipe(span, spec, last_layer, seed=..., n_steps=...): spec is the store's, last_layer the teacher's."""
@@ -25,9 +25,10 @@ def digits_stage1(span: Span, spec: StoreSpec, last_layer: int, *, seed: int = 0
     """
     return TrainConfig(
         recipe="digits_stage1",
-        span=span,
+        spans=(span,),
         seed=seed,
         n_heads=2,
+        depth_scaling=True,
         loss="mse",
         noise=0.0,
         n_steps=n_steps,
@@ -37,6 +38,7 @@ def digits_stage1(span: Span, spec: StoreSpec, last_layer: int, *, seed: int = 0
         final_learning_rate=1e-6,
         warmup_steps=n_steps // 30,
         teacher_forcing_steps=n_steps // 4,
+        teacher_forcing_minimum=0.0,
         weight_decay=1e-4,
         clip_norm=1.0,
         precision="float32",
@@ -65,9 +67,10 @@ def imagenet_stage1(
     to_the_end = span.stop == last_layer
     return TrainConfig(
         recipe="imagenet_stage1",
-        span=span,
+        spans=(span,),
         seed=seed,
         n_heads=_n_heads(spec.dim),
+        depth_scaling=True,
         loss=TokenWeights(cls=0.34, registers=0.33, patches=0.33) if to_the_end else "mse",
         noise=0.0,
         n_steps=n_steps,
@@ -77,6 +80,7 @@ def imagenet_stage1(
         final_learning_rate=1e-6,
         warmup_steps=n_steps * 4 // 125,  # 10,000 of 312,500
         teacher_forcing_steps=n_steps // 4,
+        teacher_forcing_minimum=0.0,
         weight_decay=1e-4,
         clip_norm=1.0,
         precision="bfloat16",  # published: float32

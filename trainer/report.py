@@ -9,11 +9,13 @@ from infra.console import human_bytes
 from storage_schemas import Span, Store
 from storage_schemas.spec import KINDS
 from trainer.chunk_reader import is_remote
+from trainer.config import TrainConfig
 from trainer.data import TrainingData
+from trainer.judge import validation_lanes
 from trainer.machine import Machine
-from trainer.run_files import METRICS_KEY, WEIGHTS_KEY, RunFiles
+from trainer.run_files import METRICS_KEY, RunFiles
 from trainer.stream import stream_memory_nbytes
-from trainer.train import TrainConfig, make_block, validation_lanes
+from trainer.train import make_model
 from trainer.validation import ALL_TOKENS
 
 _COLUMN = 10
@@ -21,11 +23,10 @@ _COLUMN = 10
 
 def start_report(config: TrainConfig, data: TrainingData, run: RunFiles, machine: Machine) -> str:
     """What is about to happen."""
-    block = make_block(config, data.train.spec)
-    n_parameters = sum(p.numel() for p in block.parameters())
+    n_parameters = sum(p.numel() for p in make_model(config, data.train.spec).parameters())
     passes = config.n_steps / -(-data.train.n_valid // config.batch_size)
     lines = [
-        f"block {config.span} of {data.train.spec.teacher}: {n_parameters:,} parameters, recipe {config.recipe}, "
+        f"{name_of(config)} of {data.train.spec.teacher}: {n_parameters:,} parameters, recipe {config.recipe}, "
         f"seed {config.seed}",
         f"train on {data.train.n_valid:,} samples of {data.train.location}: {config.n_steps:,} steps of "
         f"{config.batch_size}, {passes:,.1f} passes, {config.precision} on {machine.device}",
@@ -54,7 +55,7 @@ def finished_report(
     """
     found, baselines = result["validation"], result["baselines"]
     lines = [
-        f"block {config.span} of {data.train.spec.teacher}, {config.n_steps:,} steps, validated on "
+        f"{name_of(config)} of {data.train.spec.teacher}, {config.n_steps:,} steps, validated on "
         f"{found['n_samples']:,} samples ({data.validated_on})",
         f"loss: training {result['final_loss']:.4g}, validation {found['loss']:.4g}",
     ]
@@ -63,6 +64,13 @@ def finished_report(
     lines += ["", *_r2_table(found), "", *_places(run, result), ""]
     lines += _next_commands(config.span, data.train, run, variables or {})
     return "\n".join(lines)
+
+
+def name_of(config: TrainConfig) -> str:
+    """What is trained, in words."""
+    if len(config.spans) == 1:
+        return f"block {config.span}"
+    return f"Raptor {', '.join(map(str, config.spans))}"
 
 
 def _memory(config: TrainConfig, data: TrainingData, machine: Machine) -> str:
@@ -86,8 +94,8 @@ def _accuracy_table(config: TrainConfig, accuracy: float, baselines: Mapping[str
     teacher = baselines["teacher"]
     rows = [
         ("teacher", teacher),
-        (f"block {config.span}, rolled out", accuracy),
-        ("untrained block", baselines["untrained"]),
+        (f"{name_of(config)}, rolled out", accuracy),
+        ("untrained block" if len(config.spans) == 1 else "before the first joint step", baselines["untrained"]),
         (f"teacher blocks {config.span.start + 1} to {config.span.stop} skipped", baselines["skipping"]),
     ]
     width = max(len(name) for name, _ in rows)
@@ -117,7 +125,7 @@ def _numbers(values: Sequence[float], form: str = ".3f") -> str:
 
 def _places(run: RunFiles, result: Mapping[str, Any]) -> list[str]:
     return [
-        f"weights     {run.location}/{WEIGHTS_KEY} ({human_bytes(result['weights_nbytes'])})",
+        f"weights     {run.location}/{result['weights_key']} ({human_bytes(result['weights_nbytes'])})",
         f"metrics     {run.location}/{METRICS_KEY}, {run.location}/tensorboard",
     ]
 

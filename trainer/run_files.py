@@ -6,7 +6,7 @@
     metrics.jsonl                   one line per logging interval and validation
     tensorboard/                    the same, for TensorBoard
     heartbeat.json                  where there are no file locks, as in S3: the process that is training here now
-    block.safetensors               the trained weights
+    block.safetensors               the trained weights; of several blocks: raptor.safetensors
     result.json                     the last validation; written last: the run is finished
 
 All are whole objects, put through `infra.objects`, into a local folder or S3; only local TensorBoard files grow. No
@@ -36,12 +36,13 @@ from trainer.run_lock import HEARTBEAT_KEY, LOCK_NAME, StillOurs, hold_folder, h
 
 CONFIG_KEY = "config.json"
 METRICS_KEY = "metrics.jsonl"
-WEIGHTS_KEY = "block.safetensors"
+BLOCK_KEY = "block.safetensors"
+RAPTOR_KEY = "raptor.safetensors"
 RESULT_KEY = "result.json"
 CHECKPOINTS_PREFIX = "checkpoints/"
 EVENTS_PREFIX = "tensorboard/"
 
-CHECKPOINT_FILES = ("block", "optimizer", "random")
+CHECKPOINT_FILES = ("model", "optimizer", "random")
 
 KEPT_CHECKPOINTS = 3
 _MAX_METRICS_NBYTES = 2**30
@@ -288,10 +289,17 @@ class RunFiles:
     # ------------------------------------------------------------ the end
 
     def finish(self, weights: Mapping[str, Tensor], result: Mapping[str, Any]) -> None:
-        """Write the trained weights and then the result, which marks the run as finished."""
-        data = tensors_to_bytes({key: value.contiguous() for key, value in weights.items()})
-        self._objects.put(WEIGHTS_KEY, data)
-        self._objects.put(RESULT_KEY, seal({**result, "weights_nbytes": len(data), "weights_sha256": sha256(data)}))
+        """Write the trained weights and then the result, which marks the run as finished.
+
+        Args:
+            weights: Of a Block, or of a Raptor, whose names begin with "blocks.N.".
+            result: JSON values.
+        """
+        key = RAPTOR_KEY if all(name.startswith("blocks.") for name in weights) else BLOCK_KEY
+        data = tensors_to_bytes({name: value.contiguous() for name, value in weights.items()})
+        self._objects.put(key, data)
+        about = {"weights_key": key, "weights_nbytes": len(data), "weights_sha256": sha256(data)}
+        self._objects.put(RESULT_KEY, seal({**result, **about}))
 
     def read_result(self) -> dict[str, Any] | None:
         """What `finish` was given, or None while the run is not finished.
@@ -300,10 +308,14 @@ class RunFiles:
             UserError: The document was changed, or is none of ours.
         """
         result = self._read_document(RESULT_KEY)
-        if result is not None and not isinstance(result.get("weights_sha256"), str):
+        if result is None:
+            return None
+        if result.get("weights_key") not in (BLOCK_KEY, RAPTOR_KEY) or not isinstance(
+            result.get("weights_sha256"), str
+        ):
             raise UserError(
-                f"{self.location}/{RESULT_KEY} names no 'weights_sha256', so it is not ours. Delete it and run the "
-                "same make train again"
+                f"{self.location}/{RESULT_KEY} names no 'weights_key' and 'weights_sha256', so it is not ours. Delete "
+                "it and run the same make train again"
             )
         return result
 
@@ -319,7 +331,7 @@ class RunFiles:
                 f"{self.location} holds no finished run: it has no {RESULT_KEY}. Finish it: make train RUN=..."
             )
         try:
-            return self._read_tensors(WEIGHTS_KEY, result["weights_sha256"])
+            return self._read_tensors(result["weights_key"], result["weights_sha256"])
         except (DamagedCheckpointError, ObjectMissingError, SafetensorError) as error:
             raise UserError(
                 f"{self.location}: {error}. Delete {RESULT_KEY} and run the same make train again"

@@ -334,10 +334,13 @@ def test_any_history_gives_what_a_dictionary_gives(backend, tmp_path_factory, hi
 @given(HISTORIES)
 @pytest.mark.parametrize("backend", ["s3-moto", "s3-rclone"])
 def test_any_history_gives_it_on_s3_too(backend, tmp_path, history):
-    check_history(BACKENDS[backend](tmp_path), history)
+    # rclone keeps a folder for "a" once there is "a/b", and answers the deletion of the key "a" with 500 for ever
+    check_history(BACKENDS[backend](tmp_path), history, may_delete_folders=backend != "s3-rclone")
 
 
-def check_history(objects: Objects, history: list[tuple[str, str, bytes | None]]) -> None:
+def check_history(
+    objects: Objects, history: list[tuple[str, str, bytes | None]], may_delete_folders: bool = True
+) -> None:
     model: dict[str, bytes] = {}
     ever: set[str] = set()
     for verb, key, data in history:
@@ -345,8 +348,9 @@ def check_history(objects: Objects, history: list[tuple[str, str, bytes | None]]
             expected = [ObjectInfo(key=k, nbytes=len(v)) for k, v in sorted(model.items()) if k.startswith(key)]
             assert list(objects.list(key)) == expected
         elif data is None:
-            objects.delete(key)
-            model.pop(key, None)
+            if may_delete_folders or not any(_below(other, key) for other in ever):
+                objects.delete(key)
+                model.pop(key, None)
         elif not any(_below(key, other) or _below(other, key) for other in ever):
             # left out: a key in the place of a folder, even one that was emptied; a file system refuses it
             objects.put(key, data)

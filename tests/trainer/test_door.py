@@ -87,7 +87,7 @@ def test_another_config_is_refused_and_nothing_is_touched(door: Door, store: str
     assert code == ExitCode.BAD_INPUT == 2
     assert "holds another run" in err
     for line in (
-        "train.span: the run has '0-2', this command asks for '1-3'",
+        "train.spans: the run has ['0-2'], this command asks for ['1-3']",
         "train.n_steps: the run has 4, this command asks for 5",
         "train.seed: the run has 0, this command asks for 1",
     ):

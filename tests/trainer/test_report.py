@@ -16,11 +16,12 @@ from trainer.recipes import imagenet_stage1
 from trainer.report import _next_commands, _numbers, _other_span, finished_report, start_report
 from trainer.run_files import RunFiles
 from trainer.stream import LayerSliceStream
-from trainer.train import make_block
+from trainer.train import make_model
 
 REPO = Path(__file__).parents[2]
 RESULT = {
     "final_loss": 0.5,
+    "weights_key": "block.safetensors",
     "weights_nbytes": 1000,
     "baselines": None,
     "validation": {
@@ -110,4 +111,4 @@ def test_heads_divide_the_channels() -> None:
         wide = dataclasses.replace(spec, dim=dim)
         config = imagenet_stage1(Span(0, 2), wide, 3)
         assert config.n_heads == n_heads
-    make_block(imagenet_stage1(Span(0, 2), dataclasses.replace(spec, dim=200), 3), dataclasses.replace(spec, dim=200))
+    make_model(imagenet_stage1(Span(0, 2), dataclasses.replace(spec, dim=200), 3), dataclasses.replace(spec, dim=200))

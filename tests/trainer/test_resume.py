@@ -14,9 +14,10 @@ import torch
 from infra.console import ExitCode
 from infra.objects import FolderObjects, MemoryObjects
 from tests.trainer.tiny import CPU, tiny_config, tiny_data, write_tiny_pair
+from trainer.config import TrainConfig
 from trainer.data import TrainingData, open_training_data
 from trainer.run_files import RunFiles
-from trainer.train import TrainConfig, train
+from trainer.train import train
 
 TIMES = ("samples_per_s", "loader_wait")
 REPO = Path(__file__).parents[2]

@@ -47,7 +47,7 @@ class CrashingObjects(MemoryObjects):
 def make_checkpoint(step: int) -> Checkpoint:
     return Checkpoint(
         step=step,
-        tensors={"block": {"w": torch.full((2, 3), float(step))}, "optimizer": {"m.w": torch.arange(step)}},
+        tensors={"model": {"w": torch.full((2, 3), float(step))}, "optimizer": {"m.w": torch.arange(step)}},
         state={"place": step, "losses": [0.1 + step, 1e-300]},
     )
 
@@ -106,7 +106,7 @@ def test_damaged_checkpoint_is_passed_over_for_the_one_before(damage: str) -> No
     run = RunFiles(objects)
     run.save_checkpoint(make_checkpoint(3))
     run.save_checkpoint(make_checkpoint(6))
-    key = "checkpoints/000000006.json" if "document" in damage else "checkpoints/000000006/block.safetensors"
+    key = "checkpoints/000000006.json" if "document" in damage else "checkpoints/000000006/model.safetensors"
     data = bytearray(objects.get(key))
     if damage == "delete":
         objects.delete(key)
@@ -185,7 +185,7 @@ def test_files_of_others_among_the_checkpoints_stay() -> None:
         "checkpoints/000000001/notes.txt",
         "checkpoints/000000001.json.bak",
         "checkpoints/1.json",
-        "checkpoints/000000001/block.safetensors/readme",
+        "checkpoints/000000001/model.safetensors/readme",
     }
     for key in foreign:
         objects.put(key, b"theirs")
@@ -278,7 +278,7 @@ def test_run_whose_checkpoints_are_all_damaged_is_refused() -> None:
     run = RunFiles(objects)
     for step in (3, 6):
         run.save_checkpoint(make_checkpoint(step))
-        objects.put(f"checkpoints/{step:09d}/block.safetensors", b"junk")
+        objects.put(f"checkpoints/{step:09d}/model.safetensors", b"junk")
     said: list[str] = []
     with pytest.raises(UserError, match=r"all 2 checkpoints are damaged, of steps 3, 6\. .*delete"):
         run.newest_checkpoint(said.append)

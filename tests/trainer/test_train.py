@@ -13,13 +13,16 @@ from infra.objects import FolderObjects, MemoryObjects
 from storage_schemas import Span, open_store
 from tests.trainer.tiny import CPU, tiny_config, tiny_data, tiny_teacher, write_tiny
 from trainer.block import Block
+from trainer.config import TokenWeights, TrainConfig
 from trainer.data import TrainingData
+from trainer.feed import Feed
 from trainer.losses import TokenWeighted, mse
 from trainer.machine import Machine
+from trainer.meter import Meter
 from trainer.objectives import annealed_loss
 from trainer.recipes import RECIPES, digits_stage1, imagenet_stage1, recipe_for
 from trainer.run_files import RunFiles
-from trainer.train import Feed, Meter, TokenWeights, TrainConfig, learning_rate_at, make_block, make_loss, train
+from trainer.train import learning_rate_at, make_loss, make_model, train
 from trainer.validation import ValidationSet, validate
 
 
@@ -62,7 +65,7 @@ def test_metrics_have_one_line_per_interval_and_validation(lines: list[dict[str,
 def test_logged_values_are_those_of_the_steps(data: TrainingData, lines: list[dict[str, Any]]) -> None:
     """Written out again without the loop: the same batches, loss, clipping and AdamW give the logged means."""
     config = tiny_config()
-    model = make_block(config, data.train.spec)
+    model = make_model(config, data.train.spec)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay)
     noise = torch.Generator().manual_seed(config.seed)
     losses, norms, sizes = [], [], []
@@ -133,12 +136,12 @@ def test_weights_of_a_finished_run_make_the_same_block(data: TrainingData) -> No
     assert result is not None
     written = run.read_result()
     assert written is not None
-    block = Block(**written["block"])
+    block = Block(**written["blocks"][0])
     block.load_state_dict(run.read_weights())
     saved = run.newest_checkpoint()
     assert saved is not None
     for name, value in block.state_dict().items():
-        assert torch.equal(value, saved.tensors["block"][name])
+        assert torch.equal(value, saved.tensors["model"][name])
 
 
 def test_short_last_batch_weighs_by_its_samples(data: TrainingData) -> None:
@@ -195,11 +198,11 @@ def test_diverging_training_stops_with_the_step_and_keeps_its_checkpoint(data: T
 def test_initial_weights_depend_on_the_seed_alone(data: TrainingData) -> None:
     spec = data.train.spec
     torch.manual_seed(3)
-    first = make_block(tiny_config(), spec).state_dict()
+    first = make_model(tiny_config(), spec).state_dict()
     drawn = torch.rand(2)
     torch.manual_seed(3)
     assert torch.equal(drawn, torch.rand(2)), "the caller's random state was touched"
-    again, other = make_block(tiny_config(), spec).state_dict(), make_block(tiny_config(seed=1), spec).state_dict()
+    again, other = make_model(tiny_config(), spec).state_dict(), make_model(tiny_config(seed=1), spec).state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
@@ -276,7 +279,7 @@ def test_progress_says_when_it_validates(data: TrainingData, monkeypatch: pytest
         return validate(*args, **kwargs)
 
     monkeypatch.setattr(Progress, "status", remember)
-    monkeypatch.setattr("trainer.train.validate", watched)
+    monkeypatch.setattr("trainer.judge.validate", watched)
     train(tiny_config(n_steps=5, warmup_steps=0), data, RunFiles(MemoryObjects()), machine=CPU)
     assert seen == ["validating"] * 3  # steps 0, 4 and 5
 
@@ -288,7 +291,7 @@ def test_validation_uses_few_lanes(data: TrainingData, monkeypatch: pytest.Monke
         lanes.append(sets.lanes)
         return validate(model, sets, *args, **kwargs)
 
-    monkeypatch.setattr("trainer.train.validate", watched)
+    monkeypatch.setattr("trainer.judge.validate", watched)
     for config in (tiny_config(n_steps=2, lanes=64), tiny_config(n_steps=2, lanes=4)):
         train(config, data, RunFiles(MemoryObjects()), machine=CPU)
     assert lanes == [8, 8, 4, 4]

@@ -12,9 +12,9 @@ from pipeline.teacher import Teacher, load_teacher
 from storage_schemas import Span, StoreSpec
 from storage_schemas.from_arrays import write_store
 from storage_schemas.samples import Sample
+from trainer.config import TrainConfig
 from trainer.data import TrainingData, open_training_data
 from trainer.machine import Machine
-from trainer.train import TrainConfig
 
 N_CLASSES = 3
 CPU = Machine(device=torch.device("cpu"), compile=False)
@@ -94,9 +94,10 @@ def tiny_data(root: Path, block: str = "0-2", device: torch.device | str = "cpu"
 def tiny_config(**changes: object) -> TrainConfig:
     values: dict[str, object] = {
         "recipe": "test",
-        "span": Span(0, 2),
+        "spans": (Span(0, 2),),
         "seed": 0,
         "n_heads": 2,
+        "depth_scaling": True,
         "loss": "mse",
         "noise": 0.01,
         "n_steps": 12,
@@ -106,6 +107,7 @@ def tiny_config(**changes: object) -> TrainConfig:
         "final_learning_rate": 1e-6,
         "warmup_steps": 2,
         "teacher_forcing_steps": 6,
+        "teacher_forcing_minimum": 0.0,
         "weight_decay": 1e-4,
         "clip_norm": 1.0,
         "precision": "float32",
