@@ -24,7 +24,7 @@ from trainer.ring import Ring, ring_nbytes, stream_kinds
 __all__ = ["DeviceBatch", "HostBatch", "LayerSliceStream", "Span", "stream_memory_nbytes"]
 
 _STATE_VERSION = 1
-_FIXED_NBYTES = 2**20  # Python's own objects of a stream
+_FIXED_NBYTES = 4 * 2**20  # Python's own objects of a stream, and what its allocator keeps
 
 
 class LayerSliceStream:
