@@ -16,7 +16,8 @@ from infra.objects import FolderObjects, MemoryObjects
 from storage_schemas import open_store
 from storage_schemas.keys import INDEX_KEY, commit_key
 from tests.trainer.tiny import tiny_teacher, write_tiny, write_tiny_pair
-from trainer.__main__ import default_run, main
+from trainer.__main__ import main
+from trainer.commands.start import default_run
 from trainer.data import HOLD_OUT_SHARE, first_samples, open_training_data, split_hold_out
 from trainer.machine import Machine, torch_threads
 from trainer.run_files import RunFiles

@@ -27,7 +27,8 @@ from tests.stores import as_stored, make_samples, make_spec, planted_states, wri
 from tests.trainer.test_resume import REPO, assert_same_run, wait_for
 from tests.trainer.test_stream import PEAK
 from tests.trainer.tiny import CPU, tiny_config, tiny_teacher, write_tiny_pair
-from trainer.__main__ import default_run, main
+from trainer.__main__ import main
+from trainer.commands.start import default_run
 from trainer.data import open_training_data
 from trainer.run_files import RunFiles
 from trainer.stream import LayerSliceStream, Span
