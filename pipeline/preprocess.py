@@ -11,14 +11,14 @@ import io
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, UInt8, UInt16
 from PIL import Image, ImageFile
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
@@ -130,10 +130,14 @@ class _QuietJpegFile(JpegImageFile):
         pass
 
 
+_PNG_MARK = b"\x89PNG\r\n\x1a\n"
+# Bit depth and colour type (0 is grey, 3 a palette) -> how a PNG's values are kept. Of fewer bits PIL would scale them.
+_PNG_VALUES: Mapping[tuple[int, ...], type] = {(8, 0): np.uint8, (8, 3): np.uint8, (16, 0): np.uint16}
+
 # First bytes -> reader: what torchvision's ImageFolder accepts by extension, and GIF, which turns up under other names.
 _READERS: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
     (b"\xff\xd8\xff", _QuietJpegFile),
-    (b"\x89PNG\r\n\x1a\n", PngImageFile),
+    (_PNG_MARK, PngImageFile),
     (b"BM", BmpImageFile),
     (b"GIF87a", GifImageFile),
     (b"GIF89a", GifImageFile),
@@ -151,6 +155,7 @@ _TIFF_JPEG = (6, 7)
 # Where segments of a JPEG begin: after 0xff, what is neither data (0x00) nor a restart within it.
 _JPEG_MARKER = re.compile(rb"\xff([\x02-\xcf\xd9-\xfe])")
 _JPEG_END, _JPEG_SCAN = 0xD9, 0xDA
+_Out = TypeVar("_Out")
 _warnings_lock = threading.Lock()
 _large_image_turn = threading.Lock()
 
@@ -171,17 +176,58 @@ def decode_image(data: bytes, preprocessing: Preprocessing) -> UInt8[np.ndarray,
             pixels, before or after the resize, or in one of its tiles, or with more scans than any encoder writes, is
             refused before anything of it is decoded.
     """
+    rgb = _decoded(
+        data,
+        lambda width, height: _refuse_bombs(width, height, preprocessing),
+        lambda image: _crop(_resize(_to_rgb(image), preprocessing), preprocessing.image_size),
+    )
+    return np.array(np.asarray(rgb).transpose(2, 0, 1), order="C")  # a copy, always: PIL's own memory is read-only
+
+
+def decode_rgb(data: bytes) -> Image.Image:
+    """The whole image as RGB, for those who crop and resize it their own way; else as `decode_image`.
+
+    Raises:
+        BadImageError: The bytes are no usable image, or declare more than MAX_PIXELS.
+    """
+    return _decoded(data, _refuse_large, _to_rgb)
+
+
+def decode_png_values(data: bytes) -> UInt8[np.ndarray, "height width"] | UInt16[np.ndarray, "height width"]:
+    """The numbers in a PNG of one channel, such as a label mask or a depth map: never scaled, never as colours.
+
+    Args:
+        data: A whole PNG of 8 or 16 bits a pixel, grey or with a palette (then its indices).
+
+    Returns:
+        uint8 or uint16, as stored.
+
+    Raises:
+        BadImageError: The bytes are no PNG, or not of one channel; or they declare more than MAX_PIXELS.
+    """
+    if data and not data.startswith(_PNG_MARK):
+        raise BadImageError("not_an_image", f"it begins with {data[:8]!r}, expected a PNG")
+    kind = tuple(data[24:26])  # bit depth and colour type, in the header that every PNG begins with
+    if data and kind not in _PNG_VALUES:
+        raise BadImageError(
+            "undecodable", f"a PNG with {_png_kind(kind)}; expected one channel of 8 or 16 bits a pixel"
+        )
+    return _decoded(data, _refuse_large, lambda image: np.array(image, dtype=_PNG_VALUES[kind]))
+
+
+def _decoded(data: bytes, refuse: Callable[[int, int], None], finish: Callable[[Image.Image], _Out]) -> _Out:
+    """What `finish` makes of the decoded image. `refuse` sees width and height before anything is decoded."""
     reader = _reader_for(data)
     try:
         with _quiet(reader, data):
             image = reader(io.BytesIO(data))
-        _refuse_bombs(image.width, image.height, preprocessing)
+        refuse(image.width, image.height)
         unit_pixels = _tile_pixels(image) if isinstance(image, TiffImageFile) else image.width * image.height
         _refuse_scans(image, data, unit_pixels)
         with _large_image_turn if max(image.width * image.height, unit_pixels) > LARGE_PIXELS else nullcontext():
             with _quiet(reader, data):  # TIFF and GIF read on while they decode
                 image.load()
-            rgb = _crop(_resize(_to_rgb(image), preprocessing), preprocessing.image_size)
+            return finish(image)
     except (BadImageError, MemoryError):
         raise
     except Image.DecompressionBombError as error:  # some readers look for themselves, at twice the pixels
@@ -189,7 +235,6 @@ def decode_image(data: bytes, preprocessing: Preprocessing) -> UInt8[np.ndarray,
     except Exception as error:  # hostile bytes make PIL's Python readers raise almost anything
         detail = f"{type(error).__name__}: {error}"
         raise BadImageError("truncated" if "truncat" in detail.lower() else "undecodable", detail) from error
-    return np.array(np.asarray(rgb).transpose(2, 0, 1), order="C")  # a copy, always: PIL's own memory is read-only
 
 
 def normalise(
@@ -203,9 +248,13 @@ def normalise(
     return pixels.to(torch.float32).div_(scale).sub_(mean).div_(std)
 
 
-def _refuse_bombs(width: int, height: int, preprocessing: Preprocessing) -> None:
+def _refuse_large(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise BadImageError("too_large", f"{width} x {height} px declared, at most {MAX_PIXELS} px are decoded")
+
+
+def _refuse_bombs(width: int, height: int, preprocessing: Preprocessing) -> None:
+    _refuse_large(width, height)
     new_width, new_height = _resized(width, height, preprocessing)
     if new_width * new_height > MAX_PIXELS:  # a strip of one row grows in both directions
         raise BadImageError(
@@ -254,6 +303,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     # Transparency never changes RGB values here, and PIL warns while it drops that of palettes.
     image.info.pop("transparency", None)
     return image.convert("RGB")
+
+
+def _png_kind(kind: tuple[int, ...]) -> str:
+    depth, colour = kind if len(kind) == 2 else (0, 0)
+    names = {0: "grey", 2: "RGB", 3: "palette", 4: "grey and alpha", 6: "RGBA"}
+    return f"{depth} bits of {names.get(colour, f'colour type {colour}')}"
 
 
 def _reader_for(data: bytes) -> type[ImageFile.ImageFile]:
