@@ -1,0 +1,1 @@
+"""Linear probes: a small readout trained on the frozen last state of a teacher or of a Raptor."""

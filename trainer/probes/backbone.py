@@ -1,0 +1,117 @@
+"""The frozen thing that a probe reads: a teacher, or a Raptor between a teacher's embedding and its final norm."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from infra.console import UserError
+from pipeline.teacher import Teacher
+from storage_schemas import Store
+from trainer.trained import Trained
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Backbone:
+    """Tokens of the last state, after the teacher's final norm; nothing of it is trained.
+
+    Attributes:
+        teacher: Of the embedding (state 0) and the final norm; without `trained` also of all between.
+        trained: A Raptor that takes state 0 to the last one; None reads the teacher itself.
+    """
+
+    teacher: Teacher
+    trained: Trained | None = None
+
+    @property
+    def last_layer(self) -> int:
+        """Number of the state that is read."""
+        return self.teacher.n_layers - 1
+
+    @property
+    def stored_layer(self) -> int:
+        """Which stored state the tokens are made from: 0 for a Raptor, the last for a teacher."""
+        return self.last_layer if self.trained is None else 0
+
+    @property
+    def name(self) -> str:
+        """For people: "teacher digits_vit", "Raptor k=3 of digits_vit"."""
+        if self.trained is None:
+            return f"teacher {self.teacher.name}"
+        return f"Raptor k={len(self.trained.spans)} of {self.teacher.name}"
+
+    def tokens(self, pixels: Float32[Tensor, "batch 3 height width"]) -> Float32[Tensor, "batch token dim"]:
+        """Final-norm tokens of images.
+
+        Args:
+            pixels: Normalised, of the teacher's image size; moved to its device.
+
+        Raises:
+            ValueError: The pixels have another size.
+        """
+        states = self.teacher.layer_states_list(pixels)
+        return self.tokens_of(states[self.stored_layer])
+
+    def tokens_of(self, state: Float32[Tensor, "batch token dim"]) -> Float32[Tensor, "batch token dim"]:
+        """Final-norm tokens from state `stored_layer`, as a store holds it, on the teacher's device."""
+        with torch.no_grad():
+            if self.trained is not None:
+                raptor = self.trained.raptor
+                for layer in range(1, self.last_layer + 1):
+                    state = raptor(state, layer)
+            return self.teacher.final_norm(state.float())
+
+
+def make_backbone(teacher: Teacher, trained: Trained | None, digests: frozenset[str] = frozenset()) -> Backbone:
+    """The frozen model of a probe.
+
+    Args:
+        teacher: On the device of the probe.
+        trained: A finished run; None for the teacher itself.
+        digests: Digests of this teacher's weights that a run may name beside `teacher.weights_digest`: of the same
+            weights with another head, or at the image size that the run was trained at.
+
+    Raises:
+        UserError: Lists every reason why this run cannot stand for this teacher.
+    """
+    if trained is not None and (problems := _misfits(teacher, trained, digests | {teacher.weights_digest})):
+        raise UserError("\n  ".join([f"{trained.location} cannot be probed with {teacher.name}:", *problems]))
+    return Backbone(teacher=teacher, trained=trained)
+
+
+def check_store(backbone: Backbone, store: Store) -> list[str]:
+    """Why this backbone cannot read its states from this store."""
+    spec, teacher = store.spec, backbone.teacher
+    problems = []
+    asked = (teacher.dim, teacher.grid, teacher.has_cls, teacher.n_registers)
+    if (spec.dim, spec.grid, spec.has_cls, spec.n_registers) != asked:
+        problems.append(
+            f"{store.location} has states of {spec.dim} channels on {spec.grid[0]} x {spec.grid[1]} patches; "
+            f"{teacher.name} has {teacher.dim} on {teacher.grid[0]} x {teacher.grid[1]}"
+        )
+    if backbone.stored_layer not in store.layers:
+        problems.append(
+            f"{store.location} lacks layer {backbone.stored_layer}, which {backbone.name} is read from; it has "
+            f"{', '.join(map(str, store.layers))}. Extract it too"
+        )
+    return problems
+
+
+def _misfits(teacher: Teacher, trained: Trained, digests: frozenset[str]) -> list[str]:
+    span, last = trained.raptor.span, teacher.n_layers - 1
+    problems = []
+    if trained.teacher_digest not in digests:
+        problems.append(
+            f"it was trained on a teacher whose weights have digest {trained.teacher_digest[:16]}, not "
+            f"{', '.join(sorted(digest[:16] for digest in digests))}: give the TEACHER and WEIGHTS, or the STORE, that "
+            "it was trained on, and the same HEAD if it was trained with one"
+        )
+    if span.start != 0:
+        problems.append(f"it begins at state {span.start}; a probe needs one that begins at state 0, the embedding")
+    if span.stop != last:
+        problems.append(f"it ends at state {span.stop}; a probe needs one that reaches state {last}, the last one")
+    dim = trained.result["blocks"][0]["dim"]
+    if dim != teacher.dim:
+        problems.append(f"its blocks have {dim} channels, {teacher.name} has {teacher.dim}")
+    return problems
