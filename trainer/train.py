@@ -159,7 +159,8 @@ def train(
         log.validation(config.n_steps, final)
         assert log.last_loss is not None, "the last step is always logged"
         result = TrainResult(validation=final, baselines=judge.baselines(untrained), final_loss=log.last_loss)
-        run.finish(model.state_dict(), {**result.to_json(), **describe_model(model, config)})
+        about = {**describe_model(model, config), **describe_teacher(data)}
+        run.finish(model.state_dict(), {**result.to_json(), **about})
         return result
 
 
@@ -179,6 +180,12 @@ def describe_model(model: Block | Raptor, config: TrainConfig) -> dict[str, Any]
     """What a result says of the model: enough to build it again and give it its weights."""
     blocks = model.blocks if isinstance(model, Raptor) else [model]
     return {"blocks": [block.arguments for block in blocks], "spans": [str(span) for span in config.spans]}
+
+
+def describe_teacher(data: TrainingData) -> dict[str, Any]:
+    """What a result says of the teacher: its name and its last layer, which tells whether a span is the whole depth."""
+    last_layer = data.teacher.n_layers - 1 if data.teacher is not None else data.train.layers[-1]
+    return {"teacher": data.train.spec.teacher, "last_layer": last_layer}
 
 
 def _compiled(model: Block | Raptor) -> LayerModel:
