@@ -45,6 +45,10 @@ class PatchEmbed(nn.Module):
         self.grid_size = (IMAGE_SIZE // PATCH_SIZE, IMAGE_SIZE // PATCH_SIZE)
         self.proj = nn.Conv2d(3, DIM, PATCH_SIZE, stride=PATCH_SIZE)
 
+    def set_input_size(self, img_size: tuple[int, int]) -> None:
+        """Expect images of another height and width, px."""
+        self.grid_size = (img_size[0] // PATCH_SIZE, img_size[1] // PATCH_SIZE)
+
     def forward(self, pixels: Float[torch.Tensor, "batch 3 height width"]) -> Float[torch.Tensor, "batch patch dim"]:
         """Patch tokens in row order."""
         return self.proj(pixels).flatten(2).transpose(1, 2)
@@ -62,6 +66,10 @@ class FakeViT(nn.Module):
         self.reg_token = nn.Parameter(torch.randn(1, N_REGISTERS, DIM))
         self.blocks = nn.ModuleList(AddingBlock(number) for number in range(1, N_BLOCKS + 1))
         self.norm = nn.LayerNorm(DIM)
+
+    def set_input_size(self, img_size: tuple[int, int]) -> None:
+        """Expect images of another height and width, px; there are no positions to resample."""
+        self.patch_embed.set_input_size(img_size)
 
     def forward_features(
         self, pixels: Float[torch.Tensor, "batch 3 height width"]

@@ -296,6 +296,7 @@ def _sizes(config: ExtractConfig) -> tuple[int, int]:
 
 def _preprocessing(config: ExtractConfig, teacher: Teacher) -> Preprocessing:
     own = teacher.preprocessing
+    assert teacher.image_size == own.image_size  # raises for a teacher of rectangles: a store's images are squares
     try:
         return dataclasses.replace(
             own,

@@ -18,7 +18,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from infra.console import UserError
 from pipeline.checkpoints import WeightsError, explain_mismatch, make_linear, read_linear_head, read_state_dict
 from pipeline.digits import DIGITS_PREPROCESSING, make_digits_vit
 from pipeline.fake import FAKE_PREPROCESSING, make_fake_vit
+from pipeline.positions import Positions, original_positions, positions_of, resize_model
 from pipeline.preprocess import Preprocessing, resize_size_for
 
 #: What the blocks compute in. States leave as float32 whatever it is; in the half precisions the residual stream
@@ -44,11 +45,15 @@ COMPUTES = ("float32", "tf32", "bfloat16", "float16")
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "weights.safetensors"
 HEAD_FILE = "head.safetensors"
+POSITIONS_FILE = "positions.safetensors"
 
 SHIPPED = Path(__file__).parent / "weights"
 
 _HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 _FILES_VERSION = 1
+
+# Weights that depend on the image size.
+_OF_THE_GRID = ("pos_embed",)
 
 # A timm ViT. As an nn.Module, each of its attributes would be "Tensor | Module" to a type checker.
 Model = Any
@@ -83,12 +88,15 @@ class Teacher:
         name: timm's name, with its tag if it was given with one, or a built-in name.
         model: The ViT without classifier.
         head: Linear classifier of [final-norm CLS; mean of final-norm patches], if there is one.
-        preprocessing: How images become the pixels it expects.
+        preprocessing: How images become the pixels it expects. A teacher of rectangles shares mean and std with it; its
+            crop is the largest square within.
         compute: One of COMPUTES.
         device: Where it runs.
         dim: Channels of the residual stream.
         n_heads: Attention heads of a block.
         grid: Rows and columns of patches.
+        pixel_size: Height and width of the images it sees, px.
+        positions: Of patches, as the weights had them before they were resampled to `grid`; None if they were not.
         has_cls: Whether token 0 is a CLS token.
         n_registers: Further tokens before the patches: registers, or DeiT's distillation token.
     """
@@ -102,6 +110,8 @@ class Teacher:
     dim: int
     n_heads: int
     grid: tuple[int, int]
+    pixel_size: tuple[int, int]
+    positions: Positions | None
     has_cls: bool
     n_registers: int
     _block_extras: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...] = field(repr=False)
@@ -110,8 +120,15 @@ class Teacher:
 
     @property
     def image_size(self) -> int:
-        """Side of the square images it sees, px."""
-        return self.preprocessing.image_size
+        """Side of the square images it sees, px.
+
+        Raises:
+            TeacherError: It sees others; pixel_size has their height and width.
+        """
+        height, width = self.pixel_size
+        if height != width:
+            raise TeacherError(f"{self.name} was loaded for images of {height} x {width} px, expected square ones")
+        return height
 
     @property
     def n_layers(self) -> int:
@@ -131,10 +148,16 @@ class Teacher:
     @functools.cached_property
     def weights_digest(self) -> str:
         """sha256, in hex, over sorted names, dtypes, shapes and bytes of all weights, the head's included."""
-        state = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        if self.head is not None:
-            state |= {f"head.{name}": tensor for name, tensor in self.head.state_dict().items()}
-        return _digest(state)
+        return weights_digest_of(self.model, self.head)
+
+    @functools.cached_property
+    def core_digest(self) -> str:
+        """sha256, in hex, over all weights but position embeddings and head: the same at every image size.
+
+        Two teachers with one core digest are one teacher, loaded for images of different sizes, or with and without a
+        head; their weights digests differ then. So a Raptor trained on states at 224 px knows its teacher at 518 px.
+        """
+        return _digest({n: tensor for n, tensor in self.model.state_dict().items() if n not in _OF_THE_GRID})
 
     def layer_states(
         self, pixels: Float32[torch.Tensor, "batch 3 height width"]
@@ -155,9 +178,9 @@ class Teacher:
         Raises:
             ValueError: The pixels have another size.
         """
-        if pixels.shape[2:] != (self.image_size, self.image_size):
+        if pixels.shape[2:] != self.pixel_size:
             raise ValueError(
-                f"pixels are {list(pixels.shape[2:])}, expected {self.image_size} px squares for {self.name}"
+                f"pixels are {list(pixels.shape[2:])}, expected {list(self.pixel_size)} (height, width) for {self.name}"
             )
         with torch.no_grad(), self._precision(), self._recorder.recording() as record:
             self.model.forward_features(pixels.to(self.device, non_blocking=True))
@@ -219,12 +242,16 @@ class Teacher:
             "preprocessing": self.preprocessing.to_dict(),
             "weights_digest": self.weights_digest,
         }
+        if self.pixel_size != (self.preprocessing.image_size,) * 2:
+            config["pixel_size"] = list(self.pixel_size)
         files = {
             CONFIG_FILE: json.dumps(config, sort_keys=True, separators=(",", ":")).encode(),
             WEIGHTS_FILE: _save(self.model),
         }
         if self.head is not None:
             files[HEAD_FILE] = _save(self.head)
+        if self.positions is not None:
+            files[POSITIONS_FILE] = save_safetensors({"positions": self.positions.contiguous()})
         return files
 
     @contextmanager
@@ -242,7 +269,7 @@ class Teacher:
 def load_teacher(
     name: str,
     weights: str | os.PathLike[str] | None = None,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     head: str | os.PathLike[str] | None = None,
     device: str | torch.device = "cpu",
     compute: str = "float32",
@@ -253,7 +280,9 @@ def load_teacher(
         name: A timm ViT, such as "vit_base_patch14_reg4_dinov2.lvd142m", or the built-in "digits_vit".
         weights: None for timm's pretrained ones (for digits_vit: the shipped ones, with their head); "random:<seed>";
             or a local .safetensors, .pth, .pt or .bin file in timm's or Meta's naming.
-        image_size: px, a multiple of the patch side; None is the model's own size, except 224 where that is 518.
+        image_size: px, side of a square or (height, width), each a multiple of the patch side; None is the model's own
+            size, except 224 where that is 518. Positions are resampled (bicubic, antialiased) from the grid that the
+            weights have, in one step, and used as they are where that is the grid: 518 px for DINOv2.
         head: A file with a linear classifier of 2 dim values.
         device: For example "cpu" or "cuda:0".
         compute: One of COMPUTES.
@@ -267,22 +296,28 @@ def load_teacher(
         raise TeacherError(f"compute is {compute!r}; expected one of {', '.join(COMPUTES)}")
     weights = None if weights is None else os.fspath(weights)
     head = None if head is None else os.fspath(head)
-    model, preprocessing = _load_model(name, weights, image_size)
+    loaded = _load_model(name, weights, image_size)
+    model = loaded.model
     linear = read_linear_head(head, 2 * model.embed_dim) if head is not None else None
     if linear is None and name == "digits_vit" and weights is None:
         linear = make_linear(**load_safetensors_file(SHIPPED / "digits_vit_head.safetensors"))
-    return _assemble(name, model, linear, preprocessing, device, compute)
+    return assemble(name, loaded, linear, device, compute)
 
 
 def teacher_from_files(
-    files: Mapping[str, bytes], device: str | torch.device = "cpu", compute: str | None = None
+    files: Mapping[str, bytes],
+    device: str | torch.device = "cpu",
+    compute: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
 ) -> Teacher:
     """The teacher that `Teacher.to_files` described: the same weights to the bit, with no network.
 
     Args:
-        files: By name; others than the three are left alone.
+        files: By name; others than these are left alone.
         device: Where it shall run.
         compute: Overrides the recorded one.
+        image_size: px, as for load_teacher; None is the recorded one. Positions are resampled from the originals, which
+            are among the files if the recorded size had needed other ones.
 
     Raises:
         TeacherError: A file is missing or damaged, or the weights are not the ones the config names.
@@ -295,71 +330,114 @@ def teacher_from_files(
             )
         preprocessing = Preprocessing.from_dict(config["preprocessing"])
         name, recorded = config["name"], config["compute"]
-        model = _make_skeleton(name, preprocessing.image_size)
+        pixel_size = _both(config.get("pixel_size", preprocessing.image_size))
+        model = make_skeleton(name, pixel_size)
         model.load_state_dict(load_safetensors(files[WEIGHTS_FILE]))
+        positions = load_safetensors(files[POSITIONS_FILE])["positions"] if POSITIONS_FILE in files else None
         head = make_linear(**load_safetensors(files[HEAD_FILE])) if HEAD_FILE in files else None
         expected = config["weights_digest"]
     except (KeyError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
         raise TeacherError(f"the teacher's files cannot be used: {type(error).__name__}: {error}") from error
-    teacher = _assemble(name, model, head, preprocessing, device, compute or recorded)
-    if teacher.weights_digest != expected:
-        raise TeacherError(f"the teacher's weights have digest {teacher.weights_digest}, its config says {expected}")
-    return teacher
+    found = weights_digest_of(model, head)
+    if found != expected:
+        raise TeacherError(f"the teacher's weights have digest {found}, its config says {expected}")
+    loaded = Loaded(model=model, preprocessing=preprocessing, pixel_size=pixel_size, positions=positions)
+    if image_size is not None:
+        loaded = resize(name, loaded, _both(image_size))
+    return assemble(name, loaded, head, device, compute or recorded)
 
 
-def _load_model(name: str, weights: str | None, image_size: int | None) -> tuple[Model, Preprocessing]:
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model with its weights, and what is known of it before it runs; the attributes are Teacher's."""
+
+    model: Model
+    preprocessing: Preprocessing
+    pixel_size: tuple[int, int]
+    positions: Positions | None = None
+
+
+def resize(name: str, loaded: Loaded, pixel_size: tuple[int, int]) -> Loaded:
+    """The model for images of another size; it is changed in place. The squares it crops change with it.
+
+    Raises:
+        TeacherError: The size does not fit its patches, or it cannot change it.
+    """
+    if pixel_size == loaded.pixel_size:
+        return loaded
+    _require_whole_patches(name, loaded.model, pixel_size)
+    if not hasattr(loaded.model, "set_input_size"):
+        height, width = loaded.pixel_size
+        raise TeacherError(f"{name} sees images of {height} x {width} px only; give weights of it for another size")
+    positions = loaded.positions if loaded.positions is not None else positions_of(loaded.model)
+    resize_model(loaded.model, pixel_size, positions)
+    side = min(pixel_size)
+    preprocessing = replace(loaded.preprocessing, image_size=side, resize_size=resize_size_for(side))
+    kept = None if positions is None or tuple(positions.shape[:2]) == _grid_of(loaded.model) else positions
+    return Loaded(model=loaded.model, preprocessing=preprocessing, pixel_size=pixel_size, positions=kept)
+
+
+def _load_model(name: str, weights: str | None, image_size: int | tuple[int, int] | None) -> Loaded:
     if name in _BUILT_IN:
-        return _load_built_in(name, weights, image_size)
+        loaded = _load_built_in(name, weights)
+        return loaded if image_size is None else resize(name, loaded, _both(image_size))
     empty = _make_empty(name)
     _require_vit(name, empty)
     config = empty.pretrained_cfg
-    preprocessing = _preprocessing_of(name, empty, image_size)
-    options: dict[str, Any] = {"num_classes": 0, "img_size": preprocessing.image_size}
-    if weights is None:
-        return _fetch_pretrained(name, options), preprocessing
-    seed = _random_seed(weights)
-    if seed is not None:
-        return _with_seed(seed, lambda: timm.create_model(name, **options)), preprocessing
+    pixel_size = _pixel_size_of(name, empty, image_size)
+    preprocessing = _preprocessing_of(empty, min(pixel_size))
+    seed = None if weights is None else _random_seed(weights)
+    if weights is None or seed is not None:
+        make = functools.partial(timm.create_model, name, num_classes=0)  # at its own size, where its positions are
+        model: Model = _fetch_pretrained(name) if seed is None else _with_seed(seed, make)
+        own = _both(model.patch_embed.img_size)
+        loaded = Loaded(model=model, preprocessing=preprocessing, pixel_size=own)
+        return replace(resize(name, loaded, pixel_size), preprocessing=preprocessing)
+    options: dict[str, Any] = {"num_classes": 0, "img_size": pixel_size}
     state = _drop_classifier(read_state_dict(weights), config.get("classifier"))
     _require_patch_size(weights, state, empty)
     # timm lets a checkpoint with another number of classes be incomplete; without a classifier to adapt it is strict.
     overlay = {"state_dict": state, "classifier": None, "source": "", "custom_load": False}
     try:
-        model: Model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError, AssertionError) as error:
         raise WeightsError(
             f"weights {weights} do not fit {name}: {explain_mismatch(error)}. They belong to another model: name "
             "theirs with TEACHER=, or give other WEIGHTS"
         ) from error
     model.pretrained_cfg.pop("state_dict", None)  # else the file's tensors live as long as the teacher
-    return model, preprocessing
+    return Loaded(
+        model=model, preprocessing=preprocessing, pixel_size=pixel_size, positions=original_positions(state, model)
+    )
 
 
-def _load_built_in(name: str, weights: str | None, image_size: int | None) -> tuple[Model, Preprocessing]:
+def _load_built_in(name: str, weights: str | None) -> Loaded:
     built_in = _BUILT_IN[name]
-    size = built_in.preprocessing.image_size
-    if image_size not in (None, size):
-        raise TeacherError(f"{name} sees images of {size} px only, not {image_size}")
     seed = _random_seed(weights) if weights is not None else None
     if weights is None and name == "fake_vit":
         seed = 0
     if seed is not None:
-        return _with_seed(seed, built_in.make), built_in.preprocessing
-    path = weights if weights is not None else str(SHIPPED / f"{name}.safetensors")
-    model = built_in.make()
-    try:
-        model.load_state_dict(read_state_dict(path))
-    except RuntimeError as error:
-        raise WeightsError(f"weights {path} do not fit {name}: {explain_mismatch(error)}") from error
-    return model, built_in.preprocessing
+        model = _with_seed(seed, built_in.make)
+    else:
+        path = weights if weights is not None else str(SHIPPED / f"{name}.safetensors")
+        model = built_in.make()
+        try:
+            model.load_state_dict(read_state_dict(path))
+        except RuntimeError as error:
+            raise WeightsError(f"weights {path} do not fit {name}: {explain_mismatch(error)}") from error
+    preprocessing = built_in.preprocessing
+    return Loaded(model=model, preprocessing=preprocessing, pixel_size=_both(preprocessing.image_size))
 
 
-def _make_skeleton(name: str, image_size: int) -> Model:
-    """The architecture, its values to be overwritten."""
+def make_skeleton(name: str, pixel_size: tuple[int, int]) -> Model:
+    """The architecture for images of this height and width, its values to be overwritten."""
     if name in _BUILT_IN:
-        return _BUILT_IN[name].make()
+        model = _BUILT_IN[name].make()
+        if pixel_size != _both(_BUILT_IN[name].preprocessing.image_size):
+            resize_model(model, pixel_size)
+        return model
     _require_known(name)
-    return timm.create_model(name, num_classes=0, img_size=image_size)
+    return timm.create_model(name, num_classes=0, img_size=pixel_size)
 
 
 def _make_empty(name: str) -> Model:
@@ -412,15 +490,24 @@ def _heads_of(model: Model) -> int | None:
     return getattr(getattr(blocks[0], "attn", None), "num_heads", None)
 
 
-def _preprocessing_of(name: str, model: Model, image_size: int | None) -> Preprocessing:
-    config = model.pretrained_cfg
+def _pixel_size_of(name: str, model: Model, image_size: int | tuple[int, int] | None) -> tuple[int, int]:
     if image_size is None:
-        own = config["input_size"][-1]
+        own = model.pretrained_cfg["input_size"][-1]
         image_size = _DEFAULT_SIZES.get(own, own)
-    patch = model.patch_embed.patch_size[0]
-    if image_size < patch or image_size % patch:
-        nearest = max(patch, round(image_size / patch) * patch)
-        raise TeacherError(f"image size {image_size} px is no multiple of {name}'s {patch} px patches; try {nearest}")
+    pixel_size = _both(image_size)
+    _require_whole_patches(name, model, pixel_size)
+    return pixel_size
+
+
+def _require_whole_patches(name: str, model: Model, pixel_size: tuple[int, int]) -> None:
+    for side, patch in zip(pixel_size, model.patch_embed.patch_size):
+        if side < patch or side % patch:
+            nearest = max(patch, round(side / patch) * patch)
+            raise TeacherError(f"image size {side} px is no multiple of {name}'s {patch} px patches; try {nearest}")
+
+
+def _preprocessing_of(model: Model, image_size: int) -> Preprocessing:
+    config = model.pretrained_cfg
     return Preprocessing(
         image_size=image_size,
         resize_size=resize_size_for(image_size),
@@ -429,12 +516,25 @@ def _preprocessing_of(name: str, model: Model, image_size: int | None) -> Prepro
     )
 
 
-def _fetch_pretrained(name: str, options: dict[str, Any]) -> Model:
+def _both(size: Any) -> tuple[int, int]:
+    """Height and width, from either or from the side of a square."""
+    if isinstance(size, int):
+        return (size, size)
+    height, width = size
+    return (int(height), int(width))
+
+
+def _grid_of(model: Model) -> tuple[int, int]:
+    rows, columns = model.patch_embed.grid_size
+    return (int(rows), int(columns))
+
+
+def _fetch_pretrained(name: str) -> Model:
     config = timm.models.get_pretrained_cfg(name)
     if config is None or not config.has_weights:
         raise TeacherError(f"timm has no pretrained weights for {name}; give WEIGHTS=file or WEIGHTS=random:0")
     try:
-        return timm.create_model(name, pretrained=True, **options)
+        return timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # a dozen libraries' network errors, which share no base class
         raise TeacherError(
             f"the pretrained weights of {name} could not be fetched ({type(error).__name__}: {error}). Give "
@@ -467,23 +567,15 @@ def _with_seed(seed: int, make: Callable[[], Model]) -> Model:
         return make()
 
 
-def _assemble(
-    name: str,
-    model: Model,
-    head: nn.Linear | None,
-    preprocessing: Preprocessing,
-    device: str | torch.device,
-    compute: str,
-) -> Teacher:
+def assemble(name: str, loaded: Loaded, head: nn.Linear | None, device: str | torch.device, compute: str) -> Teacher:
     """Freeze, move, and look at one forward pass: what the blocks are given, and that all states have one shape."""
     device = torch.device(device)
-    model = model.requires_grad_(False).eval().to(device)
-    size = preprocessing.image_size
+    model = loaded.model.requires_grad_(False).eval().to(device)
     recorder = _Recorder(model)
     with torch.no_grad(), recorder.recording() as record:
-        model.forward_features(torch.zeros(1, 3, size, size, device=device))
+        model.forward_features(torch.zeros(1, 3, *loaded.pixel_size, device=device))
     has_cls = getattr(model, "cls_token", None) is not None
-    grid = tuple(int(side) for side in model.patch_embed.grid_size)
+    grid = _grid_of(model)
     n_prefix = int(model.num_prefix_tokens)
     shapes = {tuple(getattr(state, "shape", ())) for state in record.states}
     expected = (1, n_prefix + grid[0] * grid[1], model.embed_dim)
@@ -498,12 +590,14 @@ def _assemble(
         name=name,
         model=model,
         head=head.to(device) if head is not None else None,
-        preprocessing=preprocessing,
+        preprocessing=loaded.preprocessing,
         compute=compute,
         device=device,
         dim=expected[-1],
         n_heads=n_heads,
-        grid=(grid[0], grid[1]),
+        grid=grid,
+        pixel_size=loaded.pixel_size,
+        positions=loaded.positions,
         has_cls=has_cls,
         n_registers=n_prefix - int(has_cls),
         _block_extras=tuple(record.extras),
@@ -560,6 +654,14 @@ def _cuda_tf32(allowed: bool) -> Iterator[None]:
         yield
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+def weights_digest_of(model: Model, head: nn.Linear | None) -> str:
+    """As Teacher.weights_digest."""
+    state = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    if head is not None:
+        state |= {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
+    return _digest(state)
 
 
 def _save(module: nn.Module) -> bytes:

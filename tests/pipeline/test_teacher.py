@@ -119,12 +119,12 @@ def test_unusable_settings_are_refused() -> None:
         load_teacher(TINY, weights="random:0", image_size=65)
     with pytest.raises(TeacherError, match="compute is 'int8'; expected one of float32, tf32, bfloat16, float16"):
         load_teacher(TINY, weights="random:0", compute="int8")
-    with pytest.raises(TeacherError, match="digits_vit sees images of 32 px only, not 64"):
-        load_teacher("digits_vit", image_size=64)
+    with pytest.raises(TeacherError, match="30 px is no multiple of digits_vit's 4 px patches; try 32"):
+        load_teacher("digits_vit", image_size=(64, 30))
     with pytest.raises(WeightsError, match="asked for as random:0"):
         load_teacher(TINY, weights="random")
     teacher = load_teacher("fake_vit")
-    with pytest.raises(ValueError, match=r"pixels are \[8, 8\], expected 16 px squares for fake_vit"):
+    with pytest.raises(ValueError, match=r"pixels are \[8, 8\], expected \[16, 16\] \(height, width\) for fake_vit"):
         teacher.layer_states(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="cannot run from state 2 to 4; fake_vit has states 0 to 3"):
         teacher.run_blocks(torch.zeros(1, 19, 8), 2, 4)
