@@ -16,7 +16,7 @@ from storage_schemas import open_store
 from storage_schemas.digest import content_digest
 from tests.fault_proxy import Entry
 from tests.s3_servers import S3Server, read_only_environment, shared_server
-from trainer.run_files import WEIGHTS_KEY
+from trainer.run_files import BLOCK_KEY
 
 DOORS = {
     "pipeline": pipeline.__main__.main,
@@ -114,8 +114,8 @@ def test_the_whole_story(name: str, backend: str, type_in, tmp_path: Path, monke
         f"trainer train --store {store} --block 0-2 --steps 2 --device cpu --run s3://{bucket}/runs/0-2"
     )
     assert code == ExitCode.OK, said
-    weights = open_objects(f"s3://{bucket}/runs/0-2").get(WEIGHTS_KEY)
-    assert weights == open_objects(tmp_path / "run").get(WEIGHTS_KEY)
+    weights = open_objects(f"s3://{bucket}/runs/0-2").get(BLOCK_KEY)
+    assert weights == open_objects(tmp_path / "run").get(BLOCK_KEY)
     code, said = type_in(f"storage_schemas copy {store} s3://{bucket}/copied")
     assert code == ExitCode.OK, said
     assert content_digest(open_objects(f"s3://{bucket}/copied/val")) == content_digest(open_objects(local / "val"))
