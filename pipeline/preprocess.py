@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -131,8 +131,10 @@ class _QuietJpegFile(JpegImageFile):
 
 
 _PNG_MARK = b"\x89PNG\r\n\x1a\n"
-# Bit depth and colour type (0 is grey, 3 a palette) -> how a PNG's values are kept. Of fewer bits PIL would scale them.
-_PNG_VALUES: Mapping[tuple[int, ...], type] = {(8, 0): np.uint8, (8, 3): np.uint8, (16, 0): np.uint16}
+# Bit depth and colour type, 0 grey and 3 palette, in the header that every PNG begins with. Fewer bits PIL would scale.
+_PNG_VALUES = {(8, 0), (8, 3), (16, 0)}
+PNG_HEAD_NBYTES = 26
+_MARK_NBYTES = 8
 
 # First bytes -> reader: what torchvision's ImageFolder accepts by extension, and GIF, which turns up under other names.
 _READERS: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
@@ -205,14 +207,54 @@ def decode_png_values(data: bytes) -> UInt8[np.ndarray, "height width"] | UInt16
     Raises:
         BadImageError: The bytes are no PNG, or not of one channel; or they declare more than MAX_PIXELS.
     """
-    if data and not data.startswith(_PNG_MARK):
-        raise BadImageError("not_an_image", f"it begins with {data[:8]!r}, expected a PNG")
-    kind = tuple(data[24:26])  # bit depth and colour type, in the header that every PNG begins with
-    if data and kind not in _PNG_VALUES:
+    dtype = {8: np.uint8, 16: np.uint16}[png_bits(data)]
+    return _decoded(data, _refuse_large, lambda image: np.array(image, dtype=dtype))
+
+
+def png_bits(head: bytes) -> int:
+    """Bits of a pixel of a PNG with one channel, grey or of palette indices: 8 or 16.
+
+    Args:
+        head: At least the first PNG_HEAD_NBYTES of a file.
+
+    Raises:
+        BadImageError: It is no PNG, or another kind of one.
+    """
+    if not head:
+        raise BadImageError("empty", "the file has no bytes")
+    if not head.startswith(_PNG_MARK) or len(head) < PNG_HEAD_NBYTES:
+        raise BadImageError("not_an_image", f"it begins with {head[:8]!r}, expected a PNG")
+    depth, colour = head[24:26]
+    if (depth, colour) not in _PNG_VALUES:
+        kind = {0: "grey", 2: "RGB", 3: "palette", 4: "grey and alpha", 6: "RGBA"}.get(colour, f"colour type {colour}")
         raise BadImageError(
-            "undecodable", f"a PNG with {_png_kind(kind)}; expected one channel of 8 or 16 bits a pixel"
+            "undecodable", f"a PNG with {depth} bits of {kind}; expected one channel of 8 or 16 bits a pixel"
         )
-    return _decoded(data, _refuse_large, lambda image: np.array(image, dtype=_PNG_VALUES[kind]))
+    return depth
+
+
+def read_size(stream: BinaryIO) -> tuple[int, int]:
+    """Width and height in px that an image file declares; nothing of it is decoded.
+
+    Args:
+        stream: Of a whole file, at its beginning.
+
+    Raises:
+        BadImageError: It is no image that `decode_rgb` would take.
+    """
+    reader = _reader_for(stream.read(_MARK_NBYTES))
+    stream.seek(0)
+    try:
+        with _quiet(reader, _APNG_MARK):  # any PNG may be an animated one here
+            image = reader(stream)
+        _refuse_large(image.width, image.height)
+        return image.width, image.height
+    except (BadImageError, MemoryError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is None:  # PIL's own, about the bytes
+            raise BadImageError("undecodable", str(error)) from error
+        raise
+    except Exception as error:  # as in `_decoded`
+        raise BadImageError("undecodable", f"{type(error).__name__}: {error}") from error
 
 
 def _decoded(data: bytes, refuse: Callable[[int, int], None], finish: Callable[[Image.Image], _Out]) -> _Out:
@@ -303,12 +345,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     # Transparency never changes RGB values here, and PIL warns while it drops that of palettes.
     image.info.pop("transparency", None)
     return image.convert("RGB")
-
-
-def _png_kind(kind: tuple[int, ...]) -> str:
-    depth, colour = kind if len(kind) == 2 else (0, 0)
-    names = {0: "grey", 2: "RGB", 3: "palette", 4: "grey and alpha", 6: "RGBA"}
-    return f"{depth} bits of {names.get(colour, f'colour type {colour}')}"
 
 
 def _reader_for(data: bytes) -> type[ImageFile.ImageFile]:

@@ -42,8 +42,8 @@ class DepthBins:
     def index(self, depth: Float[Tensor, "*pixels"], *, unknown: int = NO_BIN) -> Int64[Tensor, "*pixels"]:
         """The bin that a depth in m lies in; `unknown` where it is not known.
 
-        A depth on an inner edge belongs to the bin below it, the minimum to the first bin. (The published code gives the
-        minimum the bin -1.)
+        A depth on an inner edge belongs to the bin below it, the minimum to the first bin (where the published code has
+        the bin -1).
         """
         bins = torch.bucketize(depth, self.edges(depth.device)) - 1
         return torch.where(self.is_known(depth), bins.clamp(0, self.n_bins - 1), unknown)

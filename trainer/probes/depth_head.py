@@ -1,6 +1,5 @@
 """The linear depth probe: scores of depth bins for every quarter of a patch."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
@@ -28,9 +27,8 @@ class DepthHead(nn.Module):
         self.conv = nn.Conv2d(2 * dim, n_bins, kernel_size=1)
 
     def forward(
-        self, patches: Float[Tensor, "batch rows columns dim"], cls: Float[Tensor, "batch dim"]
+        self, features: Float[Tensor, "batch channel rows columns"]
     ) -> Float[Tensor, "batch bin fine_rows fine_columns"]:
-        """Scores of bins."""
-        features = torch.cat([patches, cls[:, None, None].expand_as(patches)], dim=-1)
-        coarse = self.conv(features.permute(0, 3, 1, 2))
+        """Scores of bins from [patch; CLS] on the grid of patches."""
+        coarse = self.conv(features)
         return functional.interpolate(coarse, scale_factor=UPSAMPLING, mode="bilinear", align_corners=False)

@@ -15,9 +15,7 @@ EIGEN_ROWS = slice(45, 471)
 EIGEN_COLUMNS = slice(41, 601)
 
 
-def counted_pixels(
-    depth: Float[Tensor, "batch 480 640"], bins: DepthBins
-) -> Bool[Tensor, "batch 480 640"]:
+def counted_pixels(depth: Float[Tensor, "batch 480 640"], bins: DepthBins) -> Bool[Tensor, "batch 480 640"]:
     """Pixels that count in the error: inside the Eigen crop, with a known depth; at most 426 x 560 of an image.
 
     Raises:

@@ -8,9 +8,9 @@ from torch import Tensor
 class Confusion:
     """Pixels by their label and by what was predicted; fed batch by batch, and merged over processes by adding.
 
-    Ignored pixels are in no cell, so they change no intersection over union. Of a class that is neither among the labels
-    nor among the predictions there is nothing to say: it has no intersection over union, and the mean leaves it out. A
-    class that was predicted and is nowhere among the labels counts with 0.
+    Ignored pixels are in no cell, so they change no intersection over union. A class that is neither among the labels
+    nor among the predictions has no intersection over union, and the mean leaves it out. A class that was predicted and
+    is nowhere among the labels counts with 0.
 
     Attributes:
         counts: (label, predicted), exact.

@@ -1,0 +1,117 @@
+"""TASK=ade20k: semantic segmentation of ADE20K's 150 classes by one linear map of each patch.
+
+Source: seeds.md 1.11; KempnerInstitute/raptor:raptor/ade20k_probes. What compat changes is in docs/probes.md.
+"""
+
+from collections.abc import Callable
+
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from infra.console import UserError
+from trainer.probes.ade20k_data import N_CLASSES, open_ade20k
+from trainer.probes.backbone import Backbone
+from trainer.probes.segmentation_head import IGNORED, PatchClassifier, segmentation_loss, to_pixels
+from trainer.probes.segmentation_metrics import Confusion
+from trainer.probes.task import Asked, ProbeSettings, Task, TaskKind
+
+SIDE = 518  # px, or the multiple of the patch that is nearest
+
+_METRIC = "mIoU"
+_AT_A_TIME = 4  # images whose scores of every pixel are held while evaluating: 161 MB each
+
+SETTINGS = ProbeSettings(
+    n_epochs=10,
+    batch_size=32,
+    evaluation_batch_size=32,
+    learning_rate=1e-3,
+    weight_decay=1e-2,
+    schedule="warmup_cosine",
+    warmup_iterations=100,
+    clip_norm=1.0,
+    precision="float32",
+    drop_last=True,
+)
+
+
+def image_size(patch: int) -> tuple[int, int]:
+    """Height and width of the images, px, by the side of a patch."""
+    side = max(1, round(SIDE / patch)) * patch
+    return side, side
+
+
+def patch_grid(backbone: Backbone) -> Callable[[Float[Tensor, "batch token dim"]], Tensor]:
+    """Picks the patches out of all tokens, on their grid: (batch, row, column, dim)."""
+    (rows, columns), n_prefix = backbone.teacher.grid, backbone.teacher.n_prefix
+
+    def pick(tokens: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch row column dim"]:
+        return tokens[:, n_prefix:].unflatten(1, (rows, columns))
+
+    return pick
+
+
+class SegmentationMetric:
+    """mIoU and pixel accuracy of an evaluation; `trainer.probes.task.Metric`."""
+
+    def __init__(self, *, compat: bool = False) -> None:
+        self._compat = compat
+        self._confusion: Confusion | None = None
+
+    def add(self, output: Float[Tensor, "batch label row column"], target: UInt8[Tensor, "batch height width"]) -> None:
+        """Count a batch: scores on the grid of patches, and the labels of all pixels."""
+        if self._confusion is None:
+            self._confusion = Confusion(output.shape[1], ignore=IGNORED, device=output.device)
+        for logits, labels in zip(output.split(_AT_A_TIME), target.split(_AT_A_TIME)):
+            self._confusion.add(to_pixels(logits, _size(labels)).argmax(dim=1), labels)
+
+    def values(self) -> dict[str, float]:
+        """Shares from 0 to 1."""
+        assert self._confusion is not None, "values are asked for after an evaluation"
+        return {
+            _METRIC: self._confusion.mean_iou(compat=self._compat),
+            "pixel accuracy": self._confusion.pixel_accuracy(compat=self._compat),
+        }
+
+
+def open_task(asked: Asked, backbone: Backbone) -> Task:
+    """The task, its images checked.
+
+    Raises:
+        UserError: IMAGES is not given or not ADE20K; or HEAD or STORE is given, which this task has no use for.
+    """
+    if asked.images is None:
+        raise UserError("TASK=ade20k needs IMAGES=.../ADEChallengeData2016, the folder with images/ and annotations/")
+    if asked.head is not None:
+        raise UserError("TASK=ade20k begins with random weights: leave HEAD out")
+    teacher = backbone.teacher
+    train, validation = open_ade20k(asked.images, teacher.pixel_size)
+    dim = teacher.dim
+
+    def loss(
+        output: Float[Tensor, "batch label row column"], target: UInt8[Tensor, "batch height width"]
+    ) -> Float[Tensor, ""]:
+        return segmentation_loss(to_pixels(output, _size(target)), target)
+
+    def make_head() -> nn.Module:
+        return PatchClassifier(dim, N_CLASSES)
+
+    return Task(
+        name="ade20k",
+        metric=_METRIC,
+        higher_is_better=True,
+        settings=SETTINGS.changed(**asked.changes),
+        train=train,
+        evaluation=validation,
+        features=patch_grid(backbone),
+        make_head=make_head,
+        loss=loss,
+        make_metric=lambda: SegmentationMetric(compat=asked.compat),
+        identity={"pixel_size": list(teacher.pixel_size), "n_classes": N_CLASSES},
+    )
+
+
+def _size(labels: Tensor) -> tuple[int, int]:
+    return labels.shape[1], labels.shape[2]
+
+
+KIND = TaskKind(name="ade20k", image_size=image_size, open=open_task)
