@@ -18,36 +18,42 @@ StillOurs = Callable[[], None]
 
 
 @contextmanager
-def hold_folder(location: str) -> Iterator[StillOurs]:
+def hold_folder(location: str, variable: str = "RUN") -> Iterator[StillOurs]:
     """Keep other processes out of a folder; a dead process keeps nobody out.
+
+    Args:
+        location: The folder; made if it is missing.
+        variable: What the person typed it as, for messages.
 
     Raises:
         UserError: Another process is in it, or the folder cannot be made.
     """
     if os.path.exists(location) and not os.path.isdir(location):
-        raise UserError(f"RUN={location} is a file, not a folder: give another place (RUN=...)")
+        raise UserError(f"{variable}={location} is a file, not a folder: give another place ({variable}=...)")
     try:
         os.makedirs(location, exist_ok=True)
         lock = open(os.path.join(location, LOCK_NAME), "a")  # noqa: SIM115
     except OSError as error:
-        raise UserError(f"RUN={location} cannot be written: {error.strerror}. Give another place (RUN=...)") from error
+        raise UserError(
+            f"{variable}={location} cannot be written: {error.strerror}. Give another place ({variable}=...)"
+        ) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
-                f"another process is training in {location}: wait for it, stop it, or give another RUN"
+                f"another process is training in {location}: wait for it, stop it, or give another {variable}"
             ) from error
         except OSError as error:
             raise UserError(
-                f"RUN={location} lies on a file system without locks ({error.strerror}), so two processes "
-                "could write into it at once: give a place on a local disk (RUN=...)"
+                f"{variable}={location} lies on a file system without locks ({error.strerror}), so two processes "
+                f"could write into it at once: give a place on a local disk ({variable}=...)"
             ) from error
         yield lambda: None
 
 
 @contextmanager
-def hold_prefix(objects: Objects) -> Iterator[StillOurs]:
+def hold_prefix(objects: Objects, variable: str = "RUN") -> Iterator[StillOurs]:
     """Keep other processes out of objects that have no locks, by a heartbeat that is renewed every ten seconds.
 
     A process that was killed a moment ago on this machine is seen to be gone at once; one on another machine is given
@@ -58,7 +64,7 @@ def hold_prefix(objects: Objects) -> Iterator[StillOurs]:
     """
     other = find_living(lambda: _read_heartbeat(objects), say=say)
     if other is not None:
-        raise UserError(_in_use(objects, other))
+        raise UserError(_in_use(objects, other, variable))
     run_id = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.getpid()}-{os.urandom(3).hex()}"
 
     def put() -> None:
@@ -67,7 +73,7 @@ def hold_prefix(objects: Objects) -> Iterator[StillOurs]:
     def renew() -> None:
         found = _read_heartbeat(objects)
         if found is not None and found.run_id != run_id:
-            raise UserError(_in_use(objects, found))
+            raise UserError(_in_use(objects, found, variable))
         put()
 
     def release() -> None:
@@ -93,5 +99,7 @@ def _read_heartbeat(objects: Objects) -> Heartbeat | None:
         return None
 
 
-def _in_use(objects: Objects, other: Heartbeat) -> str:
-    return f"another process is training in {objects.location} ({other}): wait for it, stop it, or give another RUN"
+def _in_use(objects: Objects, other: Heartbeat, variable: str) -> str:
+    return (
+        f"another process is training in {objects.location} ({other}): wait for it, stop it, or give another {variable}"
+    )

@@ -146,7 +146,8 @@ class Task:
         make_metric: An empty sum.
         prepare: What happens to normalised pixels before they enter the backbone, such as padding.
         identity: Further JSON values that tell this task from a similar one, such as the digest of the head's file.
-        teacher_head: The metric that the teacher's own head reaches on the evaluation data, where that is known.
+        reads_head_input: `features` are the head input, which a store holds for the teacher: no patch need be read.
+        teacher_head: Measures what the teacher's own head reaches on the evaluation data; None where that is not known.
     """
 
     name: str
@@ -161,6 +162,7 @@ class Task:
     make_metric: Callable[[], Metric]
     prepare: Callable[[Tensor], Tensor] = nothing
     identity: Mapping[str, Any] = field(default_factory=dict)
+    reads_head_input: bool = False
     teacher_head: Callable[[], float | None] = lambda: None
 
 
