@@ -10,19 +10,30 @@ from torch import Tensor
 
 from infra.console import JobError
 from trainer.feed import Feed
+from trainer.workers import Workers
 
 
 class Meter:
-    """Losses and gradient norms since the last line of metrics, left on the device until that line is written."""
+    """Losses and gradient norms since the last line of metrics, left on the device until that line is written.
 
-    def __init__(self, feed: Feed) -> None:
-        self._feed = feed
+    `take` and `state_dict` are for all workers together.
+    """
+
+    def __init__(self, feed: Feed, workers: Workers) -> None:
+        self._feed, self._workers = feed, workers
         self._step = 0
         self._start_anew()
         self.restart_clock()
 
     def add(self, step: int, loss: Tensor, norm: Tensor, n_samples: int) -> None:
-        """Count one step. Does not wait for the device."""
+        """Count one step. Does not wait for the device.
+
+        Args:
+            step: Steps done.
+            loss: This worker's part of the batch's mean loss: all workers' parts add up to it.
+            norm: Of the whole batch's gradient.
+            n_samples: Of the whole batch.
+        """
         self._step = step
         self._losses.append(loss.detach())
         self._norms.append(norm.detach())
@@ -38,10 +49,9 @@ class Meter:
             "gradient_norm": math.fsum(norms) / len(norms),
         }
         elapsed = time.monotonic() - self._began
-        rates = {
-            "samples_per_s": self._n_timed / elapsed,
-            "loader_wait": (self._feed.waited_s - self._waited_s) / elapsed,
-        }
+        waited = (self._feed.waited_s - self._waited_s) / elapsed
+        elapsed, waited = self._workers.largest([elapsed, waited])  # all go at the pace of the slowest
+        rates = {"samples_per_s": self._n_timed / elapsed, "loader_wait": waited}
         self._start_anew()
         self.restart_clock()
         return means, rates
@@ -77,7 +87,8 @@ class Meter:
         """
         losses, norms = self._restored_losses, self._restored_norms
         if self._losses:
-            new_losses, new_norms = torch.stack([torch.stack(self._losses), torch.stack(self._norms)]).tolist()
+            summed = self._workers.sum(torch.stack(self._losses))
+            new_losses, new_norms = torch.stack([summed, torch.stack(self._norms)]).tolist()
             losses, norms = losses + new_losses, norms + new_norms
         bad = [value for value in (*losses, *norms) if not math.isfinite(value)]
         if bad:

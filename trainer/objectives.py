@@ -4,7 +4,7 @@ Every objective asks for model(x, layer) with an integer layer, one step of one 
 device, a compiled model sees one shape only, and a Raptor needs no routing on the device.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -15,6 +15,9 @@ from trainer.raptor import LayerModel
 
 States = Float[Tensor, "batch layer token dim"]
 
+Draws = torch.Generator | Sequence[torch.Generator] | None
+"""What noise is drawn from: one generator for the batch, one for each sample, or torch's global one."""
+
 
 def teacher_forced_loss(
     model: LayerModel,
@@ -22,7 +25,7 @@ def teacher_forced_loss(
     start: int,
     loss: Loss,
     noise: float | int = 0.0,
-    generator: torch.Generator | None = None,
+    generator: Draws = None,
 ) -> Float[Tensor, ""]:
     """Mean loss of predicting each state from the teacher's true one before it.
 
@@ -32,7 +35,8 @@ def teacher_forced_loss(
         start: Layer of states[:, 0].
         loss: loss(pred, target) on (batch, token, dim); a mean over samples.
         noise: Standard deviation of the Gaussian noise added to every input; 0 adds none at all.
-        generator: Draws the noise, on the device of states; None is torch's global one.
+        generator: Draws the noise, on the device of states; with one for each sample, a sample's noise is the same
+            whatever else is in the batch. None is torch's global one.
 
     Raises:
         ValueError: Fewer than two layers, or a negative noise.
@@ -49,7 +53,7 @@ def rollout_loss(
     start: int,
     loss: Loss,
     noise: float | int = 0.0,
-    generator: torch.Generator | None = None,
+    generator: Draws = None,
 ) -> Float[Tensor, ""]:
     """Mean loss of all states that the model predicts from its own predictions, beginning at the teacher's first.
 
@@ -67,7 +71,7 @@ def annealed_loss(
     loss: Loss,
     teacher_forcing: float | int,
     noise: float | int = 0.0,
-    generator: torch.Generator | None = None,
+    generator: Draws = None,
 ) -> Float[Tensor, ""]:
     """teacher_forcing * teacher-forced loss + (1 - teacher_forcing) * roll-out loss.
 
@@ -121,7 +125,7 @@ def brh_error(
 class _Noise:
     """Gaussian noise on a model's input. Standard deviation 0 hands the input through and draws nothing."""
 
-    def __init__(self, std: float | int, generator: torch.Generator | None) -> None:
+    def __init__(self, std: float | int, generator: Draws) -> None:
         if std < 0:
             raise ValueError(f"noise is {std}, expected a standard deviation of 0 or more")
         self.std = std
@@ -130,7 +134,12 @@ class _Noise:
     def __call__(self, x: Float[Tensor, "batch token dim"]) -> Float[Tensor, "batch token dim"]:
         if self.std == 0:
             return x
-        return x + self.std * torch.randn(x.shape, generator=self.generator, device=x.device, dtype=x.dtype)
+        if self.generator is None or isinstance(self.generator, torch.Generator):
+            return x + self.std * torch.randn(x.shape, generator=self.generator, device=x.device, dtype=x.dtype)
+        if len(self.generator) != len(x):
+            raise ValueError(f"{len(self.generator)} generators for {len(x)} samples: give one for each")
+        each = [torch.randn(x.shape[1:], generator=g, device=x.device, dtype=x.dtype) for g in self.generator]
+        return x + self.std * torch.stack(each)
 
 
 def _teacher_forced_terms(

@@ -20,10 +20,12 @@ from trainer.losses import TokenWeighted, mse
 from trainer.machine import Machine
 from trainer.meter import Meter
 from trainer.objectives import annealed_loss
+from trainer.order import random64
 from trainer.recipes import RECIPES, digits_stage1, imagenet_stage1, recipe_for
 from trainer.run_files import RunFiles
 from trainer.train import learning_rate_at, make_loss, make_model, train
 from trainer.validation import ValidationSet, validate
+from trainer.workers import Workers
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +71,15 @@ def test_logged_values_are_those_of_the_steps(data: TrainingData, lines: list[di
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=config.weight_decay)
     noise = torch.Generator().manual_seed(config.seed)
     losses, norms, sizes = [], [], []
-    with Feed(data.train, config, CPU) as feed:
+    with Feed(data.train, config, CPU, Workers.alone()) as feed:
         for step in range(5):
-            states = feed.next_states()
+            share = feed.next_share()
+            states = share.states
             forcing = 1 - step / config.teacher_forcing_steps
-            loss = annealed_loss(model, states, 0, mse, forcing, config.noise, noise)
+            key = int(torch.randint(2**63 - 1, (), generator=noise))
+            seeds = [int(word) % 2**63 for word in random64(key, share.sample_index)]
+            draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+            loss = annealed_loss(model, states, 0, mse, forcing, config.noise, draws)
             optimizer.zero_grad()
             (loss * len(states) / 16).backward()
             norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
@@ -251,8 +257,8 @@ def test_gpu_training_resumes_between_lines_of_metrics(tmp_path) -> None:
 def test_restored_losses_stay_on_the_host_whatever_the_device(data: TrainingData) -> None:
     """A checkpoint between two lines of metrics; "meta" stands for a device whose values lie elsewhere."""
     config = tiny_config()
-    with Feed(data.train, config, CPU) as feed:
-        before, after = Meter(feed), Meter(feed)
+    with Feed(data.train, config, CPU, Workers.alone()) as feed:
+        before, after = Meter(feed, Workers.alone()), Meter(feed, Workers.alone())
         for step, value in enumerate((0.1, 0.7), 1):
             before.add(step, torch.tensor(value), torch.tensor(2 * value), 16)
         with torch.device("meta"):
@@ -367,8 +373,9 @@ def test_imagenet_recipe_has_the_published_values(data: TrainingData) -> None:
 
 
 def test_shorter_runs_scale_their_phases(data: TrainingData) -> None:
-    for recipe in RECIPES.values():
-        full, short = recipe(Span(0, 2), data.train.spec, 3), recipe(Span(0, 2), data.train.spec, 3, n_steps=400)
+    pairs = Span(0, 1), Span(1, 2)
+    for recipe, spans in [(r, Span(0, 2)) for r in RECIPES[1].values()] + [(r, pairs) for r in RECIPES[2].values()]:
+        full, short = recipe(spans, data.train.spec, 3), recipe(spans, data.train.spec, 3, n_steps=400)
         for phase in ("warmup_steps", "teacher_forcing_steps"):
             assert getattr(short, phase) / 400 == pytest.approx(getattr(full, phase) / full.n_steps, abs=1 / 400)
 
