@@ -75,7 +75,7 @@ $(READY): requirements.txt pyproject.toml
 	  --config-settings editable_mode=compat
 	@touch $(READY)
 
-.PHONY: help venv extract plan stores inspect copy convert verify phases train teacher s3 bench test test-slow check format requirements
+.PHONY: help venv extract plan stores inspect copy convert verify phases train raptor teacher s3 bench test test-slow check format requirements
 
 venv: $(READY) ## make .venv and nothing else
 
@@ -105,8 +105,14 @@ verify: $(READY) ## re-read and check every object of a store; REPAIR=1 mends, R
 phases: $(READY) ## cut the depth into spans, with heat map and controls: make phases K=3
 	@$(PYTHON) -m analysis phases $(call flags,K STORE EPSILON OBJECTIVE OUT LIMIT ENDPOINT_URL) $(ARGS)
 
-train: $(READY) ## train one Raptor block on a store: make train BLOCK=0-7
-	@$(PYTHON) -m trainer train $(call flags,STORE BLOCK RUN STEPS SEED HEAD DEVICE RECIPE ENDPOINT_URL) $(call switch,PARTIAL) $(ARGS)
+TRAIN_VARIABLES := STORE BLOCKS RUN STEPS SEED REPLICA HEAD DEVICE RECIPE MICRO_BATCH WORKERS RAY_ADDRESS ENDPOINT_URL
+TRAIN_FLAGS = $(call flags,$(TRAIN_VARIABLES)) $(call switch,PARTIAL) $(ARGS)
+
+train: $(READY) ## stage 1: train one Raptor block on a store: make train BLOCK=0-7; BLOCK=all: all of BLOCKS=
+	@$(PYTHON) -m trainer train $(call flags,BLOCK AT_ONCE) $(TRAIN_FLAGS)
+
+raptor: $(READY) ## stage 2: train finished blocks together: make raptor BLOCKS=0-7,7-10,10-12
+	@$(PYTHON) -m trainer raptor $(call flags,BLOCK_SEEDS RUNS) $(call switch,OTHER_STORE) $(TRAIN_FLAGS)
 
 teacher: $(READY) ## train digits_vit, the small teacher that ships with the project (minutes)
 	@$(PYTHON) -m trainer teacher $(ARGS)

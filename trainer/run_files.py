@@ -6,6 +6,7 @@
     metrics.jsonl                   one line per logging interval and validation
     tensorboard/                    the same, for TensorBoard
     heartbeat.json                  where there are no file locks, as in S3: the process that is training here now
+    teacher/                        embedding, final norm and head of the teacher that it was trained on, no blocks
     block.safetensors               the trained weights; of several blocks: raptor.safetensors
     result.json                     the last validation; written last: the run is finished
 
@@ -41,6 +42,7 @@ RAPTOR_KEY = "raptor.safetensors"
 RESULT_KEY = "result.json"
 CHECKPOINTS_PREFIX = "checkpoints/"
 EVENTS_PREFIX = "tensorboard/"
+TEACHER_PREFIX = "teacher/"
 
 CHECKPOINT_FILES = ("model", "optimizer", "random")
 
@@ -198,6 +200,10 @@ class RunFiles:
             )
         return None
 
+    def saved_step(self) -> int:
+        """How far this run is: the step of its newest checkpoint, which was not read; 0 without any."""
+        return max(self._checkpoint_steps(), default=0)
+
     def _read_checkpoint(self, step: int) -> Checkpoint:
         name = _checkpoint_name(step)
         try:
@@ -285,6 +291,18 @@ class RunFiles:
                 f"{', '.join(map(str, bad[:10]))}{' ...' if len(bad) > 10 else ''}"
             )
         return lines
+
+    # ------------------------------------------------------------ the teacher's ends
+
+    def write_teacher_files(self, files: Mapping[str, bytes]) -> None:
+        """Put what the RUN keeps of its teacher (`trainer.raptor_teacher.ends_files`), by name."""
+        for name, data in files.items():
+            self._objects.put(f"{TEACHER_PREFIX}{name}", data)
+
+    def read_teacher_files(self) -> dict[str, bytes]:
+        """The same back; empty where nothing was kept."""
+        keys = [info.key for info in self._objects.list(TEACHER_PREFIX)]
+        return {key.removeprefix(TEACHER_PREFIX): self._objects.get(key) for key in keys}
 
     # ------------------------------------------------------------ the end
 

@@ -201,7 +201,7 @@ def test_small_blocks_use_one_thread(door: Door, store: str, tmp_path: Path) -> 
 
 def test_unknown_recipe_and_remote_run(door: Door, store: str, tmp_path: Path) -> None:
     code, _, err = door(store=store, block="0-2", run=tmp_path / "run", recipe="cifar")
-    assert (code, "digits_stage1, imagenet_stage1" in err) == (ExitCode.BAD_INPUT, True)
+    assert (code, "for stage 1 there are digits_stage1, imagenet_stage1" in err) == (ExitCode.BAD_INPUT, True)
     code, _, err = door(store=store, block="0-2", run="gopher://run")
     assert (code, "gopher://run" in err) == (ExitCode.BAD_INPUT, True)
 

@@ -1,18 +1,24 @@
 """What the commands that train share: the run's place and config, the claim on it, the loop, what is printed."""
 
 import os
+import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial as bind
 from pathlib import PurePath
+from typing import Any
 
+import torch
 from torch import Tensor
 
-from infra.console import ExitCode, UserError, human_duration, stop_on_signals
-from infra.objects import Objects, open_objects
+from infra.cluster import cluster_address, connected
+from infra.console import ExitCode, UserError, human_duration, say, stop_on_signals
+from infra.objects import open_objects
 from trainer.config import TrainConfig
-from trainer.data import TrainingData, frozen_shards
-from trainer.machine import Machine
+from trainer.data import TrainingData, frozen_shards, open_training_data
+from trainer.machine import Machine, torch_threads
 from trainer.recipes import RECIPES, recipe_for
 from trainer.report import finished_report, start_report
 from trainer.run_files import RunFiles
@@ -23,103 +29,242 @@ DEFAULT_STORE = "data/stores/digits"
 DEFAULT_RUNS = "data/runs"
 
 
-def default_run(store: str, block: str, seed: int) -> str:
-    """data/runs/<store>/<block>-seed<seed>; a store called train or val is named with its folder."""
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a training is to run, as typed. None of it changes what is learned beyond rounding.
+
+    Attributes:
+        device: None: the GPU if there is one.
+        threads: Of torch on a CPU; None: by the size of the blocks.
+        micro_batch: Most samples of one forward and backward pass; None cuts no batch.
+        workers: Processes of Ray Train; None: this process, without Ray.
+        ray_address: Of the cluster; None: Ray in this machine.
+    """
+
+    device: str | None = None
+    threads: int | None = None
+    micro_batch: int | None = None
+    workers: int | None = None
+    ray_address: str | None = None
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{name.upper()}={value}: expected 1 or more"
+            for name in ("threads", "micro_batch", "workers")
+            if (value := getattr(self, name)) is not None and value < 1
+        ]
+        if problems:
+            raise UserError("\n".join(problems))
+
+    @classmethod
+    def typed(
+        cls,
+        device: str | None,
+        threads: int | None,
+        micro_batch: int | None,
+        workers: int | None,
+        ray_address: str | None,
+    ) -> "Place":
+        """With the cluster of RAY_ADDRESS, if there is one: a training then goes there, with one worker if not more.
+
+        Raises:
+            UserError: A number is below 1.
+        """
+        address = cluster_address(ray_address)
+        return cls(
+            device=device,
+            threads=threads,
+            micro_batch=micro_batch,
+            workers=1 if workers is None and address is not None else workers,
+            ray_address=address,
+        )
+
+    def machine(self) -> Machine:
+        """This process's own.
+
+        Raises:
+            UserError: There is no such device here.
+        """
+        return Machine.found(self.device, micro_batch=self.micro_batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One training, ready to begin or to go on.
+
+    Attributes:
+        config: What to do.
+        data: What to read.
+        open_data: Opens the same data on a device, maybe in another process.
+        run: Where it goes.
+        initial: Weights to begin with; None draws them from the seed.
+        blocks: What these weights are, for the run's identity; empty for stage 1.
+    """
+
+    config: TrainConfig
+    data: TrainingData
+    open_data: Callable[[torch.device], TrainingData]
+    run: RunFiles
+    initial: Mapping[str, Tensor] | None = None
+    blocks: Sequence[Mapping[str, Any]] = field(default=())
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What the RUN is claimed for."""
+        joint = {"blocks": list(self.blocks)} if self.blocks else {}
+        return {"train": self.config.to_json(), "data": self.data.identity, **joint}
+
+
+def store_name(store: str) -> str:
+    """The last part of a store's place; one called train or val is named with its folder."""
     path = PurePath(os.path.normpath(store))
-    name = f"{path.parent.name}-{path.name}" if path.name in ("train", "val") and path.parent.name else path.name
-    return f"{DEFAULT_RUNS}/{name}/{block.strip()}-seed{seed}"
+    return f"{path.parent.name}-{path.name}" if path.name in ("train", "val") and path.parent.name else path.name
 
 
-def open_run(location: str) -> Objects:
-    """The objects of a RUN.
+def default_run(store: str, name: str, seed: int) -> str:
+    """data/runs/<store>/<name>-seed<seed>; the name of a block's run is its span."""
+    return f"{DEFAULT_RUNS}/{store_name(store)}/{name.strip()}-seed{seed}"
+
+
+def open_run(location: str) -> RunFiles:
+    """A RUN that may be written, or is finished.
 
     Raises:
-        UserError: No such place can be opened.
+        UserError: No such place can be opened, or nothing may be written there.
     """
     try:
-        return open_objects(location)
+        run = RunFiles(open_objects(location))
     except UserError as error:
         raise UserError(f"RUN={error}") from error
+    if run.read_result() is None:
+        run.check_writable()
+    return run
 
 
-def shards_of(run: RunFiles) -> dict[str, list[int]]:
-    """The shards that an earlier start of this run found, so that it goes on with the same."""
-    config = run.read_config()
-    return {} if config is None else frozen_shards(config["data"])
+def open_job_data(
+    store: str,
+    blocks: str,
+    *,
+    variable: str,
+    head: str | None,
+    partial: bool,
+    run: RunFiles,
+    device: torch.device,
+) -> tuple[TrainingData, Callable[[torch.device], TrainingData]]:
+    """What a run reads, and a function that opens it again in another process, with the same shards.
+
+    Raises:
+        UserError: Lists all that is wrong with the store and the blocks.
+    """
+    settings: dict[str, Any] = {"variable": variable, "head": head, "partial": partial}
+    begun = run.read_config() if partial else None
+    frozen = frozen_shards(begun["data"]) if begun else None
+    data = open_training_data(store, blocks, **settings, frozen=frozen, device=device)
+    settings |= {"head": absolute(head) if head else None, "frozen": frozen_shards(data.identity)}
+    return data, bind(_open_on, absolute(store), blocks, settings)
 
 
-def make_config(data: TrainingData, recipe: str, steps: int | None, seed: int) -> TrainConfig:
+def _open_on(store: str, blocks: str, settings: Mapping[str, Any], device: torch.device) -> TrainingData:
+    return open_training_data(store, blocks, **settings, device=device)
+
+
+def absolute(location: str) -> str:
+    """A place that means the same in another process: a local path in full."""
+    return location if "://" in location else os.path.abspath(location)
+
+
+def make_config(data: TrainingData, stage: int, recipe: str, steps: int | None, seed: int) -> TrainConfig:
     """The config of a recipe for a store; an empty recipe is the one that fits it.
 
     Raises:
-        UserError: There is no such recipe, or the numbers do not fit.
+        UserError: There is no such recipe for this stage, or the numbers do not fit.
     """
     spec = data.train.spec
-    name = recipe or recipe_for(spec)
-    if name not in RECIPES:
-        raise UserError(f"RECIPE={name} is unknown; there are {', '.join(RECIPES)}")
+    name = recipe or recipe_for(spec, stage)
+    if name not in RECIPES[stage]:
+        raise UserError(f"RECIPE={name} is unknown; for stage {stage} there are {', '.join(RECIPES[stage])}")
     last_layer = data.teacher.n_layers - 1 if data.teacher is not None else data.train.layers[-1]
     chosen = {} if steps is None else {"n_steps": steps}
-    return RECIPES[name](data.span, spec, last_layer, seed=seed, **chosen)
+    spans = data.span if stage == 1 else data.spans
+    return RECIPES[stage][name](spans, spec, last_layer, seed=seed, **chosen)
 
 
-def train_and_report(
-    config: TrainConfig,
-    data: TrainingData,
-    run: RunFiles,
-    machine: Machine,
-    variables: Mapping[str, str],
-    *,
-    initial: Mapping[str, Tensor] | None = None,
-    began: float,
-) -> int:
+def typed_variables(**typed: object) -> dict[str, str]:
+    """Of what was typed, what the next command needs again: no defaults, no empty values."""
+    return {name: str(value) for name, value in typed.items() if value}
+
+
+def make_command(target: str, variables: Mapping[str, object]) -> str:
+    """A line that can be typed; variables without a value are left out."""
+    typed = [f"{name}={shlex.quote(str(value))}" for name, value in variables.items() if value not in (None, "")]
+    return " ".join(["make", target, *typed])
+
+
+def train_and_report(job: Job, place: Place, variables: Mapping[str, str], *, began: float) -> int:
     """Claim the RUN, train it to the end and say what came out; of a finished run, only the latter.
 
     Args:
-        config: What to do.
-        data: What to read.
-        run: Where it goes.
-        machine: Where to compute.
+        job: What to train.
+        place: Where.
         variables: What the person typed and the next command needs again.
-        initial: Weights to begin with.
         began: When the command did, by time.monotonic().
 
     Returns:
         An ExitCode.
     """
-    identity = {"train": config.to_json(), "data": data.identity}
-    if not run.is_of(identity) or run.read_result() is None:
-        with run.exclusive() as still_ours:
-            run.claim(identity)
-            if not _train(config, data, run, machine, initial, still_ours):
+    if not job.run.is_of(job.identity) or job.run.read_result() is None:
+        with job.run.exclusive() as still_ours:
+            job.run.claim(job.identity)
+            if not _train(job, place, still_ours):
                 return ExitCode.INTERRUPTED
         done = f"This command took {human_duration(time.monotonic() - began)}."
     else:
-        done = f"This run is finished; there is nothing to do. For another one give RUN, or delete {run.location}"
-    result = run.read_result()
+        done = f"This run is finished; there is nothing to do. For another one give RUN, or delete {job.run.location}"
+    result = job.run.read_result()
     assert result is not None
-    print(finished_report(config, data, run, result, variables))
+    print(finished_report(job.config, job.data, job.run, result, variables))
     print(f"\n{done}")
     return ExitCode.OK
 
 
-def _train(
-    config: TrainConfig,
-    data: TrainingData,
-    run: RunFiles,
-    machine: Machine,
-    initial: Mapping[str, Tensor] | None,
-    still_ours: StillOurs,
-) -> bool:
+def _train(job: Job, place: Place, still_ours: StillOurs) -> bool:
     """Train to the end; False if a signal asked to stop before it."""
-    print(start_report(config, data, run, machine), file=sys.stderr)
-    with stop_on_signals() as signalled:
-
-        def stop() -> bool:
-            still_ours()
-            return signalled()
-
-        finished = train(config, data, run, machine=machine, initial=initial, stop=stop) is not None
+    machine = place.machine()
+    print(start_report(job.config, job.data, job.run, machine), file=sys.stderr)
+    if place.workers is None:
+        torch.set_num_threads(place.threads or torch_threads(job.data.train.spec.dim))
+        with stop_on_signals() as signalled:
+            stop = _either(signalled, still_ours)
+            finished = train(job.config, job.data, job.run, machine=machine, initial=job.initial, stop=stop) is not None
+    else:
+        finished = _train_on_ray(job, place, place.workers, still_ours)
     if not finished:
-        print(f"stopped; everything is saved in {run.location}. The same command goes on", file=sys.stderr)
+        say(f"stopped; everything is saved in {job.run.location}. The same command goes on")
     return finished
+
+
+def _train_on_ray(job: Job, place: Place, n_workers: int, still_ours: StillOurs) -> bool:
+    from trainer.ray_train import train_on_ray
+
+    with connected(place.ray_address) as connection:
+        say(str(connection))
+        with stop_on_signals() as signalled:
+            return train_on_ray(
+                job.config,
+                job.open_data,
+                absolute(job.run.location),
+                n_workers=n_workers,
+                device=place.device,
+                threads=place.threads,
+                micro_batch=place.micro_batch,
+                initial=job.initial,
+                stop=_either(signalled, still_ours),
+            )
+
+
+def _either(signalled: Callable[[], bool], still_ours: StillOurs) -> Callable[[], bool]:
+    def stop() -> bool:
+        still_ours()
+        return signalled()
+
+    return stop

@@ -2,14 +2,21 @@
 
 import time
 
-import torch
-
 from infra.console import UserError
 from infra.s3_settings import use_endpoint
-from trainer.commands.start import DEFAULT_STORE, default_run, make_config, open_run, shards_of, train_and_report
-from trainer.data import open_training_data
-from trainer.machine import Machine, torch_threads
-from trainer.run_files import RunFiles
+from trainer.commands.blocks import parse_spans
+from trainer.commands.start import (
+    DEFAULT_STORE,
+    Job,
+    Place,
+    default_run,
+    make_config,
+    open_job_data,
+    open_run,
+    train_and_report,
+    typed_variables,
+)
+from trainer.published_runs import published_run
 
 
 def train_command(
@@ -19,11 +26,15 @@ def train_command(
     run: str = "",
     recipe: str = "",
     steps: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
+    replica: int | None = None,
     head: str | None = None,
     partial: bool = False,
     device: str | None = None,
     threads: int | None = None,
+    micro_batch: int | None = None,
+    workers: int | None = None,
+    ray_address: str | None = None,
     endpoint_url: str | None = None,
 ) -> int:
     """Train one block of a Raptor on the states of a span (stage 1). The same command again resumes.
@@ -35,40 +46,40 @@ def train_command(
             data/runs/<store>/<block>-seed<seed>.
         recipe: digits_stage1 or imagenet_stage1; empty: the one that fits the store's teacher.
         steps: Optimizer steps; warm-up and teacher forcing scale with them. None: the recipe's own number.
-        seed: Of initial weights, order of samples and noise.
+        seed: Of initial weights, order of samples and noise; None: 0.
+        replica: 1, 2 or 3: the seed as published, for the published spans.
         head: File with a linear classifier of 2 dim values, in the place of the teacher's own, for accuracy.
         partial: Train on an unfinished store, with the shards that it has now.
         device: For example cpu or cuda:0. None: the GPU if there is one.
         threads: Of torch on a CPU; a run is repeated bit for bit with the same number. None: one for blocks of fewer
             than 256 channels, else one per core.
+        micro_batch: Most samples of one forward and backward pass; less memory, the same result but for rounding.
+        workers: Processes that train it together through Ray Train; None: this one alone, without Ray, unless a
+            cluster is given.
+        ray_address: A Ray cluster to train on; None is RAY_ADDRESS, else none.
         endpoint_url: S3 endpoint, such as http://127.0.0.1:9000; None is AWS_ENDPOINT_URL, else Amazon's.
     """
     use_endpoint(endpoint_url)
     began = time.monotonic()
-    machine = Machine.found(device)
-    if threads is not None and threads < 1:
-        raise UserError(f"THREADS={threads}: expected 1 or more")
-    run_files = RunFiles(open_run(run or default_run(store, block, seed)))
-    if run_files.read_result() is None:
-        run_files.check_writable()
-    data = open_training_data(
-        store,
-        block,
-        head=head,
-        partial=partial,
-        frozen=shards_of(run_files) if partial else None,
-        device=machine.device,
+    place = Place.typed(device, threads, micro_batch, workers, ray_address)
+    machine = place.machine()
+    if replica is not None:
+        if seed is not None:
+            raise UserError("REPLICA stands for the seed: give one of them")
+        seed = published_run(parse_spans(block, "BLOCK"), replica, stage=1).seed
+    run_files = open_run(run or default_run(store, block, seed or 0))
+    data, open_again = open_job_data(
+        store, block, variable="BLOCK", head=head, partial=partial, run=run_files, device=machine.device
     )
-    config = make_config(data, recipe, steps, seed)
-    torch.set_num_threads(threads or torch_threads(data.train.spec.dim))
-    typed = {
-        "STORE": store if store != DEFAULT_STORE else "",
-        "HEAD": head,
-        "RECIPE": recipe,
-        "SEED": seed or "",
-        "PARTIAL": "1" if partial else "",
-        "DEVICE": device,
-        "ENDPOINT_URL": endpoint_url,
-    }
-    variables = {name: str(value) for name, value in typed.items() if value}
-    return train_and_report(config, data, run_files, machine, variables, began=began)
+    config = make_config(data, 1, recipe, steps, seed or 0)
+    variables = typed_variables(
+        STORE=store if store != DEFAULT_STORE else None,
+        HEAD=head,
+        RECIPE=recipe,
+        SEED=seed,
+        PARTIAL="1" if partial else None,
+        DEVICE=device,
+        ENDPOINT_URL=endpoint_url,
+    )
+    job = Job(config=config, data=data, open_data=open_again, run=run_files)
+    return train_and_report(job, place, variables, began=began)
