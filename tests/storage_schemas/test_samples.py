@@ -138,8 +138,9 @@ def test_the_source_digest_never_changes():
     assert source_digest([]) == "24a2958cf79f565136959e589c41b21c405ca77e9f574cf6b83897b042915109"
 
 
-@pytest.mark.parametrize("samples", [make_samples(40_000), in_tars(40_000)], ids=["objects", "tars"])
-def test_samples_take_few_bytes_and_their_order_in_memory_does_not_show(samples):
+@pytest.mark.parametrize("make", [make_samples, in_tars], ids=["objects", "tars"])
+def test_samples_take_few_bytes_and_their_order_in_memory_does_not_show(make):
+    samples = make(40_000)
     columns = Samples.of(iter(samples))
     assert columns.table.nbytes / len(columns) < 80
     order = np.random.default_rng(0).permutation(len(columns))
