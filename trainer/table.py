@@ -1,0 +1,344 @@
+"""The results table: what finished runs and probes measured, averaged over seeds, beside what was published.
+
+What is averaged was trained alike: two models are one variant if they differ in their seed alone. Nothing is averaged,
+or even shown together, that was measured on different data.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+
+from infra.console import UserError
+from trainer.paper import published
+from trainer.table_sources import FoundProbe, FoundRun
+from trainer.variants import BLOCK, Model, name_variants, variant_order
+
+HEAD = "head"
+ALL_TOKENS = "all"
+LAST, BEST = "last", "best"
+R2, MEAN_R2, REFERENCE_R2, EPSILON, LOSS = "R2", "mean R2", "R2 as published", "epsilon", "loss"
+TOP_1 = "top-1"
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One number of the table: a mean over seeds. The columns of the CSV file, in their order.
+
+    Attributes:
+        variant: Name of what was measured; the same name means the same training but for the seed.
+        what: "teacher", "raptor" or "block", which is a part of a Raptor.
+        n_blocks: Of the model; 0 for a teacher.
+        spans: Such as "0-7,7-10,10-12"; "" for a teacher.
+        task: Of a probe, or "head": the roll-out through the teacher's own head, with nothing trained on it; "" for
+            what is measured against the teacher's states.
+        quantity: "top-1" and "mIoU" as shares of 1, "RMSE (m)", "R2", "mean R2" (over layers without layer 0), "R2 as
+            published", "epsilon" (mean Frobenius norm of the error, of one image), "loss" of the roll-out.
+        higher_is_better: Of the quantity.
+        tokens: Token kind, or "all"; "" where it means nothing.
+        layer: Of R2 and epsilon; None for the others.
+        selection: "last" epoch, or "best", which was chosen on the samples that it is reported on; "" without epochs.
+        n: Measurements that were averaged.
+        mean: Their mean.
+        std: Their standard deviation (ddof 1); None for one measurement.
+        seeds: Of the models, for probes model/probe, in increasing order.
+        of_teacher: The mean as a share of the teacher's own; None where the teacher was not measured.
+        published: What was published for such a model.
+        published_std: Its standard deviation.
+        published_in: Where.
+    """
+
+    variant: str
+    what: str
+    n_blocks: int
+    spans: str
+    task: str
+    quantity: str
+    higher_is_better: bool
+    tokens: str
+    layer: int | None
+    selection: str
+    n: int
+    mean: float
+    std: float | None
+    seeds: str
+    of_teacher: float | None
+    published: float | None
+    published_std: float | None
+    published_in: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """All numbers, and what they were measured on.
+
+    Attributes:
+        rows: Teachers first, then Raptors by their number of blocks, then blocks.
+        notes: Sentences on the data, for people.
+    """
+
+    rows: Sequence[Row]
+    notes: Sequence[str]
+
+    def of(self, **values: object) -> list[Row]:
+        """The rows that have all these values."""
+        return [row for row in self.rows if all(getattr(row, name) == value for name, value in values.items())]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """One number of one run or probe; the fields are those of Row."""
+
+    model: Model
+    task: str
+    quantity: str
+    value: float
+    seed: str
+    higher_is_better: bool = True
+    tokens: str = ""
+    layer: int | None = None
+    selection: str = ""
+    teacher_value: float | None = None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return self.model.key, self.task, self.quantity, self.tokens, self.layer, self.selection
+
+
+def make_table(runs: Sequence[FoundRun], probes: Sequence[FoundProbe]) -> Table:
+    """Average over seeds.
+
+    Args:
+        runs: Finished runs.
+        probes: Finished probes.
+
+    Raises:
+        UserError: Lists everything that is there twice, with both places, and all data that do not belong together.
+    """
+    problems = [*_duplicates(runs, probes), *_mixed_data(runs), *_mixed_probes(probes)]
+    if problems:
+        raise UserError("\n  ".join(["these results do not make one table:", *problems]))
+    names = name_variants([*(run.model for run in runs), *(probe.model for probe in probes)])
+    measured = [*_of_teachers(runs), *(one for run in runs for one in _of_run(run)), *_of_probes(probes)]
+    groups: dict[tuple[Any, ...], list[_Measured]] = {}
+    for one in measured:
+        groups.setdefault(one.key, []).append(one)
+    rows = [_row(names[group[0].model.key], group) for group in groups.values()]
+    models = {group[0].model.key: group[0].model for group in groups.values()}
+    place = {names[key]: variant_order(model) for key, model in models.items()}
+    return Table(rows=sorted(rows, key=lambda row: place[row.variant]), notes=_notes(runs, probes))
+
+
+# ------------------------------------------------------------------ what was measured
+
+
+def _of_run(run: FoundRun) -> Iterable[_Measured]:
+    found, baselines, seed = run.validation, run.baselines, str(run.model.seed)
+    if found is None:  # imported, and not validated
+        return
+
+    def one(quantity: str, value: float, **about: Any) -> _Measured:
+        return _Measured(model=run.model, quantity=quantity, value=value, seed=seed, **{"task": "", **about})
+
+    if found["accuracy"] is not None:
+        teacher = None if baselines is None else baselines["teacher"]
+        yield one(TOP_1, found["accuracy"], task=HEAD, selection=LAST, teacher_value=teacher)
+    yield one(LOSS, found["loss"], higher_is_better=False)
+    for tokens, values in found["r2"].items():
+        yield one(MEAN_R2, float(np.mean(values)), tokens=tokens)
+        for layer, value in zip(found["layers"], values):
+            yield one(R2, value, tokens=tokens, layer=layer)
+    for layer, value, error in zip(found["layers"], found["reference_r2"], found["epsilon"]):
+        yield one(REFERENCE_R2, value, tokens=ALL_TOKENS, layer=layer)
+        yield one(EPSILON, error, tokens=ALL_TOKENS, layer=layer, higher_is_better=False)
+
+
+def _of_teachers(runs: Sequence[FoundRun]) -> Iterable[_Measured]:
+    """What the teachers' heads get right on their own last states, once for each teacher."""
+    seen: dict[str, _Measured] = {}
+    # Runs over the whole depth first: their teacher's own value is that of its stored last state.
+    for run in sorted(runs, key=lambda run: run.model.what == BLOCK):
+        if run.baselines is not None:
+            model = Model.of_teacher(run.model.teacher)
+            teacher = run.baselines["teacher"]
+            seen.setdefault(
+                model.key,
+                _Measured(
+                    model=model,
+                    task=HEAD,
+                    quantity=TOP_1,
+                    value=teacher,
+                    seed="",
+                    selection=LAST,
+                    teacher_value=teacher,
+                ),
+            )
+    return seen.values()
+
+
+def _of_probes(probes: Sequence[FoundProbe]) -> Iterable[_Measured]:
+    for probe in probes:
+        result = probe.result
+        seed = str(result.seed) if result.model_seed is None else f"{result.model_seed}/{result.seed}"
+        of_teacher = [one.result for one in probes if one.model.is_teacher_of(probe.model) and one.task == probe.task]
+        for selection in (LAST, BEST):
+            values = [getattr(one, selection) for one in of_teacher]
+            yield _Measured(
+                model=probe.model,
+                task=result.task,
+                quantity=result.metric,
+                higher_is_better=result.higher_is_better,
+                value=getattr(result, selection),
+                selection=selection,
+                seed=seed,
+                teacher_value=float(np.mean(values)) if values else None,
+            )
+
+
+def _row(variant: str, group: Sequence[_Measured]) -> Row:
+    first = group[0]
+    values = [one.value for one in group]
+    shares = [one.value / one.teacher_value for one in group if one.teacher_value]
+    known = published(first.model.teacher, first.model.n_blocks, first.task) if first.model.what != "block" else None
+    if first.selection == LAST and first.task != HEAD:
+        known = None  # the best epoch is what they report
+    return Row(
+        variant=variant,
+        what=first.model.what,
+        n_blocks=first.model.n_blocks,
+        spans=",".join(first.model.spans),
+        task=first.task,
+        quantity=first.quantity,
+        higher_is_better=first.higher_is_better,
+        tokens=first.tokens,
+        layer=first.layer,
+        selection=first.selection,
+        n=len(values),
+        mean=math.fsum(values) / len(values),
+        std=float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        seeds=" ".join(sorted((one.seed for one in group if one.seed), key=_as_numbers)),
+        of_teacher=math.fsum(shares) / len(shares) if len(shares) == len(group) else None,
+        published=None if known is None else known.mean,
+        published_std=None if known is None else known.std,
+        published_in="" if known is None else known.source,
+    )
+
+
+def _as_numbers(seed: str) -> list[int]:
+    return [int(part) for part in seed.split("/")]
+
+
+def _notes(runs: Sequence[FoundRun], probes: Sequence[FoundProbe]) -> list[str]:
+    notes = []
+    if runs:
+        sizes = sorted({run.validation["n_samples"] for run in runs if run.validation is not None})
+        teachers = ", ".join(sorted({run.model.teacher for run in runs}))
+        samples = " or ".join(f"{n:,}" for n in sizes)
+        store = runs[0].data_key[0][:12]
+        notes.append(
+            f"Roll-out of {len(runs)} runs against {teachers}, trained on store {store}, on {samples} validation samples."
+        )
+    for task in sorted({probe.task for probe in probes}):
+        of_task = [probe.result for probe in probes if probe.task == task]
+        notes.append(
+            f"{len(of_task)} probes on {task}: {of_task[0].n_train:,} training samples, reported on "
+            f"{of_task[0].n_evaluation:,}{', with the defects of the published code' * of_task[0].compat}."
+        )
+    return notes
+
+
+# ------------------------------------------------------------------ what does not belong together
+
+
+def _duplicates(runs: Sequence[FoundRun], probes: Sequence[FoundProbe]) -> list[str]:
+    names = name_variants([*(run.model for run in runs), *(probe.model for probe in probes)])
+    of_runs = _twice(runs, lambda run: (run.model.key, run.model.seed))
+    of_probes = _twice(probes, lambda one: (one.model.key, one.task, one.result.model_seed, one.result.seed))
+    return [
+        *(
+            f"{names[one.model.key]}, seed {one.model.seed}, is there twice: {one.location} and {other.location}. "
+            "Delete one, or give RUNS= without it"
+            for one, other in of_runs
+        ),
+        *(
+            f"{names[one.model.key]}, model seed {one.result.model_seed}, probe of {one.task} with seed "
+            f"{one.result.seed}, is there twice: {one.location} and {other.location}. Delete one, or give PROBES= "
+            "without it"
+            for one, other in of_probes
+        ),
+    ]
+
+
+def _twice(items: Sequence[_T], key: Callable[[_T], object]) -> list[tuple[_T, _T]]:
+    first: dict[object, _T] = {}
+    return [(first[key(item)], item) for item in items if first.setdefault(key(item), item) is not item]
+
+
+def _mixed_data(runs: Sequence[FoundRun]) -> list[str]:
+    """Runs on other stores, listed by store."""
+    stores: dict[tuple[str, ...], list[str]] = {}
+    for run in runs:
+        stores.setdefault(run.data_key, []).append(run.location)
+    if len(stores) < 2:
+        return []
+    return [
+        "runs were trained or validated on different data, which are not averaged. Give RUNS= of one of these:",
+        *(f"  {_about_data(key)}: {_some(places)}" for key, places in stores.items()),
+    ]
+
+
+def _about_data(key: Sequence[str]) -> str:
+    train, validation, *_ = key
+    return f"store {train[:12]} validated on {validation if ' ' in validation else validation[:12]}"
+
+
+def _mixed_probes(probes: Sequence[FoundProbe]) -> list[str]:
+    problems = []
+    for task in sorted({probe.task for probe in probes}):
+        of_task = [probe for probe in probes if probe.task == task]
+        for what, value_of in (
+            ("data", lambda one: one.result.data),
+            ("settings", lambda one: {**one.result.settings, "compat": one.result.compat}),
+            ("metrics", lambda one: {"metric": one.result.metric}),
+        ):
+            problems += _mixed(task, what, of_task, value_of)
+    return problems
+
+
+def _mixed(
+    task: str, what: str, probes: Sequence[FoundProbe], value_of: Callable[[FoundProbe], Mapping[str, Any]]
+) -> list[str]:
+    groups: list[tuple[Mapping[str, Any], list[str]]] = []
+    for probe in probes:
+        value = value_of(probe)
+        known = next((places for other, places in groups if other == value), None)
+        if known is None:
+            groups.append((value, [probe.location]))
+        else:
+            known.append(probe.location)
+    if len(groups) < 2:
+        return []
+    differing = {
+        name for value, _ in groups for name in value if any(other.get(name) != value[name] for other, _ in groups)
+    }
+    return [
+        f"probes of {task} have different {what}, which are not compared. Give PROBES= of one of these:",
+        *(
+            f"  {', '.join(f'{name} {_short(value.get(name))}' for name in sorted(differing))}: {_some(places)}"
+            for value, places in groups
+        ),
+    ]
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _some(places: Sequence[str]) -> str:
+    shown = ", ".join(places[:3])
+    return shown if len(places) <= 3 else f"{shown} and {len(places) - 3} more"
