@@ -240,7 +240,7 @@ def _notes(runs: Sequence[FoundRun], probes: Sequence[FoundProbe]) -> list[str]:
         samples = " or ".join(f"{n:,}" for n in sizes)
         store = runs[0].data_key[0][:12]
         notes.append(
-            f"Roll-out of {len(runs)} runs against {teachers}, trained on store {store}, on {samples} validation samples."
+            f"Roll-out of {len(runs)} runs against {teachers}, trained on store {store}, on {samples} samples."
         )
     for task in sorted({probe.task for probe in probes}):
         of_task = [probe.result for probe in probes if probe.task == task]
