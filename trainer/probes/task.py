@@ -7,7 +7,7 @@ backbone, and returns a `Task`, or raises a UserError that lists all that is wro
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float32, UInt8
@@ -85,6 +85,7 @@ class ProbeSettings:
         return replace(self, **{name: value for name, value in values.items() if value is not None})
 
 
+@runtime_checkable
 class Examples(Protocol):
     """Labelled images in an order of their own.
 
@@ -113,6 +114,7 @@ class Examples(Protocol):
         """
 
 
+@runtime_checkable
 class Metric(Protocol):
     """Sums over an evaluation."""
 
