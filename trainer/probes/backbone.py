@@ -6,7 +6,6 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from infra.console import UserError
 from pipeline.teacher import Teacher
 from storage_schemas import Store
 from trainer.trained import Trained
@@ -63,23 +62,6 @@ class Backbone:
             return self.teacher.final_norm(state.float())
 
 
-def make_backbone(teacher: Teacher, trained: Trained | None, digests: frozenset[str] = frozenset()) -> Backbone:
-    """The frozen model of a probe.
-
-    Args:
-        teacher: On the device of the probe.
-        trained: A finished run; None for the teacher itself.
-        digests: Digests of this teacher's weights that a run may name beside `teacher.weights_digest`: of the same
-            weights with another head, or at the image size that the run was trained at.
-
-    Raises:
-        UserError: Lists every reason why this run cannot stand for this teacher.
-    """
-    if trained is not None and (problems := _misfits(teacher, trained, digests | {teacher.weights_digest})):
-        raise UserError("\n  ".join([f"{trained.location} cannot be probed with {teacher.name}:", *problems]))
-    return Backbone(teacher=teacher, trained=trained)
-
-
 def check_store(backbone: Backbone, store: Store) -> list[str]:
     """Why this backbone cannot read its states from this store."""
     spec, teacher = store.spec, backbone.teacher
@@ -98,20 +80,27 @@ def check_store(backbone: Backbone, store: Store) -> list[str]:
     return problems
 
 
-def _misfits(teacher: Teacher, trained: Trained, digests: frozenset[str]) -> list[str]:
-    span, last = trained.raptor.span, teacher.n_layers - 1
+def misfits(teacher: Teacher, trained: Trained, digests: frozenset[str]) -> list[str]:
+    """Why this Raptor cannot stand for this teacher.
+
+    Args:
+        teacher: At any image size.
+        trained: A finished run.
+        digests: Of this teacher's weights, by which the run may know it: with one head or another, or none.
+    """
+    span, last, run = trained.raptor.span, teacher.n_layers - 1, f"RUN={trained.location}"
     problems = []
     if trained.teacher_digest not in digests:
         problems.append(
-            f"it was trained on a teacher whose weights have digest {trained.teacher_digest[:16]}, not "
-            f"{', '.join(sorted(digest[:16] for digest in digests))}: give the TEACHER and WEIGHTS, or the STORE, that "
-            "it was trained on, and the same HEAD if it was trained with one"
+            f"{run} was trained on a teacher whose weights have digest {trained.teacher_digest[:16]}; this "
+            f"{teacher.name} has {' or '.join(sorted(digest[:16] for digest in digests))}. Give the STORE, or TEACHER "
+            "and WEIGHTS, that it was trained on, and the same HEAD if it was trained with one"
         )
     if span.start != 0:
-        problems.append(f"it begins at state {span.start}; a probe needs one that begins at state 0, the embedding")
+        problems.append(f"{run} begins at state {span.start}; a probe needs one that begins at state 0, the embedding")
     if span.stop != last:
-        problems.append(f"it ends at state {span.stop}; a probe needs one that reaches state {last}, the last one")
+        problems.append(f"{run} ends at state {span.stop}; a probe needs one that reaches state {last}, the last one")
     dim = trained.result["blocks"][0]["dim"]
     if dim != teacher.dim:
-        problems.append(f"its blocks have {dim} channels, {teacher.name} has {teacher.dim}")
+        problems.append(f"the blocks of {run} have {dim} channels, {teacher.name} has {teacher.dim}")
     return problems

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from pipeline.teacher import Teacher
 from storage_schemas import Store
+from trainer.probes.backbone import Backbone, check_store
 from trainer.probes.features import stored_head_input, stored_labels
 
 TOP1 = "top-1"
@@ -56,3 +57,23 @@ def teacher_head_top1(teacher: Teacher, store: Store) -> float | None:
     with torch.no_grad():
         metric.add(teacher.head(head_input.to(teacher.device)).cpu(), stored_labels(store))
     return metric.values()[TOP1]
+
+
+def without_cls(backbone: Backbone) -> list[str]:
+    """Why a backbone gives no head input."""
+    name = backbone.teacher.name
+    return (
+        [] if backbone.teacher.has_cls else [f"{name} has no CLS token, which this task reads; probe another teacher"]
+    )
+
+
+def store_problems(store: Store, backbone: Backbone) -> list[str]:
+    """Why a probe cannot read this store."""
+    problems = check_store(backbone, store)
+    if not store.is_complete:
+        problems.append(f"{store.location} is not finished. Run the same make extract again")
+    elif not store.valid.any():
+        problems.append(f"{store.location} has no sample to use: all its images were bad")
+    elif int(stored_labels(store).min()) < 0:
+        problems.append(f"{store.location} has samples without a label (-1); a probe needs a class for each")
+    return problems

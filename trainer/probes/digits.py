@@ -19,8 +19,16 @@ from storage_schemas import Store, open_store
 from storage_schemas.errors import StoreError
 from storage_schemas.find import find_stores
 from trainer.data import split_hold_out, with_samples
-from trainer.probes.backbone import Backbone, check_store
-from trainer.probes.classification import TOP1, Top1, cross_entropy, linear_readout, teacher_head_top1
+from trainer.probes.backbone import Backbone
+from trainer.probes.classification import (
+    TOP1,
+    Top1,
+    cross_entropy,
+    linear_readout,
+    store_problems,
+    teacher_head_top1,
+    without_cls,
+)
 from trainer.probes.features import stored_labels
 from trainer.probes.task import Asked, ProbeSettings, Task, TaskKind
 
@@ -44,7 +52,7 @@ def open_digits(asked: Asked, backbone: Backbone) -> Task:
         UserError: Lists all that is wrong.
     """
     assert asked.store is not None, "the task has a default"
-    problems: list[str] = []
+    problems = without_cls(backbone)
     if asked.images is not None:
         problems.append(
             f"IMAGES={asked.images}: this task reads a store; extract one from those images, and give STORE"
@@ -91,18 +99,6 @@ def open_labelled_stores(location: str, backbone: Backbone, problems: list[str])
         train, evaluation = with_samples(train, taking), with_samples(train, held)
     problems += label_problems(train, evaluation)
     return train, evaluation
-
-
-def store_problems(store: Store, backbone: Backbone) -> list[str]:
-    """Why a probe cannot read this store."""
-    problems = check_store(backbone, store)
-    if not store.is_complete:
-        problems.append(f"{store.location} is not finished. Run the same make extract again")
-    elif not store.valid.any():
-        problems.append(f"{store.location} has no sample to use: all its images were bad")
-    elif int(stored_labels(store).min()) < 0:
-        problems.append(f"{store.location} has samples without a label (-1); a probe needs a class for each")
-    return problems
 
 
 def label_problems(train: Store, evaluation: Store) -> list[str]:

@@ -6,6 +6,7 @@ probe equals an uninterrupted one bit for bit.
 
 import copy
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -26,6 +27,7 @@ from trainer.probes.results import ProbeResult
 from trainer.probes.schedule import probe_learning_rate
 from trainer.probes.task import Examples, Task
 
+_MOST_LINES = 30  # that tell of epochs
 _LOOK_EVERY = 25  # iterations between two looks at the loss, each of which waits for the device
 
 
@@ -106,6 +108,11 @@ def data_identity(data: Examples | Store) -> dict[str, Any]:
     return dict(data.identity)
 
 
+def n_samples(data: Examples | Store) -> int:
+    """Samples that take part."""
+    return data.n_valid if isinstance(data, Store) else len(data)
+
+
 def best_epoch(values: Sequence[float], *, higher_is_better: bool) -> int:
     """Of the best value; the first one, of several."""
     sign = 1 if higher_is_better else -1
@@ -117,13 +124,16 @@ def iterations_per_epoch(n_samples: int, batch_size: int, *, drop_last: bool) ->
     return n_samples // batch_size if drop_last else -(-n_samples // batch_size)
 
 
-def train_probe(probe: Probe, files: ProbeFiles, *, stop: Callable[[], bool] = lambda: False) -> ProbeResult | None:
+def train_probe(
+    probe: Probe, files: ProbeFiles, *, stop: Callable[[], bool] = lambda: False, checkpoint_s: float = 10.0
+) -> ProbeResult | None:
     """Train from the last checkpoint, or from the beginning, to the end.
 
     Args:
         probe: What to do; the place must have been claimed for its identity.
         files: Where checkpoints, readouts and the result go.
         stop: Asked after every iteration; once it says yes, everything is saved and the function returns.
+        checkpoint_s: Epochs that end sooner than this after the last checkpoint, seconds, are not saved.
 
     Returns:
         The result, or None if it was stopped; call again to go on.
@@ -134,6 +144,7 @@ def train_probe(probe: Probe, files: ProbeFiles, *, stop: Callable[[], bool] = l
     """
     training = _Training(probe)
     saved = files.read_checkpoint()
+    saved_at = time.monotonic()
     if saved is not None:
         training.load(saved)
     with Progress(
@@ -147,8 +158,11 @@ def train_probe(probe: Probe, files: ProbeFiles, *, stop: Callable[[], bool] = l
         while True:
             if training.is_evaluation_due:
                 training.evaluate(progress)
-                files.save_checkpoint(training.checkpoint())
-                progress.say(training.last_line())
+                if time.monotonic() - saved_at >= checkpoint_s:
+                    files.save_checkpoint(training.checkpoint())
+                    saved_at = time.monotonic()
+                if training.is_worth_a_line:
+                    progress.say(training.last_line())
             if training.iteration == training.n_iterations:
                 break
             for n_samples in training.rest_of_epoch():
@@ -274,6 +288,12 @@ class _Training:
             self.best = _state_of(self.head)
         progress.status("")
         progress.fields(**{task.metric: f"{so_far[-1]:.4f}"})
+
+    @property
+    def is_worth_a_line(self) -> bool:
+        """Whether to tell of the epoch: of all, or of every n-th where there are many."""
+        n_epochs, epoch = self.probe.task.settings.n_epochs, self.iteration // self.n_per_epoch
+        return epoch % -(-n_epochs // _MOST_LINES) == 0 or epoch == n_epochs
 
     def last_line(self) -> str:
         """The last epoch in words."""

@@ -1,0 +1,136 @@
+"""`make probe`: a readout on a frozen teacher or Raptor."""
+
+import os
+import sys
+import time
+from pathlib import PurePath
+
+import torch
+
+from infra.console import ExitCode, UserError, human_duration, stop_on_signals
+from infra.objects import open_objects
+from infra.s3_settings import use_endpoint
+from trainer.machine import Machine, torch_threads
+from trainer.probes.open_backbone import Places, open_backbone
+from trainer.probes.probe_files import ProbeFiles
+from trainer.probes.report import finished_report, start_report
+from trainer.probes.results import DEFAULT_PROBES, ProbeResult
+from trainer.probes.task import Asked, Task, TaskKind, find_task
+from trainer.probes.train_probe import Probe, train_probe
+
+
+def probe_command(
+    *,
+    task: str = "",
+    run: str | None = None,
+    teacher: str | None = None,
+    weights: str | None = None,
+    store: str | None = None,
+    images: str | None = None,
+    head: str | None = None,
+    out: str | None = None,
+    label: str = "",
+    seed: int = 0,
+    compat: bool = False,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+    compute: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    endpoint_url: str | None = None,
+) -> int:
+    """Train a small readout on the last state of a frozen teacher, or of a Raptor. The same command again resumes.
+
+    Args:
+        task: imagenet, ade20k, nyuv2 or digits.
+        run: A finished Raptor from state 0 to the last: a folder or s3://bucket/prefix. None probes the teacher.
+        teacher: A timm ViT, or digits_vit; None: the one in the store.
+        weights: Of the teacher, as for make extract; with teacher.
+        store: A store, or a folder with the stores train and val. digits reads its features there (None:
+            data/stores/digits); imagenet evaluates on its val; all take the teacher from it.
+        images: The data set: a folder with train/ and val/ of class folders (imagenet), ADEChallengeData2016 (ade20k),
+            the folder that holds data/nyu2_train.csv (nyuv2).
+        head: File of a linear head that the readout begins with (imagenet).
+        out: Folder or s3://bucket/prefix for the result; None: data/probes/<store or teacher>/<what>-<task>-seed<seed>.
+        label: Name of the row in the table of results; empty: the teacher's name, or such as "Raptor k=3".
+        seed: Of the readout, the order of samples and their augmentation.
+        compat: Restore the defects of the published code that published numbers depend on.
+        epochs: In the place of the recipe's number.
+        batch_size: Samples of a step, in the place of the recipe's.
+        learning_rate: In the place of the recipe's.
+        compute: Of the teacher's blocks: float32, tf32, bfloat16 or float16; None: as in the store, else float32.
+        device: For example cpu or cuda:0. None: the GPU if there is one.
+        threads: Of torch on a CPU; a probe is repeated bit for bit with the same number. None: one for teachers of
+            fewer than 256 channels, else one per core.
+        endpoint_url: S3 endpoint, such as http://127.0.0.1:9000; None is AWS_ENDPOINT_URL, else Amazon's.
+    """
+    began = time.monotonic()
+    use_endpoint(endpoint_url)
+    kind = find_task(task)
+    machine = Machine.found(device)
+    if threads is not None and threads < 1:
+        raise UserError(f"THREADS={threads}: expected 1 or more")
+    place = store or kind.default_store
+    asked = Asked(
+        images=images,
+        store=place,
+        head=head,
+        compat=compat,
+        seed=seed,
+        changes={"n_epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate},
+        device=machine.device,
+    )
+    places = Places(run=run, teacher=teacher, weights=weights, store=place, head=head, compute=compute)
+    probe = _open(kind, asked, places, label)
+    torch.set_num_threads(threads or torch_threads(probe.backbone.teacher.dim))
+    files = ProbeFiles(open_objects(out or default_out(place, probe, run)))
+    result = files.read_result() if files.is_of(probe.identity()) else None
+    done = f"This probe is finished; there is nothing to do. For another one give OUT, or delete {files.location}"
+    if result is None:
+        result = _train(probe, files)
+        if result is None:
+            return ExitCode.INTERRUPTED
+        done = f"This command took {human_duration(time.monotonic() - began)}."
+    print(finished_report(result, files.location))
+    print(f"\n{done}")
+    return ExitCode.OK
+
+
+def _open(kind: TaskKind, asked: Asked, places: Places, label: str) -> Probe:
+    """Backbone and task, or one error with all that is wrong with them."""
+    problems: list[str] = []
+    opened: Task | None = None
+    backbone = open_backbone(places, kind, asked.device, problems)
+    if backbone is not None:
+        try:
+            opened = kind.open(asked, backbone)
+        except UserError as error:
+            problems.append(str(error))
+    if problems or backbone is None or opened is None:
+        raise UserError("\n  ".join([f"make probe TASK={kind.name} cannot start:", *problems]))
+    return Probe(task=opened, backbone=backbone, seed=asked.seed, label=label, compat=asked.compat)
+
+
+def _train(probe: Probe, files: ProbeFiles) -> ProbeResult | None:
+    """Train to the end; None if a signal asked to stop before it."""
+    with files.exclusive() as still_ours:
+        files.claim(probe.identity())
+        print(start_report(probe, files.location), file=sys.stderr)
+        with stop_on_signals() as signalled:
+
+            def stop() -> bool:
+                still_ours()
+                return signalled()
+
+            result = train_probe(probe, files, stop=stop)
+    if result is None:
+        print(f"stopped; everything is saved in {files.location}. The same command goes on", file=sys.stderr)
+    return result
+
+
+def default_out(store: str | None, probe: Probe, run: str | None) -> str:
+    """data/probes/<store or teacher>/<what>-<task>-seed<seed>."""
+    where = PurePath(os.path.normpath(store)).name if store else probe.backbone.teacher.name
+    what = PurePath(os.path.normpath(run)).name if run else "teacher"
+    return f"{DEFAULT_PROBES}/{where}/{what}-{probe.task.name}-seed{probe.seed}"

@@ -1,0 +1,123 @@
+"""From RUN, TEACHER, WEIGHTS and STORE, as a person types them, to the frozen model of a probe."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from infra.console import UserError, say
+from infra.objects import ObjectError
+from pipeline.checkpoints import read_linear_head
+from pipeline.teacher import Teacher, load_teacher, teacher_from_files
+from storage_schemas import open_store
+from storage_schemas.errors import StoreError
+from storage_schemas.find import find_stores
+from trainer.probes.backbone import Backbone, misfits
+from trainer.probes.task import TaskKind
+from trainer.trained import Trained, read_trained
+
+_UNKNOWN = "none"  # what a run says of its teacher if its store held none
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """What was typed; None for what was not.
+
+    Attributes:
+        run: RUN: a finished Raptor.
+        teacher: TEACHER: a timm name, or a built-in one.
+        weights: WEIGHTS: of the teacher.
+        store: STORE, or the task's default: it holds the teacher where neither TEACHER nor WEIGHTS was typed.
+        head: HEAD: a run that was trained with it knows its teacher by it.
+        compute: COMPUTE, of the teacher's blocks; None: as the store's, else float32.
+    """
+
+    run: str | None
+    teacher: str | None
+    weights: str | None
+    store: str | None
+    head: str | None
+    compute: str | None
+
+
+def open_backbone(places: Places, kind: TaskKind, device: torch.device, problems: list[str]) -> Backbone | None:
+    """The frozen model of a probe; what is wrong goes to the problems, and None comes back if it cannot be had."""
+    trained = _open_run(places.run, device, problems)
+    try:
+        small, teacher = _open_teacher(places, kind, device)
+    except (UserError, StoreError, ObjectError) as error:
+        problems.append(str(error))
+        return None
+    if trained is None:
+        return Backbone(teacher=teacher) if places.run is None else None
+    digests = _digests(small, places.head)
+    if trained.teacher_digest == _UNKNOWN:
+        say(f"{trained.location} does not say what teacher it was trained on; {teacher.name} is taken for it")
+        digests |= {_UNKNOWN}
+    if found := misfits(teacher, trained, digests):
+        problems += found
+        return None
+    return Backbone(teacher=teacher, trained=trained)
+
+
+def _open_run(location: str | None, device: torch.device, problems: list[str]) -> Trained | None:
+    if location is None:
+        return None
+    try:
+        return read_trained(location, device=device)
+    except (UserError, ObjectError) as error:
+        problems.append(f"RUN={location}: {error}")
+        return None
+
+
+def _open_teacher(places: Places, kind: TaskKind, device: torch.device) -> tuple[Teacher, Teacher]:
+    """The teacher at the size that runs were trained at, and at the size that the task needs.
+
+    Raises:
+        UserError, StoreError, ObjectError: It cannot be had.
+    """
+    compute = places.compute
+    if places.teacher is not None:
+        name, weights = places.teacher, places.weights
+        small = load_teacher(name, weights, device=device, compute=compute or "float32")
+        size = _size_for(kind, small)
+        if size is None:
+            return small, small
+        return small, load_teacher(name, weights, image_size=size, device=device, compute=small.compute)
+    if places.weights is not None:
+        raise UserError(f"WEIGHTS={places.weights} was given without TEACHER, the name of the model that they fit")
+    if places.store is None:
+        raise UserError("TEACHER is missing: give its name (and WEIGHTS), or a STORE that holds it")
+    files = _teacher_files(places.store)
+    small = teacher_from_files(files, device=device, compute=compute)
+    size = _size_for(kind, small)
+    if size is None:
+        return small, small
+    return small, teacher_from_files(files, device=device, compute=compute, image_size=size)
+
+
+def _size_for(kind: TaskKind, teacher: Teacher) -> tuple[int, int] | None:
+    """The image size that a task needs, if it is another one than the teacher's."""
+    size = None if kind.image_size is None else kind.image_size(teacher.model.patch_embed.patch_size[0])
+    return None if size == teacher.pixel_size else size
+
+
+def _teacher_files(location: str) -> dict[str, bytes]:
+    stores = find_stores(location)
+    store = open_store(stores.get("", stores.get("train", next(iter(stores.values())))))
+    files = store.read_teacher_files()
+    if not files:
+        raise UserError(f"STORE={location} holds no teacher: give TEACHER and WEIGHTS, those it was made with")
+    return files
+
+
+def _digests(teacher: Teacher, head: str | None) -> frozenset[str]:
+    """By which a run may know these weights: with the teacher's own head, with HEAD, or with none.
+
+    Raises:
+        WeightsError: The head cannot be read.
+    """
+    heads = [teacher.head, None]
+    if head is not None:
+        heads.append(read_linear_head(head, 2 * teacher.dim).to(teacher.device))
+    return frozenset(dataclasses.replace(teacher, head=one).weights_digest for one in heads)
