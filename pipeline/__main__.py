@@ -11,7 +11,7 @@ import tyro
 from infra.console import ExitCode, JobError, Progress, UserError, human_bytes, human_duration, run_door, say
 from infra.objects import ObjectError, open_objects
 from infra.s3_settings import use_endpoint
-from pipeline.extract import exit_code, extract
+from pipeline.extract import exit_code, extract_and_tell
 from pipeline.job import plan_of
 from pipeline.measure import images_per_s
 from pipeline.plan import describe
@@ -44,9 +44,7 @@ def run_extract(config: _Config, run: _Run, endpoint_url: str | None = None) -> 
         endpoint_url: S3 endpoint, such as http://127.0.0.1:9000; None is AWS_ENDPOINT_URL, else Amazon's.
     """
     use_endpoint(endpoint_url)
-    results = extract(config, run)
-    print(summarise(results, store_root(config)))
-    return exit_code(results)
+    return extract_and_tell(config, run)
 
 
 def run_plan(

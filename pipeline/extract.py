@@ -22,9 +22,18 @@ from pipeline.place import (
 )
 from pipeline.rounds import Rounds
 from pipeline.run_log import AtWork, at_work
-from pipeline.settings import ExtractConfig, PlannedStore, check_inputs, make_teacher, plan_stores, split_location
+from pipeline.settings import (
+    ExtractConfig,
+    PlannedStore,
+    check_inputs,
+    make_teacher,
+    plan_stores,
+    split_location,
+    store_root,
+)
 from pipeline.shard_writer import counted_requests
 from pipeline.sources import open_sources
+from pipeline.summary import summarise
 from pipeline.teacher import Teacher
 from pipeline.workers import RunConfig, check_run, ray_for
 
@@ -63,6 +72,15 @@ def extract(
     results = extract_planned(planned, run, overwrite=config.overwrite, teacher_factory=teacher_factory)
     results[0].requests.update(probes)
     return results
+
+
+def extract_and_tell(
+    config: ExtractConfig, run: RunConfig, *, teacher_factory: Callable[[str], Teacher] | None = None
+) -> int:
+    """`extract`, its summary printed; returns the exit code."""
+    results = extract(config, run, teacher_factory=teacher_factory)
+    print(summarise(results, store_root(config)))
+    return exit_code(results)
 
 
 def extract_planned(

@@ -16,6 +16,7 @@ from pipeline.run_log import at_work
 from pipeline.settings import ExtractConfig, PlannedStore, check_config, make_teacher, plan_split, split_location
 from pipeline.sources import Source, open_sources
 from pipeline.teacher import Teacher, teacher_from_files
+from pipeline.teacher_kinds import kind_of
 from pipeline.workers import RunConfig, check_run
 from storage_schemas.create import StoreDocument, identity_differences, plan_documents, read_store_document
 from storage_schemas.documents import sha256, unseal
@@ -101,7 +102,7 @@ def _settings_of(spec: StoreSpec, config: ExtractConfig) -> ExtractConfig:
     """The settings that lead to this identity; images, store, weights and head stay as given."""
     return dataclasses.replace(
         config,
-        teacher=spec.teacher,
+        teacher=config.teacher if kind_of(config.teacher or "") else spec.teacher,
         image_size=spec.preprocessing["image_size"],
         resize_size=spec.preprocessing["resize_size"],
         interpolation=spec.preprocessing["interpolation"],

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import PurePath
 
 from infra.console import UserError
 from infra.objects import check_location
@@ -12,6 +13,7 @@ from pipeline.locations import is_remote, lies_in, plain_location
 from pipeline.preprocess import Preprocessing
 from pipeline.sources import DIGITS, Source, images_name, open_sources, storage_order
 from pipeline.teacher import Teacher, load_teacher
+from pipeline.teacher_kinds import kind_of
 from storage_schemas.samples import Samples, samples_to_bytes, source_digest
 from storage_schemas.spec import (
     BACKENDS,
@@ -37,8 +39,9 @@ class ExtractConfig:
         images: "digits"; a folder of class folders or of WebDataset tars, or one with such folders train/ and val/; or
             tars by a pattern such as s3://bucket/train-{000000..000146}.tar. Here, on s3://, or at any URL of fsspec's.
         store: Where the store goes, or the stores train and val: a folder, or s3://bucket/prefix; None is
-            data/stores/<name of images>.
-        teacher: Any timm ViT, or digits_vit; None is digits_vit for digits, else DINOv2 ViT-B/14 with registers.
+            data/stores/<name of images>, for a Raptor data/stores/<name of images>-run-<name of its run>.
+        teacher: Any timm ViT, or digits_vit, or run:<RUN> for the Raptor of a finished run; None is digits_vit for
+            digits, else DINOv2 ViT-B/14 with registers.
         weights: None for timm's pretrained (or the shipped) ones; a file in timm's or Meta's naming; or random:<seed>.
         head: File of a linear classifier on [final-norm CLS; mean of final-norm patches]; None if there is none.
         image_size: Side of the square crop, px; None is the teacher's.
@@ -197,8 +200,10 @@ def teacher_name(config: ExtractConfig) -> str:
 
 
 def store_root(config: ExtractConfig) -> str:
-    """Where the store, or the folder with stores train and val, goes."""
-    return config.store or f"{DEFAULT_STORES}/{images_name(config.images) or 'images'}"
+    """Where the store, or the folder with stores train and val, goes; of another kind's teacher, beside the usual."""
+    kind, _, place = teacher_name(config).partition(":")
+    of = f"-{kind}-{PurePath(place).name}" if kind_of(teacher_name(config)) else ""
+    return config.store or f"{DEFAULT_STORES}/{images_name(config.images) or 'images'}{of}"
 
 
 def make_teacher(config: ExtractConfig) -> Teacher:

@@ -17,7 +17,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from pipeline.digits import DIGITS_PREPROCESSING, make_digits_vit
 from pipeline.fake import FAKE_PREPROCESSING, make_fake_vit
 from pipeline.positions import Positions, original_positions, positions_of, resize_model
 from pipeline.preprocess import Preprocessing, resize_size_for
+from pipeline.teacher_kinds import find_kind, kind_of
 
 #: What the blocks compute in. States leave as float32 whatever it is; in the half precisions the residual stream
 #: itself stays float32 (autocast), only products are rounded.
@@ -178,11 +179,19 @@ class Teacher:
         Raises:
             ValueError: The pixels have another size.
         """
+        return self._record(pixels, embed_only=False)
+
+    def embed(self, pixels: Float32[torch.Tensor, "batch 3 height width"]) -> Float32[torch.Tensor, "batch token dim"]:
+        """State 0, without running any teacher block; else as layer_states_list."""
+        return self._record(pixels, embed_only=True)[0]
+
+    def _record(self, pixels: torch.Tensor, *, embed_only: bool) -> list[torch.Tensor]:
         if pixels.shape[2:] != self.pixel_size:
             raise ValueError(
                 f"pixels are {list(pixels.shape[2:])}, expected {list(self.pixel_size)} (height, width) for {self.name}"
             )
-        with torch.no_grad(), self._precision(), self._recorder.recording() as record:
+        recording = self._recorder.recording(embed_only=embed_only)
+        with torch.no_grad(), self._precision(), recording as record, suppress(_Embedded):
             self.model.forward_features(pixels.to(self.device, non_blocking=True))
         return [state.float() for state in record.states]
 
@@ -248,6 +257,11 @@ class Teacher:
             CONFIG_FILE: json.dumps(config, sort_keys=True, separators=(",", ":")).encode(),
             WEIGHTS_FILE: _save(self.model),
         }
+        return files | self.side_files()
+
+    def side_files(self) -> dict[str, bytes]:
+        """Those of `to_files` beside config and weights: the head and the original positions, where there are any."""
+        files = {}
         if self.head is not None:
             files[HEAD_FILE] = _save(self.head)
         if self.positions is not None:
@@ -277,7 +291,8 @@ def load_teacher(
     """Make a teacher.
 
     Args:
-        name: A timm ViT, such as "vit_base_patch14_reg4_dinov2.lvd142m", or the built-in "digits_vit".
+        name: A timm ViT, such as "vit_base_patch14_reg4_dinov2.lvd142m"; the built-in "digits_vit"; or, of a kind that
+            another package adds (pipeline.teacher_kinds), the kind and a place, such as "run:data/runs/name".
         weights: None for timm's pretrained ones (for digits_vit: the shipped ones, with their head); "random:<seed>";
             or a local .safetensors, .pth, .pt or .bin file in timm's or Meta's naming.
         image_size: px, side of a square or (height, width), each a multiple of the patch side; None is the model's own
@@ -296,6 +311,10 @@ def load_teacher(
         raise TeacherError(f"compute is {compute!r}; expected one of {', '.join(COMPUTES)}")
     weights = None if weights is None else os.fspath(weights)
     head = None if head is None else os.fspath(head)
+    if (kind := kind_of(name)) is not None:
+        if weights is not None:
+            raise TeacherError(f"{name} has its own weights; WEIGHTS={weights} cannot be given with it")
+        return find_kind(kind).load(name, image_size=image_size, head=head, device=device, compute=compute)
     loaded = _load_model(name, weights, image_size)
     model = loaded.model
     linear = read_linear_head(head, 2 * model.embed_dim) if head is not None else None
@@ -324,6 +343,9 @@ def teacher_from_files(
     """
     try:
         config = json.loads(files[CONFIG_FILE])
+        if config.get("kind") is not None:
+            kind = find_kind(str(config["kind"]))
+            return kind.from_files(files, device=device, compute=compute, image_size=image_size)
         if config["format_version"] != _FILES_VERSION:
             raise TeacherError(
                 f"teacher files have format {config['format_version']}, this code reads {_FILES_VERSION}"
@@ -486,8 +508,8 @@ def _require_patch_size(path: str, state: Mapping[str, torch.Tensor], model: Mod
 
 
 def _heads_of(model: Model) -> int | None:
-    blocks = getattr(model, "blocks", None) or [None]
-    return getattr(getattr(blocks[0], "attn", None), "num_heads", None)
+    first = (getattr(model, "blocks", None) or [None])[0]
+    return getattr(first, "n_heads", None) or getattr(getattr(first, "attn", None), "num_heads", None)
 
 
 def _pixel_size_of(name: str, model: Model, image_size: int | tuple[int, int] | None) -> tuple[int, int]:
@@ -609,8 +631,13 @@ def assemble(name: str, loaded: Loaded, head: nn.Linear | None, device: str | to
 class _Record:
     """What one forward pass showed: the states, and what each block was given beside its tokens (rotary tables)."""
 
+    embed_only: bool = False
     states: list[Any] = field(default_factory=list)
     extras: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+
+
+class _Embedded(Exception):
+    """State 0 is there, and no more was asked for."""
 
 
 class _Recorder:
@@ -627,6 +654,8 @@ class _Recorder:
         if record is not None:
             if not record.states:
                 record.states.append(args[0])
+                if record.embed_only:
+                    raise _Embedded
             record.extras.append((args[1:], kwargs))
 
     def _after(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -635,9 +664,10 @@ class _Recorder:
             record.states.append(output)
 
     @contextmanager
-    def recording(self) -> Iterator[_Record]:
-        """Note the states of the forward pass that this thread makes meanwhile."""
-        self._here.record = record = _Record()
+    def recording(self, *, embed_only: bool = False) -> Iterator[_Record]:
+        """Note the states of the forward pass that this thread makes meanwhile; with embed_only it ends at the first
+        block."""
+        self._here.record = record = _Record(embed_only=embed_only)
         try:
             yield record
         finally:

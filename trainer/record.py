@@ -17,6 +17,7 @@ from trainer.data import TrainingData
 from trainer.judge import Judge, describe
 from trainer.machine import Machine
 from trainer.raptor import Raptor
+from trainer.raptor_teacher import save_ends
 from trainer.run_files import Checkpoint, RunFiles
 from trainer.run_log import RunLog
 from trainer.validation import Baselines, Validation
@@ -113,6 +114,7 @@ class Record:
         result = TrainResult(
             validation=final, baselines=self._judge.baselines(untrained), final_loss=self._log.last_loss
         )
+        save_ends(self._run, self._data.teacher)
         self._run.finish(self._model.state_dict(), {**result.to_json(), **about})
         return result
 
