@@ -41,9 +41,7 @@ class Gradient:
             # Tied weights are complete only at the end of a backward pass, so there is nothing to gain from graphs that
             # are cut where gradients could be sent early.
             torch._dynamo.config.optimize_ddp = False
-            self._objective = DistributedDataParallel(
-                self._objective, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            self._objective = DistributedDataParallel(self._objective, gradient_as_bucket_view=True)
 
     def add(self, share: Share, forcing: float, noise_key: int) -> Float[Tensor, ""]:
         """Add the gradient; for all workers together.

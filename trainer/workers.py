@@ -149,17 +149,23 @@ class Workers:
             raise error
         return wish
 
+    def all_do(self, work: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Have every worker do something and wait for the others; if one fails, all raise."""
+        error = None
+        try:
+            work(*args, **kwargs)
+        except Exception as found:
+            if self.is_alone:
+                raise
+            error = found  # raised by `agree`, once the others know
+        self.agree(error=error)
+
     def first_does(self, work: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
         """Have the first worker do something while the others wait; if it fails, all raise."""
-        error = None
         if self.is_first:
-            try:
-                work(*args, **kwargs)
-            except Exception as found:
-                if self.is_alone:
-                    raise
-                error = found  # raised by `agree`, once the others know
-        self.agree(error=error)
+            self.all_do(work, *args, **kwargs)
+        else:
+            self.agree()
 
     def _messages(self, error: Exception | None) -> list[str]:
         """What went wrong, worker by worker; empty where nothing did."""
