@@ -60,6 +60,7 @@ def open_training_data(
     blocks: str,
     *,
     variable: str = "BLOCK",
+    joined: bool = True,
     head: str | None = None,
     partial: bool = False,
     frozen: Mapping[str, Sequence[int]] | None = None,
@@ -71,6 +72,7 @@ def open_training_data(
         location: A store, or a folder with stores train and val.
         blocks: Such as "0-7", or "0-7,7-10,10-12" for several; both ends are states.
         variable: What the person typed the blocks as, for messages: BLOCK, of one block, or BLOCKS.
+        joined: Whether several are trained together, so that each must begin where the one before it stops.
         head: File with a linear classifier, in the place of the teacher's own.
         partial: Train on an unfinished store, with the shards that are there.
         frozen: With partial, exactly these shards of train and val, by split: those that the run began with.
@@ -82,7 +84,10 @@ def open_training_data(
     problems: list[str] = []
     train, val = _open_stores(location, problems)
     teacher = _load_teacher(train, head, device, problems) if train else None
-    spans = _parse_spans(blocks, variable, train, teacher, problems)
+    target = "raptor" if variable == "BLOCKS" and joined else "train"
+    spans = _parse_spans(blocks, variable, target, train, teacher, problems)
+    if joined:
+        problems += [f"{variable}={blocks}: {problem}" for problem in (span_problems(spans) if spans else ())]
     chosen = {TRAIN: (frozen or {}).get(TRAIN), VAL: (frozen or {}).get(VAL)}
     for split, store in ((TRAIN, train), (VAL, val)):
         if store is not None:
@@ -90,7 +95,7 @@ def open_training_data(
     if train is not None and val is not None:
         problems += _foreign_val(train, val)
     if problems or train is None:
-        raise UserError("\n  ".join([f"make {'train' if variable == 'BLOCK' else 'raptor'} cannot start:", *problems]))
+        raise UserError("\n  ".join([f"make {target} cannot start:", *problems]))
     shards = _frozen(train, chosen[TRAIN]) if partial else None
     val_shards = _frozen(val, chosen[VAL]) if partial and val is not None else None
     usable = train.valid & _in_shards(train, shards)
@@ -191,10 +196,13 @@ def _load_teacher(store: Store, head: str | None, device: torch.device | str, pr
 
 
 def _parse_spans(
-    text: str, variable: str, store: Store | None, teacher: Teacher | None, problems: list[str]
+    text: str, variable: str, target: str, store: Store | None, teacher: Teacher | None, problems: list[str]
 ) -> tuple[Span, ...]:
     """The spans of BLOCK or BLOCKS; what is wrong with them goes to the problems."""
-    example = {"BLOCK": "make train BLOCK=0-7", "BLOCKS": "make raptor BLOCKS=0-7,7-10,10-12"}[variable]
+    several = "BLOCKS=0-7,7-10,10-12"
+    example = "make train BLOCK=0-7" if variable == "BLOCK" else f"make {target} {several}"
+    if (variable, target) == ("BLOCKS", "train"):
+        example = f"make train BLOCK=all {several}"
     last = None
     if store is None:
         allowed = "a-b with 0 <= a < b, both ends states of the teacher"
@@ -211,7 +219,6 @@ def _parse_spans(
         except SchemaError:
             problems.append(f"{variable}={text}: expected {allowed}. For example: {example}")
             return ()
-    problems += [f"{variable}={text}: {problem}" for problem in span_problems(spans)]
     if store is None or last is None:
         return tuple(spans)
     states = sorted({layer for span in spans for layer in span.states})

@@ -8,6 +8,7 @@ from typing import Any
 from infra.console import human_bytes
 from storage_schemas import Span, Store
 from storage_schemas.spec import KINDS
+from trainer.all_spans import Outcome
 from trainer.chunk_reader import is_remote
 from trainer.config import TrainConfig
 from trainer.data import TrainingData
@@ -64,6 +65,36 @@ def finished_report(
     lines += ["", *_r2_table(found), "", *_places(run, result), ""]
     lines += _next_commands(config.span, data.train, run, variables or {})
     return "\n".join(lines)
+
+
+def spans_report(
+    results: Sequence[tuple[str, Outcome | None, RunFiles, Mapping[str, Any] | None]], data: TrainingData
+) -> str:
+    """All blocks of one command beside each other.
+
+    Args:
+        results: For each its span, how it ended now (None: it was finished before), its RUN, and what it wrote at its
+            end.
+        data: What they read.
+    """
+    rows: list[tuple[str, ...]] = [("block", "", "loss", "R2", "accuracy", "of the teacher's", "run")]
+    for span, outcome, run, result in results:
+        ended = "finished before" if outcome is None else outcome.ended
+        figures = ["", "", "", ""] if result is None else _figures(result)
+        rows.append((span, ended, *figures, run.location))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows]
+    about = f"blocks of {data.train.spec.teacher}, each rolled out over its span on {data.validated_on}; R2 of its last"
+    return "\n".join([f"{about} layer, all tokens", "", *lines])
+
+
+def _figures(result: Mapping[str, Any]) -> list[str]:
+    found, baselines = result["validation"], result["baselines"]
+    shown = [f"{found['loss']:.4g}", f"{found['r2'][ALL_TOKENS][-1]:.3f}"]
+    if baselines is None:
+        return [*shown, "", ""]
+    teacher = baselines["teacher"]
+    return [*shown, f"{found['accuracy']:.2%}", f"{found['accuracy'] / teacher if teacher else 0.0:.1%}"]
 
 
 def name_of(config: TrainConfig) -> str:

@@ -17,6 +17,7 @@ from trainer.commands.start import (
     make_config,
     open_job_data,
     open_run,
+    raptor_name,
     train_and_report,
     typed_variables,
 )
@@ -105,12 +106,6 @@ def raptor_command(
         ENDPOINT_URL=endpoint_url,
     )
     return train_and_report(job, place, variables, began=began)
-
-
-def raptor_name(blocks: str) -> str:
-    """raptor-0-7-10-12 for 0-7,7-10,10-12: by its borders."""
-    spans = blocks.split(",")
-    return "-".join(["raptor", *(span.partition("-")[0] for span in spans), spans[-1].partition("-")[2]])
 
 
 def find_sources(

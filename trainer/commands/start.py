@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -126,6 +127,12 @@ def default_run(store: str, name: str, seed: int) -> str:
     return f"{DEFAULT_RUNS}/{store_name(store)}/{name.strip()}-seed{seed}"
 
 
+def raptor_name(blocks: str) -> str:
+    """raptor-0-7-10-12 for 0-7,7-10,10-12: by its borders."""
+    spans = blocks.split(",")
+    return "-".join(["raptor", *(span.partition("-")[0] for span in spans), spans[-1].partition("-")[2]])
+
+
 def open_run(location: str) -> RunFiles:
     """A RUN that may be written, or is finished.
 
@@ -146,18 +153,29 @@ def open_job_data(
     blocks: str,
     *,
     variable: str,
+    joined: bool = True,
     head: str | None,
     partial: bool,
-    run: RunFiles,
+    run: RunFiles | None,
     device: torch.device,
 ) -> tuple[TrainingData, Callable[[torch.device], TrainingData]]:
     """What a run reads, and a function that opens it again in another process, with the same shards.
 
+    Args:
+        store: As typed, as are blocks, head and partial.
+        blocks: One span or several.
+        variable: Which of BLOCK and BLOCKS.
+        joined: Whether the spans are trained together.
+        head: File of a linear classifier.
+        partial: Whether the store may be unfinished.
+        run: Where it goes; one that began before goes on with its own shards. None: there is none yet.
+        device: Of the teacher.
+
     Raises:
         UserError: Lists all that is wrong with the store and the blocks.
     """
-    settings: dict[str, Any] = {"variable": variable, "head": head, "partial": partial}
-    begun = run.read_config() if partial else None
+    settings: dict[str, Any] = {"variable": variable, "joined": joined, "head": head, "partial": partial}
+    begun = run.read_config() if partial and run is not None else None
     frozen = frozen_shards(begun["data"]) if begun else None
     data = open_training_data(store, blocks, **settings, frozen=frozen, device=device)
     settings |= {"head": absolute(head) if head else None, "frozen": frozen_shards(data.identity)}
@@ -200,7 +218,9 @@ def make_command(target: str, variables: Mapping[str, object]) -> str:
     return " ".join(["make", target, *typed])
 
 
-def train_and_report(job: Job, place: Place, variables: Mapping[str, str], *, began: float) -> int:
+def train_and_report(
+    job: Job, place: Place, variables: Mapping[str, str], *, began: float, stop: Callable[[], bool] = lambda: False
+) -> int:
     """Claim the RUN, train it to the end and say what came out; of a finished run, only the latter.
 
     Args:
@@ -208,6 +228,7 @@ def train_and_report(job: Job, place: Place, variables: Mapping[str, str], *, be
         place: Where.
         variables: What the person typed and the next command needs again.
         began: When the command did, by time.monotonic().
+        stop: Asks to stop, beside signals.
 
     Returns:
         An ExitCode.
@@ -215,7 +236,7 @@ def train_and_report(job: Job, place: Place, variables: Mapping[str, str], *, be
     if not job.run.is_of(job.identity) or job.run.read_result() is None:
         with job.run.exclusive() as still_ours:
             job.run.claim(job.identity)
-            if not _train(job, place, still_ours):
+            if not _train(job, place, _any(stop, still_ours)):
                 return ExitCode.INTERRUPTED
         done = f"This command took {human_duration(time.monotonic() - began)}."
     else:
@@ -227,23 +248,30 @@ def train_and_report(job: Job, place: Place, variables: Mapping[str, str], *, be
     return ExitCode.OK
 
 
-def _train(job: Job, place: Place, still_ours: StillOurs) -> bool:
-    """Train to the end; False if a signal asked to stop before it."""
+def _train(job: Job, place: Place, stop: Callable[[], bool]) -> bool:
+    """Train to the end; False if it was asked to stop before."""
     machine = place.machine()
     print(start_report(job.config, job.data, job.run, machine), file=sys.stderr)
     if place.workers is None:
         torch.set_num_threads(place.threads or torch_threads(job.data.train.spec.dim))
         with stop_on_signals() as signalled:
-            stop = _either(signalled, still_ours)
-            finished = train(job.config, job.data, job.run, machine=machine, initial=job.initial, stop=stop) is not None
+            result = train(
+                job.config,
+                job.data,
+                job.run,
+                machine=machine,
+                initial=job.initial,
+                stop=lambda: stop() or signalled(),
+            )
+        finished = result is not None
     else:
-        finished = _train_on_ray(job, place, place.workers, still_ours)
+        finished = _train_on_ray(job, place, place.workers, stop)
     if not finished:
         say(f"stopped; everything is saved in {job.run.location}. The same command goes on")
     return finished
 
 
-def _train_on_ray(job: Job, place: Place, n_workers: int, still_ours: StillOurs) -> bool:
+def _train_on_ray(job: Job, place: Place, n_workers: int, stop: Callable[[], bool]) -> bool:
     from trainer.ray_train import train_on_ray
 
     with connected(place.ray_address) as connection:
@@ -258,13 +286,26 @@ def _train_on_ray(job: Job, place: Place, n_workers: int, still_ours: StillOurs)
                 threads=place.threads,
                 micro_batch=place.micro_batch,
                 initial=job.initial,
-                stop=_either(signalled, still_ours),
+                stop=lambda: stop() or signalled(),
             )
 
 
-def _either(signalled: Callable[[], bool], still_ours: StillOurs) -> Callable[[], bool]:
-    def stop() -> bool:
+def _any(stop: Callable[[], bool], still_ours: StillOurs) -> Callable[[], bool]:
+    def asked() -> bool:
         still_ours()
-        return signalled()
+        return stop()
 
-    return stop
+    return asked
+
+
+def stdin_ended() -> Callable[[], bool]:
+    """Tells whether standard input has ended, as it does when the program that holds its other end dies."""
+    ended = threading.Event()
+
+    def wait() -> None:
+        while os.read(0, 4096):  # not sys.stdin, whose lock a thread must not hold when Python ends
+            pass
+        ended.set()
+
+    threading.Thread(target=wait, name="stdin", daemon=True).start()
+    return ended.is_set

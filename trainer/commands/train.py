@@ -13,15 +13,18 @@ from trainer.commands.start import (
     make_config,
     open_job_data,
     open_run,
+    stdin_ended,
     train_and_report,
     typed_variables,
 )
+from trainer.commands.train_all import AllSpans, train_all
 from trainer.published_runs import published_run
 
 
 def train_command(
     *,
     block: str = "",
+    blocks: str = "",
     store: str = DEFAULT_STORE,
     run: str = "",
     recipe: str = "",
@@ -35,15 +38,22 @@ def train_command(
     micro_batch: int | None = None,
     workers: int | None = None,
     ray_address: str | None = None,
+    at_once: int | None = None,
     endpoint_url: str | None = None,
+    stop_with_stdin: bool = False,
 ) -> int:
-    """Train one block of a Raptor on the states of a span (stage 1). The same command again resumes.
+    """Train one block of a Raptor on the states of a span, or all blocks (stage 1). The same command again resumes.
+
+    With block=all every span is trained side by side, as processes of this machine or, with ray_address, as tasks of
+    a cluster. One that fails goes on from its last checkpoint, until three attempts in a row have saved nothing new.
 
     Args:
-        block: Span a-b: the block takes state a and produces states a+1 to b. For example 0-7.
+        block: Span a-b: the block takes state a and produces states a+1 to b. For example 0-7. Or all.
+        blocks: With block=all: the spans, such as 0-7,7-10,10-12, or a JSON of make phases; empty: the saved phases of
+            the store.
         store: A store, or a folder with the stores train and val; local or s3://bucket/prefix.
         run: Folder or s3://bucket/prefix for checkpoints, metrics and weights; empty:
-            data/runs/<store>/<block>-seed<seed>.
+            data/runs/<store>/<block>-seed<seed>. With block=all the folder of the runs <block>-seed<seed>.
         recipe: digits_stage1 or imagenet_stage1; empty: the one that fits the store's teacher.
         steps: Optimizer steps; warm-up and teacher forcing scale with them. None: the recipe's own number.
         seed: Of initial weights, order of samples and noise; None: 0.
@@ -57,15 +67,34 @@ def train_command(
         workers: Processes that train it together through Ray Train; None: this one alone, without Ray, unless a
             cluster is given.
         ray_address: A Ray cluster to train on; None is RAY_ADDRESS, else none.
+        at_once: With block=all: most blocks at a time. None: as GPUs, cores and memory allow.
         endpoint_url: S3 endpoint, such as http://127.0.0.1:9000; None is AWS_ENDPOINT_URL, else Amazon's.
+        stop_with_stdin: Save all and stop when standard input ends: for a program that starts this one and may die.
     """
     use_endpoint(endpoint_url)
     began = time.monotonic()
     place = Place.typed(device, threads, micro_batch, workers, ray_address)
+    if replica is not None and seed is not None:
+        raise UserError("REPLICA stands for the seed: give one of them")
+    if block == "all":
+        return train_all(
+            AllSpans(
+                blocks=blocks,
+                store=store,
+                run=run,
+                recipe=recipe,
+                steps=steps,
+                seed=seed,
+                replica=replica,
+                head=head,
+                partial=partial,
+                at_once=at_once,
+                place=place,
+                endpoint_url=endpoint_url,
+            )
+        )
     machine = place.machine()
     if replica is not None:
-        if seed is not None:
-            raise UserError("REPLICA stands for the seed: give one of them")
         seed = published_run(parse_spans(block, "BLOCK"), replica, stage=1).seed
     run_files = open_run(run or default_run(store, block, seed or 0))
     data, open_again = open_job_data(
@@ -82,4 +111,5 @@ def train_command(
         ENDPOINT_URL=endpoint_url,
     )
     job = Job(config=config, data=data, open_data=open_again, run=run_files)
-    return train_and_report(job, place, variables, began=began)
+    stop = stdin_ended() if stop_with_stdin else lambda: False
+    return train_and_report(job, place, variables, began=began, stop=stop)

@@ -1,0 +1,243 @@
+"""`make train BLOCK=all`: stage 1 of all spans, side by side in this machine or in a Ray cluster."""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infra.cluster import connected
+from infra.console import ExitCode, Progress, UserError, say, stop_on_signals
+from infra.s3_settings import shared_environment
+from storage_schemas import Span
+from trainer.all_spans import Launch, Outcome, Process, SpanRun, process_environment, train_side_by_side
+from trainer.commands.blocks import find_blocks, parse_spans
+from trainer.commands.start import (
+    DEFAULT_RUNS,
+    DEFAULT_STORE,
+    Job,
+    Place,
+    absolute,
+    default_run,
+    make_command,
+    make_config,
+    open_job_data,
+    open_run,
+    raptor_name,
+    store_name,
+    typed_variables,
+)
+from trainer.data import TrainingData
+from trainer.machine import torch_threads
+from trainer.published_runs import published_run
+from trainer.raptor import span_problems
+from trainer.report import spans_report
+from trainer.room import find_room, training_memory_nbytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllSpans:
+    """What was typed with BLOCK=all; see `train_command`."""
+
+    blocks: str
+    store: str
+    run: str
+    recipe: str
+    steps: int | None
+    seed: int | None
+    replica: int | None
+    head: str | None
+    partial: bool
+    at_once: int | None
+    place: Place
+    endpoint_url: str | None
+
+
+def train_all(typed: AllSpans) -> int:
+    """Train all spans; see `train_command`.
+
+    Raises:
+        UserError: Lists all that is wrong with the store, the spans and their runs.
+    """
+    if typed.at_once is not None and typed.at_once < 1:
+        raise UserError(f"AT_ONCE={typed.at_once}: expected 1 or more")
+    chosen = find_blocks(typed.blocks, typed.store)
+    jobs = _make_jobs(typed, list(dict.fromkeys(parse_spans(chosen))))
+    unfinished = [span for span, job in jobs.items() if job.run.read_result() is None]
+    # The longest first, as it ends last.
+    unfinished.sort(key=lambda span: span.start - span.stop)
+    runs = [_span_run(typed, span, jobs[span]) for span in unfinished]
+    outcomes = _train(typed, runs, [jobs[span] for span in unfinished]) if runs else []
+    return _report(typed, chosen, jobs, outcomes)
+
+
+def _make_jobs(typed: AllSpans, spans: Sequence[Span]) -> dict[Span, Job]:
+    """The jobs, each with its RUN claimed, so that all go on with the same shards and nobody else takes the place."""
+    opened = open_job_data(
+        typed.store,
+        ",".join(map(str, spans)),
+        variable="BLOCKS",
+        joined=False,
+        head=typed.head,
+        partial=typed.partial,
+        run=None,
+        device=torch.device("cpu"),
+    )[0]
+    jobs: dict[Span, Job] = {}
+    problems = []
+    for span in spans:
+        try:
+            jobs[span] = _make_job(typed, span, opened)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise UserError("\n".join(["make train BLOCK=all cannot start:", *problems]))
+    for job in jobs.values():
+        if job.run.read_config() is None:
+            with job.run.exclusive():
+                job.run.claim(job.identity)
+    return jobs
+
+
+def _make_job(typed: AllSpans, span: Span, opened: TrainingData) -> Job:
+    run = open_run(_location(typed, span))
+    data = dataclasses.replace(opened, spans=(span,))
+    if typed.partial and run.read_config() is not None:  # it goes on with the shards that it began with
+        data = open_job_data(
+            typed.store,
+            str(span),
+            variable="BLOCK",
+            head=typed.head,
+            partial=True,
+            run=run,
+            device=torch.device("cpu"),
+        )[0]
+    config = make_config(data, 1, typed.recipe, typed.steps, _seed(typed, span))
+    job = Job(config=config, data=data, run=run, open_data=lambda _: data)
+    run.is_of(job.identity)
+    return job
+
+
+def _seed(typed: AllSpans, span: Span) -> int:
+    if typed.replica is not None:
+        return published_run([span], typed.replica, stage=1).seed
+    return typed.seed or 0
+
+
+def _location(typed: AllSpans, span: Span) -> str:
+    seed = _seed(typed, span)
+    return f"{typed.run.rstrip('/')}/{span}-seed{seed}" if typed.run else default_run(typed.store, str(span), seed)
+
+
+def _span_run(typed: AllSpans, span: Span, job: Job) -> SpanRun:
+    """What trains one span by itself."""
+    options: dict[str, Any] = {
+        "block": span,
+        "store": absolute(typed.store),
+        "run": absolute(job.run.location),
+        "recipe": job.config.recipe,
+        "steps": typed.steps,
+        "seed": job.config.seed,
+        "head": absolute(typed.head) if typed.head else None,
+        "micro-batch": typed.place.micro_batch,
+        "workers": typed.place.workers,
+        "endpoint-url": typed.endpoint_url,
+    }
+    arguments = [text for name, value in options.items() if value is not None for text in (f"--{name}", str(value))]
+    return SpanRun(
+        name=str(span),
+        run=job.run,
+        n_steps=job.config.n_steps,
+        arguments=("train", *arguments, *(["--partial"] if typed.partial else [])),
+    )
+
+
+def _train(typed: AllSpans, runs: Sequence[SpanRun], jobs: Sequence[Job]) -> list[Outcome]:
+    with ExitStack() as stack:
+        launch, at_once = (_on_cluster if typed.place.ray_address else _here)(typed, jobs, stack)
+        progress = stack.enter_context(
+            Progress(
+                total=sum(run.n_steps for run in runs),
+                done=sum(run.run.saved_step() for run in runs),
+                unit="steps",
+                label=f"train {len(runs)} blocks",
+            )
+        )
+        stop = stack.enter_context(stop_on_signals())
+        return train_side_by_side(runs, launch, at_once=at_once, progress=progress, stop=stop)
+
+
+def _here(typed: AllSpans, jobs: Sequence[Job], stack: ExitStack) -> tuple[Launch, int]:
+    """As processes of this machine."""
+    place, dim = typed.place, jobs[0].data.train.spec.dim
+    needs = [training_memory_nbytes(j.config, j.data.train, j.data.validation, place.micro_batch) for j in jobs]
+    room = find_room(needs, dim, device=place.device, threads=place.threads, at_once=typed.at_once)
+    at_once = room.at_once if place.workers is None or typed.at_once else max(1, room.at_once // place.workers)
+    say(f"{len(jobs)} blocks to train, {at_once} at a time ({room.why})")
+    logs = Path(typed.run if typed.run and "://" not in typed.run else f"{DEFAULT_RUNS}/{store_name(typed.store)}")
+
+    def launch(run: SpanRun, slot: int) -> Process:
+        arguments = [*run.arguments, "--device", place.device or "cuda"] if place.workers else [*run.arguments]
+        if place.workers is None:
+            arguments += ["--device", room.devices[slot]]
+        if room.threads is not None:
+            arguments += ["--threads", str(room.threads)]
+        return Process(arguments, logs / f"{run.run.location.rpartition('/')[2]}.log", process_environment(ray=False))
+
+    return launch, at_once
+
+
+def _on_cluster(typed: AllSpans, jobs: Sequence[Job], stack: ExitStack) -> tuple[Launch, int]:
+    """As tasks of a Ray cluster."""
+    from trainer.spans_ray import Task, room_of_cluster
+
+    place, dim = typed.place, jobs[0].data.train.spec.dim
+    connection = stack.enter_context(connected(place.ray_address))
+    say(str(connection))
+    room = room_of_cluster(place.device, place.threads or torch_threads(dim), place.workers)
+    at_once = min(typed.at_once or room.at_once, len(jobs))
+    say(f"{len(jobs)} blocks to train, {at_once} at a time ({room.why})")
+    if jobs[0].run.local_folder is not None:
+        say(f"RUN is a local folder: every machine of the cluster must see {os.path.dirname(jobs[0].run.location)}")
+
+    def launch(run: SpanRun, slot: int) -> Task:
+        arguments = (*run.arguments, *room.arguments, *(["--ray-address", connection.address] if place.workers else []))
+        return Task(dataclasses.replace(run, arguments=arguments), room.resources, shared_environment())
+
+    return launch, at_once
+
+
+def _report(typed: AllSpans, blocks: str, jobs: dict[Span, Job], outcomes: Sequence[Outcome]) -> int:
+    ended = {outcome.name: outcome for outcome in outcomes}
+    results = [(str(span), ended.get(str(span)), job.run, job.run.read_result()) for span, job in jobs.items()]
+    print(spans_report(results, jobs[next(iter(jobs))].data))
+    if any(outcome.ended == "stopped" for outcome in outcomes):
+        print("stopped; everything is saved. The same command goes on", file=sys.stderr)
+        return ExitCode.INTERRUPTED
+    if failed := [outcome for outcome in outcomes if outcome.ended == "failed"]:
+        for outcome in failed:
+            say(f"block {outcome.name} was given up after {outcome.n_attempts} attempts. It said:\n{outcome.words}")
+        say("once that is mended, the same command goes on; what is finished is not done again")
+        return ExitCode.PROBLEMS
+    common = typed_variables(
+        STORE=typed.store if typed.store != DEFAULT_STORE else None,
+        SEED=typed.seed,
+        REPLICA=typed.replica,
+        HEAD=typed.head,
+        PARTIAL="1" if typed.partial else None,
+        DEVICE=typed.place.device,
+        ENDPOINT_URL=typed.endpoint_url,
+    )
+    if list(span_problems(parse_spans(blocks))):
+        print(f"\nnext        {make_command('table', {})}")
+        return ExitCode.OK
+    if typed.run:
+        seed = published_run(parse_spans(blocks), typed.replica, stage=2).seed if typed.replica else typed.seed or 0
+        common["RUN"] = f"{typed.run.rstrip('/')}/{raptor_name(blocks)}-seed{seed}"
+    print(f"\nnext        {make_command('raptor', {'BLOCKS': blocks, **common})}")
+    return ExitCode.OK
