@@ -129,10 +129,10 @@ class TestRuns:
             {"format_version": 2},
             {"sha256": []},
             {"sha256": {}},
-            {"sha256": {"block": 5}},
+            {"sha256": {"model": 5}},
             {"sha256": {"../../secret": "0" * 64}},
             {"sha256": {"/etc/passwd": "0" * 64}},
-            {"sha256": {"block": "0" * 64}},
+            {"sha256": {"model": "0" * 64}},
         ],
         ids=str,
     )
@@ -140,7 +140,7 @@ class TestRuns:
         objects, said = MemoryObjects(), []
         run = RunFiles(objects)
         for step in (7, 8):
-            run.save_checkpoint(Checkpoint(step=step, tensors={"block": {"w": torch.ones(2)}}, state={"place": step}))
+            run.save_checkpoint(Checkpoint(step=step, tensors={"model": {"w": torch.ones(2)}}, state={"place": step}))
         key = "checkpoints/000000008.json"
         objects.put(key, seal({**unseal(key, objects.get(key)), **changes}))
         found = run.newest_checkpoint(said.append)
@@ -152,12 +152,12 @@ class TestRuns:
     def test_tensors_that_lie(self) -> None:
         objects, said = MemoryObjects(), []
         run = RunFiles(objects)
-        run.save_checkpoint(Checkpoint(step=7, tensors={"block": {"w": torch.ones(2)}}, state={}))
+        run.save_checkpoint(Checkpoint(step=7, tensors={"model": {"w": torch.ones(2)}}, state={}))
         header = json.dumps({"w": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4 * 10**12]}}).encode()
         for data in (len(header).to_bytes(8, "little") + header, (10**13).to_bytes(8, "little"), b""):
-            objects.put("checkpoints/000000007/block.safetensors", data)
+            objects.put("checkpoints/000000007/model.safetensors", data)
             key = "checkpoints/000000007.json"
-            objects.put(key, seal({**unseal(key, objects.get(key)), "sha256": {"block": sha256(data)}}))
+            objects.put(key, seal({**unseal(key, objects.get(key)), "sha256": {"model": sha256(data)}}))
             with pytest.raises(UserError, match="all 1 checkpoints are damaged"):
                 run.newest_checkpoint(said.append)
 
