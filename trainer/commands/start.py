@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from torch import Tensor
 from infra.cluster import cluster_address, connected
 from infra.console import ExitCode, UserError, human_duration, say, stop_on_signals
 from infra.objects import open_objects
+from trainer.claim import claimed
 from trainer.config import TrainConfig
 from trainer.data import TrainingData, frozen_shards, open_training_data
 from trainer.machine import Machine, torch_threads
@@ -25,6 +25,7 @@ from trainer.report import finished_report, start_report
 from trainer.run_files import RunFiles
 from trainer.run_lock import StillOurs
 from trainer.train import train
+from trainer.workers import Workers
 
 DEFAULT_STORE = "data/stores/digits"
 DEFAULT_RUNS = "data/runs"
@@ -81,12 +82,12 @@ class Place:
         )
 
     def machine(self) -> Machine:
-        """This process's own.
+        """This process's own; of several that torchrun has started, each has its own GPU.
 
         Raises:
             UserError: There is no such device here.
         """
-        return Machine.found(self.device, micro_batch=self.micro_batch)
+        return Machine.found(self.device, micro_batch=self.micro_batch, local_rank=Workers.found().local_rank)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,14 +234,19 @@ def train_and_report(
     Returns:
         An ExitCode.
     """
+    workers = Workers.found()
+    if place.workers is not None and not workers.is_alone:
+        raise UserError(f"this is {workers}, as torchrun started it: leave WORKERS and RAY_ADDRESS out")
     if not job.run.is_of(job.identity) or job.run.read_result() is None:
-        with job.run.exclusive() as still_ours:
-            job.run.claim(job.identity)
-            if not _train(job, place, _any(stop, still_ours)):
+        machine = place.machine()
+        with workers.joined(machine.device), claimed(job.run, job.identity, workers) as still_ours:
+            if not _train(job, place, machine, workers, _any(stop, still_ours)):
                 return ExitCode.INTERRUPTED
         done = f"This command took {human_duration(time.monotonic() - began)}."
     else:
         done = f"This run is finished; there is nothing to do. For another one give RUN, or delete {job.run.location}"
+    if not workers.is_first:
+        return ExitCode.OK
     result = job.run.read_result()
     assert result is not None
     print(finished_report(job.config, job.data, job.run, result, variables))
@@ -248,25 +254,26 @@ def train_and_report(
     return ExitCode.OK
 
 
-def _train(job: Job, place: Place, stop: Callable[[], bool]) -> bool:
+def _train(job: Job, place: Place, machine: Machine, workers: Workers, stop: Callable[[], bool]) -> bool:
     """Train to the end; False if it was asked to stop before."""
-    machine = place.machine()
-    print(start_report(job.config, job.data, job.run, machine), file=sys.stderr)
+    if workers.is_first:
+        say(start_report(job.config, job.data, job.run, machine))
     if place.workers is None:
-        torch.set_num_threads(place.threads or torch_threads(job.data.train.spec.dim))
+        torch.set_num_threads(place.threads or torch_threads(job.data.train.spec.dim, workers.local_world_size))
         with stop_on_signals() as signalled:
             result = train(
                 job.config,
                 job.data,
                 job.run,
                 machine=machine,
+                workers=workers,
                 initial=job.initial,
                 stop=lambda: stop() or signalled(),
             )
         finished = result is not None
     else:
         finished = _train_on_ray(job, place, place.workers, stop)
-    if not finished:
+    if not finished and workers.is_first:
         say(f"stopped; everything is saved in {job.run.location}. The same command goes on")
     return finished
 
@@ -286,6 +293,7 @@ def _train_on_ray(job: Job, place: Place, n_workers: int, stop: Callable[[], boo
                 threads=place.threads,
                 micro_batch=place.micro_batch,
                 initial=job.initial,
+                grows=not connection.embedded,
                 stop=lambda: stop() or signalled(),
             )
 
