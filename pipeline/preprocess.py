@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -233,7 +233,7 @@ def png_bits(head: bytes) -> int:
     return depth
 
 
-def read_size(stream: BinaryIO) -> tuple[int, int]:
+def read_size(stream: io.BufferedIOBase) -> tuple[int, int]:
     """Width and height in px that an image file declares; nothing of it is decoded.
 
     Args:

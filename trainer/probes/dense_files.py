@@ -4,12 +4,13 @@ Only headers are read while checking: a hundred thousand files take a minute, no
 """
 
 import hashlib
+import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import UInt8, UInt16
@@ -90,8 +91,8 @@ class PairFiles:
         found = (values.shape[0], values.shape[1], 8 * values.itemsize)
         if found != (image.height, image.width, self.kind.bits):
             raise UserError(
-                f"{map_path} has {found[0]} x {found[1]} px of {found[2]} bits, its image {path} wants {image.height} x "
-                f"{image.width} of {self.kind.bits}: one of them was changed after it was checked"
+                f"{map_path} has {found[0]} x {found[1]} px of {found[2]} bits, its image {path} {image.height} x "
+                f"{image.width} of {self.kind.bits} expected: one of them was changed after it was checked"
             )
         return image, values
 
@@ -157,7 +158,7 @@ def _look(root: str, pair: Pair, kind: MapKind) -> tuple[tuple[int, int], list[s
 
 
 def _header(
-    root: str, name: str, problems: list[str], read: Callable[[BinaryIO], _Header]
+    root: str, name: str, problems: list[str], read: Callable[[io.BufferedIOBase], _Header]
 ) -> tuple[_Header | None, int]:
     try:
         with open(os.path.join(root, name), "rb") as stream:
@@ -169,12 +170,12 @@ def _header(
     return None, 0
 
 
-def _image_size(stream: BinaryIO) -> tuple[int, int]:
+def _image_size(stream: io.BufferedIOBase) -> tuple[int, int]:
     width, height = read_size(stream)
     return height, width
 
 
-def _map_header(stream: BinaryIO) -> tuple[int, int, int]:
+def _map_header(stream: io.BufferedIOBase) -> tuple[int, int, int]:
     """Height, width, bits a pixel."""
     head = stream.read(PNG_HEAD_NBYTES)
     bits = png_bits(head)

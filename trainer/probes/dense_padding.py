@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 from torch.nn import functional
 
@@ -38,8 +38,8 @@ class Padding:
         return functional.pad(pixels, self._sides())
 
     def pad_map(
-        self, values: Int[Tensor, "batch height width"], fill: int
-    ) -> Int[Tensor, "batch padded_height padded_width"]:
+        self, values: Integer[Tensor, "batch height width"], fill: int
+    ) -> Integer[Tensor, "batch padded_height padded_width"]:
         """`fill` around a map."""
         return functional.pad(values, self._sides(), value=fill)
 

@@ -17,6 +17,7 @@ from trainer.probes.augment import draw_crop, draw_flip
 _BILINEAR, _NEAREST = Image.Resampling.BILINEAR, Image.Resampling.NEAREST
 
 Map = UInt8[np.ndarray, "height width"]
+NewMap = UInt8[np.ndarray, "new_height new_width"]
 
 
 def random_crop_pair(
@@ -27,7 +28,7 @@ def random_crop_pair(
     scale: tuple[float, float],
     ratio: tuple[float, float],
     draw: torch.Generator,
-) -> tuple[Image.Image, Map]:
+) -> tuple[Image.Image, NewMap]:
     """The same random box of both, resized: the image bilinearly, the map to the nearest.
 
     Args:
@@ -43,7 +44,7 @@ def random_crop_pair(
     return resize_pair(image.crop(box), values[top : top + height, left : left + width], size)
 
 
-def resize_pair(image: Image.Image, values: Map, size: tuple[int, int]) -> tuple[Image.Image, Map]:
+def resize_pair(image: Image.Image, values: Map, size: tuple[int, int]) -> tuple[Image.Image, NewMap]:
     """Both at another size, height and width in px, their shape not kept."""
     height, width = size
     nearest = Image.fromarray(values).resize((width, height), _NEAREST)

@@ -1,6 +1,6 @@
 """A linear classifier of patches, and the maps of classes that it makes."""
 
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -35,7 +35,7 @@ def to_pixels(
 
 
 def segmentation_loss(
-    logits: Float[Tensor, "batch label height width"], labels: Int[Tensor, "batch height width"]
+    logits: Float[Tensor, "batch label height width"], labels: Integer[Tensor, "batch height width"]
 ) -> Float[Tensor, ""]:
     """Mean cross-entropy of the labelled pixels; ignored ones add nothing. Without any labelled pixel it is 0."""
     total = functional.cross_entropy(logits, labels.long(), ignore_index=IGNORED, reduction="sum")

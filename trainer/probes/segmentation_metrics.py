@@ -1,7 +1,7 @@
 """How well a map of classes fits: intersection over union and pixel accuracy, counted over many images."""
 
 import torch
-from jaxtyping import Float64, Int, Int64
+from jaxtyping import Float64, Int64, Integer
 from torch import Tensor
 
 
@@ -24,7 +24,7 @@ class Confusion:
         self.n_ignored: Int64[Tensor, ""] = torch.zeros((), dtype=torch.int64, device=device)
         self._ignore = ignore
 
-    def add(self, predicted: Int[Tensor, "*pixels"], labels: Int[Tensor, "*pixels"]) -> None:
+    def add(self, predicted: Integer[Tensor, "*pixels"], labels: Integer[Tensor, "*pixels"]) -> None:
         """Count a batch of maps; does not wait for the device.
 
         Args:
