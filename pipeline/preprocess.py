@@ -233,7 +233,7 @@ def png_bits(head: bytes) -> int:
     return depth
 
 
-def read_size(stream: io.BufferedIOBase) -> tuple[int, int]:
+def read_size(stream: io.BytesIO | io.BufferedReader) -> tuple[int, int]:
     """Width and height in px that an image file declares; nothing of it is decoded.
 
     Args:

@@ -158,7 +158,7 @@ def _look(root: str, pair: Pair, kind: MapKind) -> tuple[tuple[int, int], list[s
 
 
 def _header(
-    root: str, name: str, problems: list[str], read: Callable[[io.BufferedIOBase], _Header]
+    root: str, name: str, problems: list[str], read: Callable[[io.BufferedReader], _Header]
 ) -> tuple[_Header | None, int]:
     try:
         with open(os.path.join(root, name), "rb") as stream:
@@ -170,12 +170,12 @@ def _header(
     return None, 0
 
 
-def _image_size(stream: io.BufferedIOBase) -> tuple[int, int]:
+def _image_size(stream: io.BufferedReader) -> tuple[int, int]:
     width, height = read_size(stream)
     return height, width
 
 
-def _map_header(stream: io.BufferedIOBase) -> tuple[int, int, int]:
+def _map_header(stream: io.BufferedReader) -> tuple[int, int, int]:
     """Height, width, bits a pixel."""
     head = stream.read(PNG_HEAD_NBYTES)
     bits = png_bits(head)
