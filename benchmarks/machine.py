@@ -1,5 +1,7 @@
 """What a benchmark ran on: enough to judge its numbers, nothing that names a host, a person or a path."""
 
+import ctypes
+import gc
 import platform
 import re
 from dataclasses import dataclass
@@ -64,6 +66,15 @@ def _cpu_model() -> str:
     return platform.processor() or "unknown CPU"
 
 
+def bfloat16_instructions() -> tuple[str, ...]:
+    """Those of this processor that multiply bfloat16 numbers; without any, bfloat16 is slower than float32 here."""
+    if platform.system() != "Linux":
+        return ()
+    with open("/proc/cpuinfo") as file:
+        flags = next((line.split(":", 1)[1].split() for line in file if line.startswith(("flags", "Features"))), [])
+    return tuple(flag for flag in ("amx_bf16", "avx512_bf16", "avx10_1", "bf16") if flag in flags)
+
+
 class PeakMemory:
     """Peak resident memory of this process above what it held at the beginning, in bytes; 0 where Linux is not.
 
@@ -78,6 +89,7 @@ class PeakMemory:
 
     def __enter__(self) -> "PeakMemory":
         if platform.system() == "Linux":
+            give_back_memory()
             with open("/proc/self/clear_refs", "w") as file:
                 file.write("5")  # sets the high-water mark back to the present
         self._before = _status_nbytes("VmRSS")
@@ -85,6 +97,14 @@ class PeakMemory:
 
     def __exit__(self, *_: object) -> None:
         self.nbytes = max(0, _status_nbytes("VmHWM") - self._before)
+
+
+def give_back_memory() -> None:
+    """Have the C library return what was freed, so that a measurement does not find it held already."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc alone
+    if trim is not None:
+        trim(0)
 
 
 def _status_nbytes(field: str) -> int:

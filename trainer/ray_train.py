@@ -135,7 +135,9 @@ class _Desk:
         return lines, time.monotonic() - self._heard_at if self._heard_at else None
 
 
-def _resources(have: Mapping[str, float], n_workers: int, device: str | None, *, grows: bool) -> tuple[bool, dict]:
+def _resources(
+    have: Mapping[str, float | int], n_workers: int, device: str | None, *, grows: bool
+) -> tuple[bool, dict]:
     """Whether workers get GPUs, and what each one asks for.
 
     Raises:
@@ -221,18 +223,21 @@ def _watch(
     if lost is not None:
         raise lost
     if failed:
-        raise JobError(_cause(failed[0], n_workers)) from failed[0]
+        cause = _cause(failed[0], n_workers)
+        raise failed[0] if cause is None else JobError(cause) from failed[0]
     return found[0] if found else None
 
 
-def _cause(error: Exception, n_workers: int) -> str:
-    """Why Ray Train gave up, in lines that help."""
-    workers = getattr(error, "worker_failures", None)
-    if not workers:
+def _cause(error: Exception, n_workers: int) -> str | None:
+    """Why Ray Train gave up, in lines that help; None if it did not, and the error is another."""
+    workers = getattr(error, "worker_failures", None)  # of Ray's WorkerGroupError
+    if getattr(error, "controller_failure", None) is not None:
         return (
             f"Ray Train found no place for WORKERS={n_workers}: {_last_line(error)}. Lower WORKERS or add machines; "
             "the same command goes on"
         )
+    if not workers:
+        return None
     lines = [f"worker {rank}: {_last_line(failure)}" for rank, failure in sorted(workers.items())]
     return "\n  ".join(
         [

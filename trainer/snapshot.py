@@ -8,7 +8,7 @@ from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 from torch import Tensor, nn
 
-from trainer.run_files import Checkpoint
+from trainer.run_files import Checkpoint, RunFiles
 from trainer.workers import Workers
 
 
@@ -40,8 +40,11 @@ def put_tensors(
     random.set_state(tensors["random"]["generator"])
 
 
-def from_first(checkpoint: Checkpoint | None, workers: Workers) -> Checkpoint | None:
-    """The first worker's checkpoint; the others need not reach the RUN for it."""
+def newest_checkpoint(run: RunFiles, workers: Workers) -> Checkpoint | None:
+    """The run's newest checkpoint, read by the first worker: the others need not reach the RUN for it."""
+    found: list[Checkpoint | None] = []
+    workers.first_does(lambda: found.append(run.newest_checkpoint()))
+    checkpoint = found[0] if found else None
     if workers.is_alone:
         return checkpoint
     about = None

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ from trainer.raptor import Raptor
 from trainer.record import Record, TrainResult
 from trainer.run_files import RunFiles
 from trainer.schedules import learning_rate, teacher_forcing_ratio
-from trainer.snapshot import from_first, put_tensors, take_tensors
+from trainer.snapshot import newest_checkpoint, put_tensors, take_tensors
 from trainer.workers import Workers
 
 __all__ = ["TrainResult", "make_loss", "make_model", "train"]
@@ -93,7 +93,7 @@ def train(
     optimizer = make_optimizer(model, learning_rate=config.peak_learning_rate, weight_decay=config.weight_decay)
     random = torch.Generator().manual_seed(config.seed)
     loss_of = make_loss(config, data.train.spec)
-    saved = from_first(run.newest_checkpoint() if workers.is_first else None, workers)
+    saved = newest_checkpoint(run, workers)
     first = 0 if saved is None else saved.step
 
     with Feed(data.train, config, machine, workers) as feed:
@@ -104,7 +104,8 @@ def train(
             feed.load_state_dict(saved.state["feed"])
             meter.load_state_dict(saved.state["meter"])
         record = Record(run, config, data, loss_of, machine, model, feed.progress(first), saved)
-        with record if workers.is_first else nullcontext():
+        with ExitStack() as stack:
+            workers.first_does(stack.enter_context, record)
             workers.first_does(record.begin, untrained)
             meter.restart_clock()
             for step in range(first, config.n_steps):

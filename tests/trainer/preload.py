@@ -1,0 +1,12 @@
+"""What takes seconds to import, once for all processes that the tests fork."""
+
+import pytest  # noqa: F401
+import torch
+import torch.distributed
+import torch.nn.parallel
+
+import tests.trainer.tiny  # noqa: F401
+import trainer.claim
+import trainer.train  # noqa: F401
+
+torch.set_num_threads(1)
