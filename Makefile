@@ -34,7 +34,7 @@ help: ## list targets and variables
 #: IMAGES      digits, a folder of class folders of images or of tars, one with such folders train/ and val/, or
 #:             tars by a quoted pattern: 's3://bucket/train-{000..146}.tar'                     [digits]
 #: STORE       a store, or the folder of stores train and val                     [data/stores/<name of IMAGES>]
-#: TEACHER     any timm ViT, or digits_vit                     [digits_vit for digits, else DINOv2 ViT-B/14 reg]
+#: TEACHER     any timm ViT, digits_vit, or run:<RUN>: a Raptor    [digits_vit for digits, else DINOv2 ViT-B/14 reg]
 #: WEIGHTS     file in timm's or Meta's naming, or random:0                        [timm's pretrained or shipped]
 #: HEAD        file of a linear head on [final-norm CLS; mean of final-norm patches]                      [none]
 #: FORMAT      zarr or webdataset                                                                        [zarr]
@@ -75,12 +75,12 @@ $(READY): requirements.txt pyproject.toml
 	  --config-settings editable_mode=compat
 	@touch $(READY)
 
-.PHONY: help venv extract plan stores inspect copy convert verify phases train raptor teacher s3 bench test test-slow check format requirements
+.PHONY: help venv extract plan stores inspect copy convert verify phases train raptor import teacher s3 bench test test-slow check format requirements
 
 venv: $(READY) ## make .venv and nothing else
 
 extract: $(READY) ## images -> store, with hidden states of all layers; again to go on after anything
-	@$(PYTHON) -m pipeline extract $(EXTRACT_FLAGS)
+	@$(PYTHON) -m $(if $(filter run:%,$(TEACHER)),trainer,pipeline) extract $(EXTRACT_FLAGS)
 
 plan: $(READY) ## what make extract would take: bytes, objects, memory, requests, hours, dollars; BLOCK= prices its epoch
 	@$(PYTHON) -m pipeline plan $(EXTRACT_FLAGS) $(call flag,BLOCK)
@@ -113,6 +113,10 @@ train: $(READY) ## stage 1: train one Raptor block on a store: make train BLOCK=
 
 raptor: $(READY) ## stage 2: train finished blocks together: make raptor BLOCKS=0-7,7-10,10-12
 	@$(PYTHON) -m trainer raptor $(call flags,BLOCK_SEEDS RUNS) $(call switch,OTHER_STORE) $(TRAIN_FLAGS)
+
+import: $(READY) ## published weights into a RUN: make import FROM=final.pt BLOCKS=0-7,7-10,10-12 STORE=
+	@$(PYTHON) -m trainer import $(if $(strip $(FROM)),--source $(call quote,$(FROM))) \
+	  $(call flags,BLOCKS RUN STORE TEACHER WEIGHTS HEAD HEADS SEED DEVICE ENDPOINT_URL) $(ARGS)
 
 teacher: $(READY) ## train digits_vit, the small teacher that ships with the project (minutes)
 	@$(PYTHON) -m trainer teacher $(ARGS)
