@@ -14,6 +14,9 @@ _WRAPPERS = ("state_dict_ema", "model_ema", "teacher", "state_dict", "model")
 # What wrappers of the model put before each name.
 _PREFIXES = ("module.", "_orig_mod.", "backbone.")
 
+# Of Meta's larger heads: CLS of so many last layers, and the mean patch of the last one.
+_HEAD_LAYERS = 4
+
 _MAX_NAMED = 4  # names spelled out per kind of mismatch
 
 
@@ -58,6 +61,12 @@ def read_linear_head(path: str, n_features: int) -> nn.Linear:
             f"{path} is no linear head: expected one weight (classes, {n_features}) and a bias, found {found}"
         )
     weight = weights[0]
+    if weight.shape[1] == n_features // 2 * (_HEAD_LAYERS + 1):
+        raise WeightsError(
+            f"{path} is a head on {_HEAD_LAYERS} layers: its weight reads {weight.shape[1]:,} values, CLS tokens of "
+            f"the last {_HEAD_LAYERS} and the mean of the patches; expected one on the last layer alone, which reads "
+            f"{n_features:,}. Meta publishes both: give the file ..._linear_head.pth, not ..._linear4_head.pth"
+        )
     if weight.shape[1] != n_features or any(bias.shape != weight.shape[:1] for bias in biases):
         raise WeightsError(
             f"{path} does not fit: expected a weight of (classes, {n_features}), which reads [final-norm CLS; mean of "

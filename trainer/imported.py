@@ -95,7 +95,7 @@ def check_fits(imported: Imported, teacher: Teacher) -> None:
 def run_identity(imported: Imported, data: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """What the RUN is claimed for: as for a training, with the weights in the place of its settings."""
     train = {"recipe": RECIPE, "seed": seed, "spans": [str(span) for span in imported.spans]}
-    return {"train": {**train, "sha256": imported.about["sha256"]}, "data": dict(data)}
+    return {"train": train, "data": dict(data), "imported": {"sha256": imported.about["sha256"]}}
 
 
 def identity_without_store(teacher: Teacher) -> dict[str, Any]:

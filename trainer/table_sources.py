@@ -1,6 +1,6 @@
 """Where a table's numbers come from: finished runs and probes below some places, local or S3."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,12 +86,15 @@ def find_results(places: Sequence[str]) -> Found:
         UserError: Nothing is there, or some of it cannot be read; lists all of that.
     """
     results: dict[str, Objects] = {}
-    configs: dict[str, Objects] = {}
+    configs: set[str] = set()
     problems: list[str] = []
     for place in places:
         try:
             for folder, name in _documents(place):
-                (results if name == RESULT_KEY else configs)[folder] = open_objects(folder)
+                if name == RESULT_KEY:
+                    results[folder] = open_objects(folder)
+                else:
+                    configs.add(folder)
         except (ObjectError, UserError) as error:
             problems.append(f"{place}: {error}")
     runs: list[FoundRun] = []
@@ -118,8 +121,13 @@ def find_results(places: Sequence[str]) -> Found:
             FoundProbe(location=place, model=_probed_model(result, by_weights), result=result)
             for place, result in probes
         ],
-        unfinished=sorted(configs.keys() - results.keys()),
+        unfinished=[place for place in sorted(configs - results.keys()) if not _lies_in_one_of(place, configs)],
     )
+
+
+def _lies_in_one_of(place: str, folders: Collection[str]) -> bool:
+    """Whether it is a part of another folder, as a RUN holds the ends of its teacher."""
+    return any(place.startswith(f"{folder}/") for folder in folders)
 
 
 def _documents(place: str) -> list[tuple[str, str]]:
@@ -175,8 +183,8 @@ def _trained_model(result: Mapping[str, Any], config: Mapping[str, Any]) -> Mode
     settings = config["train"]
     spans = tuple(result["spans"])
     start, stop = int(spans[0].partition("-")[0]), int(spans[-1].partition("-")[2])
-    # A block that teacher forcing has a part in is stage 1's, even where it spans the whole depth.
-    alone = len(spans) == 1 and settings.get("teacher_forcing_steps", 0) > 0
+    # Stage 2 names the blocks that it began with. One block without them is stage 1's, even over the whole depth.
+    alone = len(spans) == 1 and "blocks" not in config
     whole = start == 0 and stop == result["last_layer"] and not alone
     return Model(
         what=RAPTOR if whole else BLOCK,
@@ -184,6 +192,7 @@ def _trained_model(result: Mapping[str, Any], config: Mapping[str, Any]) -> Mode
         spans=spans,
         seed=settings["seed"],
         settings=settings,
+        imported="imported" in result,
     )
 
 

@@ -271,9 +271,12 @@ def test_a_head_may_come_under_any_prefix_and_must_fit(tmp_path: Path) -> None:
     assert teacher.head is not None
     assert torch.equal(teacher.head.weight, weight)
     assert torch.equal(teacher.head.bias, bias)
-    torch.save({"weight": torch.randn(10, 320), "bias": bias}, tmp_path / "wide.pth")
-    with pytest.raises(WeightsError, match=r"expected a weight of \(classes, 128\).*found weight \[10, 320\]"):
+    torch.save({"weight": torch.randn(10, 64), "bias": bias}, tmp_path / "wide.pth")
+    with pytest.raises(WeightsError, match=r"expected a weight of \(classes, 128\).*found weight \[10, 64\]"):
         load_teacher("digits_vit", head=str(tmp_path / "wide.pth"))
+    torch.save({"weight": torch.randn(10, 5 * 64), "bias": bias}, tmp_path / "four_layers.pth")
+    with pytest.raises(WeightsError, match=r"a head on 4 layers: .*reads 320 values.*give the file \.\.\._linear_head"):
+        load_teacher("digits_vit", head=str(tmp_path / "four_layers.pth"))
     torch.save({"a.weight": weight, "b.weight": weight}, tmp_path / "two.pth")
     with pytest.raises(WeightsError, match="is no linear head: expected one weight"):
         load_teacher("digits_vit", head=str(tmp_path / "two.pth"))

@@ -120,7 +120,12 @@ def test_an_imported_raptor_is_validated_extracted_and_listed(folder: Path, tmp_
     expected = trained.raptor.rollout(data.teacher.embed(pixels), 0, 3)
     assert torch.equal(raptor_teacher(str(tmp_path / "run")).layer_states(pixels), expected)
     [found] = find_results([str(tmp_path)]).runs
-    assert (found.model.spans, found.model.seed) == (("0-2", "2-3"), 1001)
+    assert (found.model.spans, found.model.seed, found.model.imported) == (("0-2", "2-3"), 1001, True)
+    torch.save(seeded_raptor(7, 8, 2), tmp_path / "other.pt")
+    command = typed(tmp_path, "other.pt", "0-2,2-3", tmp_path / "b", store=folder / "store", seed=1002)
+    assert main(command) == ExitCode.OK
+    assert len({run.model.key for run in find_results([str(tmp_path)]).runs}) == 1  # one variant, two seeds
+    capsys.readouterr()
     assert main(command) == ExitCode.OK
     assert "there is nothing to do" in capsys.readouterr().out
 
@@ -146,7 +151,7 @@ def test_a_teacher_alone_will_do(folder: Path, tmp_path: Path) -> None:
 
 def test_other_weights_or_spans_in_that_run_are_refused(folder: Path, tmp_path: Path) -> None:
     assert main(typed(folder, "first.pt", "0-2", tmp_path / "run", teacher="fake_vit")) == ExitCode.OK
-    with pytest.raises(UserError, match=r"holds another run:\n  train.sha256"):
+    with pytest.raises(UserError, match=r"holds another run:\n  imported.sha256"):
         main(typed(folder, "second.pt", "0-2", tmp_path / "run", teacher="fake_vit"))
     with pytest.raises(UserError, match=r"holds another run:\n  train.spans"):
         main(typed(folder, "first.pt", "0-3", tmp_path / "run", teacher="fake_vit"))
@@ -184,9 +189,7 @@ def test_pickled_modules_are_refused_with_the_line_that_mends_them(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(nn.Linear(2, 2), "whole.pt")
-    with pytest.raises(
-        WeightsError, match=r"never run here(.|\n)*torch\.save\(m\.state_dict\(\)"
-    ):
+    with pytest.raises(WeightsError, match=r"never run here(.|\n)*torch\.save\(m\.state_dict\(\)"):
         main(typed(tmp_path, "whole.pt", "0-2", tmp_path / "run", teacher="fake_vit"))
     Path("evil.pt").write_bytes(pickle.dumps(Evil()))
     with pytest.raises(WeightsError):

@@ -20,6 +20,7 @@ from trainer.claim import claimed
 from trainer.config import TrainConfig
 from trainer.data import TrainingData, frozen_shards, open_training_data
 from trainer.machine import Machine, torch_threads
+from trainer.raptor_teacher import save_ends
 from trainer.recipes import RECIPES, recipe_for
 from trainer.report import finished_report, start_report
 from trainer.run_files import RunFiles
@@ -244,6 +245,8 @@ def train_and_report(
                 return ExitCode.INTERRUPTED
         done = f"This command took {human_duration(time.monotonic() - began)}."
     else:
+        if not job.run.read_teacher_files():  # of a run that an earlier version finished
+            save_ends(job.run, job.data.teacher)
         done = f"This run is finished; there is nothing to do. For another one give RUN, or delete {job.run.location}"
     if not workers.is_first:
         return ExitCode.OK
