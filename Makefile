@@ -55,6 +55,8 @@ help: ## list targets and variables
 #: STEPS SEED  length and seed of a training                                                   [the recipe's; 0]
 #: RECIPE      digits_stage1 or imagenet_stage1                                    [the one that fits the store]
 #: PARTIAL=1   train on a store that is not finished, with the shards that it has now                      [off]
+#: RUNS PROBES what make table reads: places of runs and of probes, with commas between     [data/runs; data/probes]
+#: DEMO SEEDS  with make demo: its folder; Raptors of each kind, 3 for deviations                      [data/demo; 1]
 #: DEVICE      cpu, cuda or cuda:0                                                     [the GPU if there is one]
 #: JOIN=1      share the work of the jobs that extract into the same store                              [off]
 #: ENDPOINT_URL  S3 endpoint, such as http://127.0.0.1:9000            [AWS_ENDPOINT_URL, else Amazon's]
@@ -75,7 +77,7 @@ $(READY): requirements.txt pyproject.toml
 	  --config-settings editable_mode=compat
 	@touch $(READY)
 
-.PHONY: help venv extract plan stores inspect copy convert verify phases train raptor import teacher s3 bench test test-slow check format requirements
+.PHONY: help venv extract plan stores inspect copy convert verify phases train raptor import teacher s3 bench test test-slow check format requirements table demo
 
 venv: $(READY) ## make .venv and nothing else
 
@@ -117,6 +119,12 @@ raptor: $(READY) ## stage 2: train finished blocks together: make raptor BLOCKS=
 import: $(READY) ## published weights into a RUN: make import FROM=final.pt BLOCKS=0-7,7-10,10-12 STORE=
 	@$(PYTHON) -m trainer import $(if $(strip $(FROM)),--source $(call quote,$(FROM))) \
 	  $(call flags,BLOCKS RUN STORE TEACHER WEIGHTS HEAD HEADS SEED DEVICE ENDPOINT_URL) $(ARGS)
+
+table: $(READY) ## finished runs and probes side by side, with the paper's numbers and figures: RUNS= PROBES= OUT=
+	@$(PYTHON) -m trainer table $(call flags,RUNS PROBES OUT ENDPOINT_URL) $(ARGS)
+
+demo: $(READY) ## the whole story on digits, below DEMO=: extract, phases, both stages, probes, table, figures
+	@$(PYTHON) -m analysis demo $(call flags,DEMO SEEDS LIMIT STEPS) $(ARGS)
 
 teacher: $(READY) ## train digits_vit, the small teacher that ships with the project (minutes)
 	@$(PYTHON) -m trainer teacher $(ARGS)
