@@ -7,11 +7,13 @@ from typing import Annotated, Literal
 
 import tyro
 
-from benchmarks import clients, codecs, extraction, fidelity, precision, step, stream, stream_s3
+from benchmarks import clients, codecs, extraction, fidelity, ladder, precision, step, stream, stream_s3
 from benchmarks.report import RESULTS, Result
 from infra.console import UserError, run_door
 
-Name = Literal["extraction", "stream", "stream-s3", "clients", "step", "codecs", "precision", "fidelity", "all"]
+Name = Literal[
+    "extraction", "stream", "stream-s3", "clients", "step", "codecs", "precision", "fidelity", "ladder", "all"
+]
 ALL = ("extraction", "stream", "stream-s3", "clients", "step", "codecs", "precision")
 
 
@@ -20,18 +22,15 @@ class Options:
     """Side-by-side benchmarks; every number is a ratio within one run.
 
     Attributes:
-        what: Which one; `all` leaves out fidelity, which takes an hour and goes on where it was interrupted.
+        what: Which one; `all` leaves out fidelity and ladder, which take an hour and go on where they were interrupted.
         quick: Tiny sizes, to see that everything runs; its numbers say nothing about speed.
-        dir: Where temporary data goes, up to 4 GB, deleted afterwards; the system's place if not given. Fidelity keeps
-            its stores and runs there; data/fidelity if not given.
+        dir: Where temporary data goes, up to 4 GB, deleted afterwards; the system's place if not given. Fidelity and
+            ladder keep their stores and runs there; data/fidelity and data/ladder if not given.
         steps: Of each training of fidelity; the recipe's if not given.
         out: Where results are saved; benchmarks/results if not given, and nowhere for quick ones.
     """
 
-    what: Annotated[
-        Literal["extraction", "stream", "stream-s3", "clients", "step", "codecs", "precision", "fidelity", "all"],
-        tyro.conf.Positional,
-    ] = "all"
+    what: Annotated[Name, tyro.conf.Positional] = "all"
     quick: bool = False
     dir: Path | None = None
     steps: int | None = None
@@ -68,6 +67,9 @@ def _run(name: str, options: Options) -> Result:
         config = fidelity.QUICK if options.quick else fidelity.FidelityBenchmark()
         folder = options.dir or (None if options.quick else fidelity.DEFAULT_FOLDER)
         return fidelity.run(config, folder, n_steps=options.steps)
+    if name == "ladder":
+        folder = options.dir or (None if options.quick else ladder.DEFAULT_FOLDER)
+        return ladder.run(ladder.QUICK if options.quick else ladder.LadderBenchmark(), folder)
     return extraction.run(extraction.QUICK if options.quick else extraction.ExtractionBenchmark(), options.dir)
 
 
