@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGINT
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from infra.console import ExitCode, Progress
 from infra.objects import ObjectError
@@ -64,6 +64,7 @@ class Outcome:
     words: str = ""
 
 
+@runtime_checkable
 class Attempt(Protocol):
     """A training under way somewhere."""
 
