@@ -25,10 +25,13 @@ from pipeline.preprocess import (
     png_bits,
     read_size,
 )
+from trainer.probes.task import Asked
 
 _N_LISTED = 20
 _N_SILENT = 2000  # pairs that are checked before anybody could wonder
 _Header = TypeVar("_Header")
+_Train = TypeVar("_Train")
+_Evaluation = TypeVar("_Evaluation")
 _THREADS = 16  # they wait for a disk or a network
 
 
@@ -131,6 +134,39 @@ def refuse(root: str, problems: Sequence[str], advice: str) -> None:
         more = [f"and {len(problems) - _N_LISTED:,} more"] if len(problems) > _N_LISTED else []
         counted = f"{len(problems):,} problem{'s' if len(problems) > 1 else ''}"
         raise UserError("\n  ".join([f"{root} has {counted}:", *problems[:_N_LISTED], *more]) + f"\n{advice}")
+
+
+def open_images(
+    asked: Asked, open_: Callable[[str], tuple[_Train, _Evaluation]], *, missing: str, problems: Sequence[str]
+) -> tuple[_Train, _Evaluation]:
+    """What `open_` makes of IMAGES.
+
+    Args:
+        asked: What was typed.
+        open_: Takes the folder.
+        missing: What to say if IMAGES was not typed.
+        problems: Others that are known already.
+
+    Raises:
+        UserError: Lists those, and that IMAGES is missing, lies elsewhere or is not what `open_` expects, or that HEAD
+            was typed: dense readouts begin with random values.
+    """
+    found = list(problems)
+    if asked.head is not None:
+        found.append(f"HEAD={asked.head}: the readout of this task begins with random values; leave HEAD out")
+    opened = None
+    if asked.images is None:
+        found.append(missing)
+    elif "://" in asked.images:
+        found.append(f"IMAGES={asked.images}: this task reads files of this machine; copy the data set to a folder")
+    else:
+        try:
+            opened = open_(os.path.expanduser(asked.images))
+        except UserError as error:
+            found.append(str(error))
+    if found or opened is None:
+        raise UserError("\n  ".join(found))
+    return opened
 
 
 def names_in(folder: str, suffix: str) -> list[str]:

@@ -51,7 +51,7 @@ class Padding:
         Args:
             grid: Cells that divide the padded image evenly.
             compat: Stretch the padded map over the image, as the published code does; at NYUv2's size its rim is then
-                5 px off its place.
+                4.5 px off its place.
         """
         size = self.size if compat else self.padded
         fine = functional.interpolate(grid[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
