@@ -54,7 +54,13 @@ help: ## list targets and variables
 #: RUN         folder of a training run                            [data/runs/<store>/<BLOCK>-seed<SEED>]
 #: STEPS SEED  length and seed of a training                                                   [the recipe's; 0]
 #: RECIPE      digits_stage1 or imagenet_stage1                                    [the one that fits the store]
+#: FROM        with make import: file of published weights, a state dict                         [must be given]
+#: HEADS       with make import: attention heads of its blocks                            [one per 64 channels]
 #: PARTIAL=1   train on a store that is not finished, with the shards that it has now                      [off]
+#: TASK        of make probe: imagenet, ade20k, nyuv2 or digits                                 [must be given]
+#: EPOCHS BATCH_SIZE LEARNING_RATE   of a probe                                                   [the recipe's]
+#: LABEL       of a probe: its row in the table                            [teacher's name, or such as Raptor k=3]
+#: COMPAT=1    with make probe: restore the published code's defects that its numbers depend on            [off]
 #: RUNS PROBES what make table reads: places of runs and of probes, with commas between     [data/runs; data/probes]
 #: DEMO SEEDS  with make demo: its folder; Raptors of each kind, 3 for deviations                      [data/demo; 1]
 #: DEVICE      cpu, cuda or cuda:0                                                     [the GPU if there is one]
@@ -77,7 +83,7 @@ $(READY): requirements.txt pyproject.toml
 	  --config-settings editable_mode=compat
 	@touch $(READY)
 
-.PHONY: help venv extract plan stores inspect copy convert verify phases train raptor import teacher s3 bench test test-slow check format requirements table demo
+.PHONY: help venv extract plan stores inspect copy convert verify phases train raptor import probe teacher s3 bench test test-slow check format requirements table demo
 
 venv: $(READY) ## make .venv and nothing else
 
@@ -117,8 +123,13 @@ raptor: $(READY) ## stage 2: train finished blocks together: make raptor BLOCKS=
 	@$(PYTHON) -m trainer raptor $(call flags,BLOCK_SEEDS RUNS) $(call switch,OTHER_STORE) $(TRAIN_FLAGS)
 
 import: $(READY) ## published weights into a RUN: make import FROM=final.pt BLOCKS=0-7,7-10,10-12 STORE=
-	@$(PYTHON) -m trainer import $(if $(strip $(FROM)),--source $(call quote,$(FROM))) \
-	  $(call flags,BLOCKS RUN STORE TEACHER WEIGHTS HEAD HEADS SEED DEVICE ENDPOINT_URL) $(ARGS)
+	@$(PYTHON) -m trainer import $(call flags,FROM BLOCKS RUN STORE TEACHER WEIGHTS HEAD HEADS SEED DEVICE ENDPOINT_URL) $(ARGS)
+
+PROBE_VARIABLES := TASK RUN TEACHER WEIGHTS STORE IMAGES HEAD OUT LABEL SEED EPOCHS BATCH_SIZE LEARNING_RATE COMPUTE DEVICE \
+  ENDPOINT_URL
+
+probe: $(READY) ## a readout on a frozen teacher or Raptor: make probe TASK=digits RUN=; imagenet, ade20k, nyuv2 with IMAGES=
+	@$(PYTHON) -m trainer probe $(call flags,$(PROBE_VARIABLES)) $(call switch,COMPAT) $(ARGS)
 
 table: $(READY) ## finished runs and probes side by side, with the paper's numbers and figures: RUNS= PROBES= OUT=
 	@$(PYTHON) -m trainer table $(call flags,RUNS PROBES OUT ENDPOINT_URL) $(ARGS)

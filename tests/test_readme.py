@@ -27,7 +27,7 @@ def test_every_target_named_exists(target: str) -> None:
     "variable", sorted(set(re.findall(r"\b([A-Z][A-Z_]{2,})=", README)) - {"RAY_ADDRESS", "BLOCKS"})
 )
 def test_every_variable_named_is_passed_on(variable: str) -> None:
-    value = "1" if variable in ("NO_RAY", "REPAIR", "PARTIAL", "JOIN") else "7"
+    value = "1" if variable in ("NO_RAY", "REPAIR", "PARTIAL", "JOIN", "COMPAT") else "7"
     flag = f"--{variable.lower().replace('_', '-')}"
     said = "".join(
         subprocess.run(
@@ -38,7 +38,7 @@ def test_every_variable_named_is_passed_on(variable: str) -> None:
             timeout=60,
             check=True,
         ).stdout
-        for target in ("extract", "verify", "train", "copy", "convert", "stores", "phases")
+        for target in ("extract", "verify", "train", "copy", "convert", "stores", "phases", "probe", "import")
     )
     assert flag in said or variable == "ARGS"
 

@@ -101,7 +101,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def typed(folder: Path, file: str, blocks: str, run: Path, **more: object) -> list[str]:
-    flags = {"source": folder / file, "blocks": blocks, "run": run, "heads": 2, "device": "cpu", **more}
+    flags = {"from": folder / file, "blocks": blocks, "run": run, "heads": 2, "device": "cpu", **more}
     return ["import", *(part for name, value in flags.items() for part in (f"--{name}", str(value)))]
 
 

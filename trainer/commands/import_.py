@@ -2,6 +2,9 @@
 
 import os
 from pathlib import PurePosixPath
+from typing import Annotated
+
+import tyro
 
 from infra.console import ExitCode, UserError
 from infra.objects import open_objects
@@ -22,7 +25,7 @@ DEFAULT_RUNS = "data/runs/imported"
 
 def import_command(
     *,
-    source: str = "",
+    source: Annotated[str, tyro.conf.arg(name="from")] = "",
     blocks: str = "",
     run: str = "",
     store: str | None = None,
@@ -37,7 +40,7 @@ def import_command(
     """Make a finished run of published weights: probes, tables, stage 2 and extraction take it like one trained here.
 
     Args:
-        source: FROM: a state dict of a published stage-1 block or Raptor: a .safetensors, .pt or .pth file, here or at
+        source: A state dict of a published stage-1 block or Raptor: a .safetensors, .pt or .pth file, here or at
             s3://. A pickled module is refused with the line that saves its state dict where it was made.
         blocks: Span a-b of each block, in order: 0-7 for a stage-1 block, 0-7,7-10,10-12 for a published Raptor of 3.
         run: Where to: a folder or s3://bucket/prefix; empty: data/runs/imported/<name of the file>.
