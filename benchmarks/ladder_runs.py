@@ -14,7 +14,7 @@ from infra.objects import FolderObjects
 from pipeline.extract import extract
 from pipeline.settings import ExtractConfig
 from pipeline.workers import RunConfig
-from storage_schemas import Span
+from storage_schemas import Span, open_store
 from storage_schemas.documents import sha256
 from trainer.config import TrainConfig
 from trainer.data import TrainingData, first_samples, open_training_data
@@ -100,19 +100,20 @@ class Runs:
         self._batch_size = batch_size
         self._place = place
         self._machine = Machine.found("cpu")
-        self._store = str(place / "store")
+        store = str(place / "store")
         self._found: dict[str, Found] = {}
         extract(
-            ExtractConfig(images="digits", store=self._store, precision="float32", limit=limit),
+            ExtractConfig(images="digits", store=store, precision="float32", limit=limit),
             RunConfig(no_ray=True, device="cpu"),
         )
-        self.states = self._open((Span(0, 1),)).train
-        self.depth = self.states.layers[-1]
+        self.depth = open_store(f"{store}/train").layers[-1]
+        self._data = open_training_data(store, f"0-{self.depth}")
+        self.states = self._data.train
 
     def teacher_accuracy(self) -> float:
         """What the teacher's head makes of its own last states, on the same digits."""
         span = Span(self.depth - 1, self.depth)
-        data = self._open((span,))
+        data = self._data_of((span,))
         truth = ValidationSet(store=data.validation, teacher=data.teacher, batch_size=_JUDGED, lanes=1)
         found = measure_baselines(lambda x, layer: x, truth, span, machine=self._machine)
         assert found is not None, "the digits' teacher has a head"
@@ -131,7 +132,7 @@ class Runs:
             n_steps: Of each block's training and of the joint one; None is the recipe's.
         """
         blocks = [self._block(span, seed, n_steps[0], RECIPE) for span in spans]
-        data = self._open(spans)
+        data = self._data_of(spans)
         chosen = {} if n_steps[1] is None else {"n_steps": n_steps[1]}
         config = digits_stage2(spans, data.train.spec, self.depth, seed=seed, **chosen)
         digests = [read_trained(block).weights_digest for block in blocks]
@@ -139,7 +140,7 @@ class Runs:
         return self._judge(spans, seed, [run])
 
     def _block(self, span: Span, seed: int, n_steps: int | None, how: Stage1) -> str:
-        data = self._open((span,))
+        data = self._data_of((span,))
         chosen = {} if n_steps is None else {"n_steps": n_steps}
         config = how.applied(digits_stage1(span, data.train.spec, self.depth, seed=seed, **chosen))
         return self._train(config, data, [], {})
@@ -167,7 +168,7 @@ class Runs:
     def _judge(self, spans: Spans, seed: int, runs: Sequence[str]) -> Found:
         key = " ".join(runs)
         if key not in self._found:
-            data = self._open(spans)
+            data = self._data_of(spans)
             config = digits_stage2(spans, data.train.spec, self.depth, seed=seed)
             truth = ValidationSet(
                 store=data.validation, teacher=data.teacher, batch_size=_JUDGED, lanes=validation_lanes(config)
@@ -178,8 +179,8 @@ class Runs:
             self._found[key] = Found(spans=spans, seed=seed, validation=validation)
         return self._found[key]
 
-    def _open(self, spans: Spans) -> TrainingData:
-        return open_training_data(self._store, ",".join(map(str, spans)), variable="BLOCKS")
+    def _data_of(self, spans: Spans) -> TrainingData:
+        return dataclasses.replace(self._data, spans=spans)
 
 
 def joined(runs: Sequence[str], spans: Spans) -> Raptor:

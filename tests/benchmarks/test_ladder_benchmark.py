@@ -102,3 +102,15 @@ def test_goals_are_shares_gains_and_ranks() -> None:
     assert rank.found == pytest.approx(0.8 - 0.775)
     assert "1 of 2 are better" in rank.what
     assert rank.met
+
+
+@pytest.mark.slow
+def test_on_digits_roll_out_beats_teacher_forcing_and_stage_2_beats_both(tmp_path: Path) -> None:
+    """Three blocks cut by phases, one seed: the order of the published ablation, and 98 % of the teacher at its end."""
+    runs = ladder_runs.Runs(tmp_path, batch_size=16)
+    spans = (Span(0, 3), Span(3, 7), Span(7, 12))
+    forced, rolled = (runs.blocks(spans, 0, 200, ladder._STAGE1[rung]) for rung in ladder.RUNGS[:2])
+    joint = runs.raptor(spans, 0, (200, 300))
+    assert forced.accuracy + 0.03 < rolled.accuracy < joint.accuracy - 0.01
+    assert forced.mean_r2 + 0.01 < rolled.mean_r2 < joint.mean_r2 - 0.01
+    assert joint.accuracy >= 0.98 * runs.teacher_accuracy()
