@@ -1,0 +1,213 @@
+"""Trainings side by side: who begins when, what is retried, what a stop does; and a real one that is killed."""
+
+import io
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from infra.console import ExitCode, Progress
+from infra.objects import MemoryObjects
+from tests.trainer.tiny import CPU, write_tiny_pair
+from trainer.all_spans import TRIES, Outcome, Process, SpanRun, process_environment, train_side_by_side
+from trainer.data import open_training_data
+from trainer.run_files import Checkpoint, RunFiles
+from trainer.train import train
+
+
+@dataclass
+class Script:
+    """What becomes of each attempt of a training: exit codes, and the step saved before each."""
+
+    codes: Sequence[int]
+    steps: Sequence[int] = ()
+
+
+@dataclass
+class Stage:
+    """Attempts that end as a script says, two looks after they began."""
+
+    scripts: dict[str, Script]
+    begun: list[tuple[str, int]] = field(default_factory=list)
+    at_work: set[str] = field(default_factory=set)
+    most: int = 0
+    asked: list[str] = field(default_factory=list)
+
+    def launch(self, job: SpanRun, slot: int) -> "Played":
+        assert job.name not in self.at_work
+        self.begun.append((job.name, slot))
+        self.at_work.add(job.name)
+        self.most = max(self.most, len(self.at_work))
+        n = sum(name == job.name for name, _ in self.begun) - 1
+        return Played(self, job, n)
+
+
+class Played:
+    def __init__(self, stage: Stage, job: SpanRun, n: int) -> None:
+        self.stage, self.job, self.n, self.looks, self.stopped = stage, job, n, 0, False
+
+    def __str__(self) -> str:
+        return f"attempt {self.n + 1}"
+
+    def poll(self) -> int | None:
+        self.looks += 1
+        if self.stopped:
+            self.stage.at_work.discard(self.job.name)
+            return ExitCode.INTERRUPTED
+        if self.looks < 3:
+            return None
+        script = self.stage.scripts[self.job.name]
+        if self.job.name in self.stage.at_work:
+            self.stage.at_work.discard(self.job.name)
+            if self.n < len(script.steps):
+                tensors = {"model": {"w": torch.zeros(1)}}
+                self.job.run.save_checkpoint(Checkpoint(step=script.steps[self.n], tensors=tensors, state={}))
+        return script.codes[self.n]
+
+    def ask_to_stop(self) -> None:
+        self.stopped = True
+        self.stage.asked.append(self.job.name)
+
+    def words(self) -> str:
+        return f"last words of {self.job.name}"
+
+
+def play(
+    scripts: dict[str, Script], *, at_once: int = 2, stop: Callable[[], bool] = lambda: False
+) -> tuple[list[Outcome], Stage, str]:
+    stage, said = Stage(scripts), io.StringIO()
+    jobs = [SpanRun(name=n, run=RunFiles(MemoryObjects()), n_steps=100, arguments=()) for n in scripts]
+    with Progress(total=300, unit="steps", label="test", stream=said, every_s=60.0) as progress:
+        outcomes = train_side_by_side(
+            jobs, stage.launch, at_once=at_once, progress=progress, stop=stop, poll_s=0.0, pause_s=0.0
+        )
+    return outcomes, stage, said.getvalue()
+
+
+def test_all_finish_at_most_so_many_at_a_time_and_in_order() -> None:
+    outcomes, stage, _ = play({name: Script([0]) for name in ("0-4", "4-7", "7-10", "10-12")})
+    assert [(outcome.name, outcome.ended, outcome.n_attempts) for outcome in outcomes] == [
+        (name, "finished", 1) for name in ("0-4", "4-7", "7-10", "10-12")
+    ]
+    assert stage.most == 2
+    assert {slot for _, slot in stage.begun} == {0, 1}
+    assert [name for name, _ in stage.begun] == ["0-4", "4-7", "7-10", "10-12"]
+
+
+def test_one_that_fails_begins_again_and_the_others_do_not_notice() -> None:
+    outcomes, stage, said = play({"0-7": Script([-9, 1, 0], steps=[10, 20]), "7-12": Script([0])})
+    assert [(outcome.ended, outcome.n_attempts) for outcome in outcomes] == [("finished", 3), ("finished", 1)]
+    assert [name for name, _ in stage.begun].count("7-12") == 1
+    assert "block 0-7 was killed by signal 9; it goes on from step 10" in said
+    assert "block 0-7 ended with exit code 1; it goes on from step 20" in said
+    assert "attempt 3, from step 20" in said
+    assert "last words of 0-7" in said
+
+
+def test_it_is_given_up_after_attempts_in_a_row_that_saved_nothing_new() -> None:
+    """What is saved counts, not how often it died."""
+    outcomes, _, said = play({"0-7": Script([3] * 9, steps=[10, 10, 20]), "7-12": Script([0])})
+    assert outcomes[0] == Outcome(name="0-7", ended="failed", n_attempts=2 + TRIES, words="last words of 0-7")
+    assert outcomes[1].ended == "finished"
+    assert "given up" in said
+
+
+def test_bad_input_is_not_tried_again() -> None:
+    outcomes, _, _ = play({"0-7": Script([ExitCode.BAD_INPUT])})
+    assert (outcomes[0].ended, outcomes[0].n_attempts) == ("failed", 1)
+
+
+def test_a_stop_reaches_all_that_run_and_begins_no_more() -> None:
+    looks = iter(range(10**6))
+    outcomes, stage, _ = play({n: Script([0]) for n in ("0-4", "4-7", "7-12")}, stop=lambda: next(looks) >= 2)
+    assert [outcome.ended for outcome in outcomes] == ["stopped"] * 3
+    assert sorted(stage.asked) == ["0-4", "4-7"]
+    assert outcomes[2].n_attempts == 0
+
+
+# ---------------------------------------------------------------- real processes
+
+
+RECIPE = "digits_stage1"  # a checkpoint every 100 steps
+
+
+def options(store: str, run: RunFiles, block: str, n_steps: int) -> tuple[str, ...]:
+    named = {
+        "block": block,
+        "store": store,
+        "run": run.location,
+        "steps": n_steps,
+        "recipe": RECIPE,
+        "device": "cpu",
+        "threads": 1,
+    }
+    return ("train", *(text for name, value in named.items() for text in (f"--{name}", str(value))))
+
+
+def test_two_jobs_share_nothing_and_a_killed_one_goes_on_by_itself(tmp_path: Path) -> None:
+    """D12: two spans side by side, one killed after a checkpoint: both give the bits of a run alone in its process."""
+    from infra.objects import FolderObjects
+    from trainer.commands.start import make_config
+
+    store, n_steps = write_tiny_pair(tmp_path / "store"), 300
+    spans = ["0-2", "2-3"]
+    alone = {}
+    for span in spans:
+        data = open_training_data(store, span)
+        run = RunFiles(MemoryObjects())
+        torch.set_num_threads(1)
+        assert train(make_config(data, 1, RECIPE, n_steps, 0), data, run, machine=CPU) is not None
+        alone[span] = run.read_weights()
+    jobs = [
+        SpanRun(name=span, run=(run := RunFiles(FolderObjects(tmp_path / span))), n_steps=n_steps,
+                arguments=options(store, run, span, n_steps))
+        for span in spans
+    ]  # fmt: skip
+    begun: list[tuple[str, Process]] = []
+
+    def launch(job: SpanRun, slot: int) -> Process:
+        process = Process(job.arguments, tmp_path / f"{job.name}.log", process_environment(ray=False))
+        begun.append((job.name, process))
+        return process
+
+    def kill_after_a_checkpoint() -> None:
+        while not jobs[0].run.saved_step():
+            time.sleep(0.05)
+        os.kill(int(str(begun[0][1]).split()[1].rstrip(",")), signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_after_a_checkpoint, daemon=True)
+    killer.start()
+    with Progress(total=2 * n_steps, unit="steps", label="test", stream=io.StringIO()) as progress:
+        outcomes = train_side_by_side(jobs, launch, at_once=2, progress=progress, stop=lambda: False, pause_s=0.0)
+    killer.join()
+    assert [(outcome.ended, outcome.n_attempts) for outcome in outcomes] == [("finished", 2), ("finished", 1)]
+    for job in jobs:
+        found = job.run.read_weights()
+        assert found.keys() == alone[job.name].keys()
+        assert all(torch.equal(found[name], value) for name, value in alone[job.name].items())
+
+
+def test_a_process_saves_and_ends_when_its_standard_input_does(tmp_path: Path) -> None:
+    """As it does when the program that started it is killed; nothing goes on unseen, nothing is lost."""
+    from infra.objects import FolderObjects
+
+    store, run = write_tiny_pair(tmp_path / "store"), RunFiles(FolderObjects(tmp_path / "run"))
+    arguments = options(store, run, "0-2", 100_000)
+    process = Process(arguments, tmp_path / "words.log", process_environment(ray=False))
+    while not run.read_metrics():  # the validation before the first step
+        assert process.poll() is None, process.words()
+        time.sleep(0.1)
+    assert process._process.stdin is not None
+    process._process.stdin.close()
+    process._process.stdin = None
+    while (code := process.poll()) is None:
+        time.sleep(0.05)
+    assert code == ExitCode.INTERRUPTED, process.words()
+    assert "everything is saved" in process.words()
+    assert run.saved_step() > 0
