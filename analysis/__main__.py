@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import tyro
 
+from analysis.demo import demo_command
 from analysis.distances import N_IMAGES, LayerDistances, layer_distances, teacher_depth
 from analysis.figures import phases_figure
 from analysis.partitions import spans_text
@@ -293,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line, or the given arguments, and do it."""
     try:
         return tyro.extras.subcommand_cli_from_dict(
-            {"phases": phases_command},
+            {"phases": phases_command, "demo": demo_command},
             prog="python -m analysis",
             args=arguments,
             description="Questions asked of a store, a teacher or a Raptor.",

@@ -122,13 +122,14 @@ def make_table(runs: Sequence[FoundRun], probes: Sequence[FoundProbe]) -> Table:
     problems = [*_duplicates(runs, probes), *_mixed_data(runs), *_mixed_probes(probes)]
     if problems:
         raise UserError("\n  ".join(["these results do not make one table:", *problems]))
-    names = name_variants([*(run.model for run in runs), *(probe.model for probe in probes)])
-    measured = [*_of_teachers(runs), *(one for run in runs for one in _of_run(run)), *_of_probes(probes)]
+    heads = _of_teachers(runs)
+    measured = [*heads.values(), *(one for run in runs for one in _of_run(run, heads)), *_of_probes(probes)]
     groups: dict[tuple[Any, ...], list[_Measured]] = {}
     for one in measured:
         groups.setdefault(one.key, []).append(one)
+    models = {one.model.key: one.model for one in measured}
+    names = name_variants(models.values())
     rows = [_row(names[group[0].model.key], group) for group in groups.values()]
-    models = {group[0].model.key: group[0].model for group in groups.values()}
     place = {names[key]: variant_order(model) for key, model in models.items()}
     return Table(rows=sorted(rows, key=lambda row: place[row.variant]), notes=_notes(runs, probes))
 
@@ -136,7 +137,7 @@ def make_table(runs: Sequence[FoundRun], probes: Sequence[FoundProbe]) -> Table:
 # ------------------------------------------------------------------ what was measured
 
 
-def _of_run(run: FoundRun) -> Iterable[_Measured]:
+def _of_run(run: FoundRun, heads: Mapping[str, _Measured]) -> Iterable[_Measured]:
     found, baselines, seed = run.validation, run.baselines, str(run.model.seed)
     if found is None:  # imported, and not validated
         return
@@ -145,7 +146,8 @@ def _of_run(run: FoundRun) -> Iterable[_Measured]:
         return _Measured(model=run.model, quantity=quantity, value=value, seed=seed, **{"task": "", **about})
 
     if found["accuracy"] is not None:
-        teacher = None if baselines is None else baselines["teacher"]
+        known = heads.get(run.model.teacher)  # an imported run has no baselines of its own
+        teacher = baselines["teacher"] if baselines is not None else known.value if known is not None else None
         yield one(TOP_1, found["accuracy"], task=HEAD, selection=LAST, teacher_value=teacher)
     yield one(LOSS, found["loss"], higher_is_better=False)
     for tokens, values in found["r2"].items():
@@ -157,27 +159,24 @@ def _of_run(run: FoundRun) -> Iterable[_Measured]:
         yield one(EPSILON, error, tokens=ALL_TOKENS, layer=layer, higher_is_better=False)
 
 
-def _of_teachers(runs: Sequence[FoundRun]) -> Iterable[_Measured]:
-    """What the teachers' heads get right on their own last states, once for each teacher."""
+def _of_teachers(runs: Sequence[FoundRun]) -> dict[str, _Measured]:
+    """What the teachers' heads get right on their own last states, by the teacher's name."""
     seen: dict[str, _Measured] = {}
     # Runs over the whole depth first: their teacher's own value is that of its stored last state.
     for run in sorted(runs, key=lambda run: run.model.what == BLOCK):
         if run.baselines is not None:
-            model = Model.of_teacher(run.model.teacher)
-            teacher = run.baselines["teacher"]
-            seen.setdefault(
-                model.key,
-                _Measured(
-                    model=model,
-                    task=HEAD,
-                    quantity=TOP_1,
-                    value=teacher,
-                    seed="",
-                    selection=LAST,
-                    teacher_value=teacher,
-                ),
+            value = run.baselines["teacher"]
+            one = _Measured(
+                model=Model.of_teacher(run.model.teacher),
+                task=HEAD,
+                quantity=TOP_1,
+                value=value,
+                seed="",
+                selection=LAST,
+                teacher_value=value,
             )
-    return seen.values()
+            seen.setdefault(run.model.teacher, one)
+    return seen
 
 
 def _of_probes(probes: Sequence[FoundProbe]) -> Iterable[_Measured]:
@@ -282,7 +281,8 @@ def _mixed_data(runs: Sequence[FoundRun]) -> list[str]:
     """Runs on other stores, listed by store."""
     stores: dict[tuple[str, ...], list[str]] = {}
     for run in runs:
-        stores.setdefault(run.data_key, []).append(run.location)
+        if run.validation is not None:  # imported weights may have been measured on nothing yet
+            stores.setdefault(run.data_key, []).append(run.location)
     if len(stores) < 2:
         return []
     return [

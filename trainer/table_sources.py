@@ -184,7 +184,8 @@ def _trained_model(result: Mapping[str, Any], config: Mapping[str, Any]) -> Mode
     spans = tuple(result["spans"])
     start, stop = int(spans[0].partition("-")[0]), int(spans[-1].partition("-")[2])
     # Stage 2 names the blocks that it began with. One block without them is stage 1's, even over the whole depth.
-    alone = len(spans) == 1 and "blocks" not in config
+    imported = "imported" in result
+    alone = len(spans) == 1 and "blocks" not in config and not imported
     whole = start == 0 and stop == result["last_layer"] and not alone
     return Model(
         what=RAPTOR if whole else BLOCK,
@@ -192,7 +193,7 @@ def _trained_model(result: Mapping[str, Any], config: Mapping[str, Any]) -> Mode
         spans=spans,
         seed=settings["seed"],
         settings=settings,
-        imported="imported" in result,
+        imported=imported,
     )
 
 

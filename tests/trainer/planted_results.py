@@ -28,12 +28,12 @@ def plant_run(
     data: dict[str, Any] | None = None,
     teacher_name: str = "fake_vit",
     last_layer: int = LAST_LAYER,
+    joint: bool = False,
     **settings: object,
 ) -> str:
-    """A finished run whose validation says what is given. Joint ones roll out from the first step, as in stage 2."""
+    """A finished run whose validation says what is given; a joint one of several spans, or where that is asked for."""
     parsed = tuple(Span.parse(text) for text in spans.split(","))
-    forcing = 6 if len(parsed) == 1 else 0
-    config = tiny_config(**{"spans": parsed, "seed": seed, "teacher_forcing_steps": forcing, **settings})
+    config = tiny_config(**{"spans": parsed, "seed": seed, **settings})
     layers = list(range(parsed[0].start + 1, parsed[-1].stop + 1))
     r2 = list(r2 or [1 - 0.01 * layer for layer in layers])
     validation = {
@@ -47,7 +47,8 @@ def plant_run(
     }
     baselines = {"teacher": teacher, "untrained": 0.3, "skipping": 0.2}
     run = RunFiles(open_objects(str(place)))
-    run.claim({"train": config.to_json(), "data": data or DATA})
+    began_with = {"blocks": [{"span": str(span)} for span in parsed]} if joint or len(parsed) > 1 else {}
+    run.claim({"train": config.to_json(), "data": data or DATA, **began_with})
     lines = [
         {"step": step, "loss": math.exp(-step / 10), "samples_per_s": 1.0, "loader_wait": 0.0} for step in (5, 10, 12)
     ]

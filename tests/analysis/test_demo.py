@@ -1,0 +1,99 @@
+"""`make demo`: what it prints is what it runs; all of it at a tiny size, interrupted and repeated."""
+
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from analysis.demo import N_BLOCKS, _model_parts, _store_parts
+from infra.console import ExitCode, run_door
+
+REPOSITORY = Path(__file__).parents[2]
+BLOCKS = {1: ["0-12"], 2: ["0-7", "7-12"], 3: ["0-7", "7-10", "10-12"]}
+
+
+def flags(words: list[str]) -> dict[str, str]:
+    """Values by option; an option without one has ""."""
+    found: dict[str, str] = {}
+    for word in words:
+        if word.startswith("--"):
+            name = word
+            found[name] = ""
+        else:
+            found[name] = word
+    return found
+
+
+def test_printed_commands_are_those_that_run(tmp_path: Path) -> None:
+    parts = [*_store_parts(tmp_path / "a b", 100), *_model_parts(tmp_path / "a b", BLOCKS, 1, 7)]
+    for part in parts:
+        made = subprocess.run(
+            ["make", "-n", *shlex.split(part.command)[1:]], cwd=REPOSITORY, capture_output=True, text=True, check=True
+        )
+        _, _, package, door, *options = shlex.split(made.stdout.replace("\\\n", ""))
+        assert [package, door] == list(part.arguments[:2]), part.command
+        assert flags(options) == flags(list(part.arguments[2:])), part.command
+
+
+def test_every_span_is_trained_once_and_before_the_raptors_that_need_it(tmp_path: Path) -> None:
+    parts = _model_parts(tmp_path, BLOCKS, 0, None)
+    names = [part.name for part in parts]
+    assert len(set(names)) == len(names)
+    assert len([name for name in names if name.startswith("block")]) == 5, "0-7 serves two Raptors"
+    assert all(need in names for part in parts for need in part.needs)
+    by_name = {part.name: part for part in parts}
+    assert list(by_name["raptor k=3 seed 0"].needs) == ["block 0-7 seed 0", "block 7-10 seed 0", "block 10-12 seed 0"]
+    assert {part.name for part in parts if "raptor" in " ".join(part.needs)} == {
+        f"probe k={k} seed 0" for k in N_BLOCKS
+    }
+
+
+def test_bad_settings_are_listed_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from analysis.__main__ import main
+
+    arguments = ["demo", "--demo", "s3://bucket/x", "--seeds", "0", "--limit", "3", "--steps", "0"]
+    assert run_door(lambda: main(arguments)) == ExitCode.BAD_INPUT
+    said = capsys.readouterr().err
+    for name in ("DEMO", "SEEDS", "LIMIT", "STEPS"):
+        assert f"{name}=" in said
+
+
+@pytest.mark.slow
+def test_all_of_it_interrupted_and_repeated(tmp_path: Path) -> None:
+    """Stopped by a signal in the middle, it goes on with what was not done; a third time it does nothing."""
+    folder = tmp_path / "demo"
+    command = [sys.executable, "-m", "analysis", "demo", "--demo", str(folder), "--limit", "96", "--steps", "3"]
+
+    def stamps() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in folder.glob("done/*.json")}
+
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 900
+    while len(stamps()) < 6:
+        assert process.poll() is None, process.stderr
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == ExitCode.INTERRUPTED, said
+    before = stamps()
+    logs = {path: path.read_bytes() for path in folder.glob("log/*.log") if f"{path.stem}.json" in before}
+    assert not (folder / "table").exists()
+
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=1800, check=False)
+    assert done.returncode == ExitCode.OK, done.stderr
+    assert {name: stamps()[name] for name in before} == before
+    assert {path: path.read_bytes() for path in logs} == logs, "what had ended was started again"
+    for text in ("k=1", "k=2", "k=3", "Probe on digits", "epsilon of each layer", "table/accuracy_and_r2.png"):
+        assert text in done.stdout, text
+    assert (folder / "table/table.csv").exists()
+
+    after = stamps()
+    again = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600, check=False)
+    assert again.returncode == ExitCode.OK, again.stderr
+    assert stamps() == after
+    assert ": make " not in again.stderr, "no part was started"
