@@ -34,6 +34,9 @@ MAX_FAILURES = 10
 START_TRIES = 10
 """Times that Ray Train looks for a place for all workers, a minute each."""
 
+# Otherwise Ray Train takes `print` over and says every line twice.
+_WORKER_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}
+
 _POLL_S = 1.0
 _LOST_S = 30.0  # a first worker that has said nothing for so long is not at work
 
@@ -175,7 +178,7 @@ def _make_fit(
         run_config=v2.RunConfig(
             storage_path=folder,  # nothing of ours: we report nothing to Ray
             failure_config=v2.FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=START_TRIES),
-            worker_runtime_env={"env_vars": shared_environment()},
+            worker_runtime_env={"env_vars": {**shared_environment(), **_WORKER_ENVIRONMENT}},
         ),
     )
     return lambda: trainer.fit().return_value
@@ -214,7 +217,7 @@ def _watch(
         for line in lines:
             say(line)
         if silent_s is None and time.monotonic() - waiting_since > _LOST_S:
-            say(f"waiting for a place for {n_workers} workers")
+            say(f"waiting for {n_workers} workers to start")
             waiting_since = time.monotonic()
         if wants_stop and thread.is_alive() and (silent_s is None or silent_s > _LOST_S):
             break
