@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from trainer.probes.ade20k_data import N_CLASSES, open_ade20k
 from trainer.probes.backbone import Backbone
 from trainer.probes.dense_files import open_images
-from trainer.probes.segmentation_head import IGNORED, PatchClassifier, segmentation_loss, to_pixels
+from trainer.probes.segmentation_head import AT_A_TIME, IGNORED, PatchClassifier, segmentation_loss, to_pixels
 from trainer.probes.segmentation_metrics import Confusion
 from trainer.probes.task import Asked, ProbeSettings, Task, TaskKind
 
 SIDE = 518  # px, or the multiple of the patch that is nearest
 
 _METRIC = "mIoU"
-_AT_A_TIME = 4  # images whose scores of every pixel are held while evaluating: 161 MB each
 
 SETTINGS = ProbeSettings(
     n_epochs=10,
@@ -68,7 +67,7 @@ class SegmentationMetric:
         """Count a batch: scores on the grid of patches, and the labels of all pixels."""
         if self._confusion is None:
             self._confusion = Confusion(output.shape[1], ignore=IGNORED, device=output.device)
-        for logits, labels in zip(output.split(_AT_A_TIME), target.split(_AT_A_TIME)):
+        for logits, labels in zip(output.split(AT_A_TIME), target.split(AT_A_TIME)):
             self._confusion.add(to_pixels(logits, _size(labels)).argmax(dim=1), labels)
 
     def values(self) -> dict[str, float]:
@@ -95,11 +94,6 @@ def open_task(asked: Asked, backbone: Backbone) -> Task:
     )
     dim = teacher.dim
 
-    def loss(
-        output: Float[Tensor, "batch label row column"], target: UInt8[Tensor, "batch height width"]
-    ) -> Float[Tensor, ""]:
-        return segmentation_loss(to_pixels(output, _size(target)), target)
-
     def make_head() -> nn.Module:
         return PatchClassifier(dim, N_CLASSES)
 
@@ -112,7 +106,7 @@ def open_task(asked: Asked, backbone: Backbone) -> Task:
         evaluation=validation,
         features=patch_grid(backbone),
         make_head=make_head,
-        loss=loss,
+        loss=segmentation_loss,
         make_metric=lambda: SegmentationMetric(compat=asked.compat),
         identity={"pixel_size": list(teacher.pixel_size), "n_classes": N_CLASSES},
     )

@@ -125,6 +125,18 @@ class TestReadout:
             segmentation_loss(logits, labels), functional.cross_entropy(logits, labels.long(), ignore_index=IGNORED)
         )
 
+    def test_images_in_parts_are_all_at_once(self):
+        """Nine images on a coarse grid, with their gradient, as one cross-entropy of all pixels has them."""
+        coarse, labels = torch.randn(9, 3, 2, 2), torch.randint(0, 3, (9, 6, 6), dtype=torch.uint8)
+        labels[:4, :3] = IGNORED
+        ours, whole = coarse.clone().requires_grad_(), coarse.clone().requires_grad_()
+        loss = segmentation_loss(ours, labels)
+        expected = functional.cross_entropy(to_pixels(whole, (6, 6)), labels.long(), ignore_index=IGNORED)
+        loss.backward()
+        expected.backward()
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(ours.grad, whole.grad)
+
     def test_ignored_pixels_have_no_gradient(self):
         logits = torch.randn(1, 3, 2, 2, requires_grad=True)
         segmentation_loss(logits, torch.tensor([[[0, IGNORED], [2, 1]]], dtype=torch.uint8)).backward()
