@@ -148,6 +148,22 @@ def test_noise_comes_from_the_generator_and_changes_no_input(objective):  # C11
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_a_sample_keeps_its_noise_whatever_else_is_in_the_batch():  # C11
+    """With a generator for each sample, a batch may be cut anywhere."""
+    states = seeded(1, 4, 4, 7, 16)
+
+    def inputs(rows: slice) -> Tensor:
+        recorder, draws = Recorder(), [torch.Generator().manual_seed(seed) for seed in (5, 6, 7, 8)[rows]]
+        annealed_loss(recorder, states[rows], 0, mse, 0.5, noise=0.1, generator=draws)
+        return torch.stack(recorder.inputs)
+
+    whole = inputs(slice(0, 4))
+    assert torch.equal(torch.cat([inputs(slice(0, 3)), inputs(slice(3, 4))], dim=1), whole)
+    assert not torch.equal(whole[0, 0] - states[0, 0], whole[0, 1] - states[1, 0])
+    with pytest.raises(ValueError, match="1 generators for 4 samples"):
+        annealed_loss(Recorder(), states, 0, mse, 0.5, noise=0.1, generator=[torch.Generator()])
+
+
 @pytest.mark.parametrize("ratio", [0.0, 0.3, 0.75, 1.0])
 @pytest.mark.parametrize("make_model", [make_block, make_raptor])
 def test_mix_is_the_weighted_sum_with_its_gradient(ratio, make_model: Callable):
