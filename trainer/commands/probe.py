@@ -10,6 +10,7 @@ import torch
 from infra.console import ExitCode, UserError, human_duration, stop_on_signals
 from infra.objects import open_objects
 from infra.s3_settings import use_endpoint
+from trainer.commands.start import store_name
 from trainer.machine import Machine, torch_threads
 from trainer.probes.open_backbone import Places, open_backbone
 from trainer.probes.probe_files import ProbeFiles
@@ -45,13 +46,13 @@ def probe_command(
     Args:
         task: imagenet, ade20k, nyuv2 or digits.
         run: A finished Raptor from state 0 to the last: a folder or s3://bucket/prefix. None probes the teacher.
-        teacher: A timm ViT, or digits_vit; None: the one in the store.
+        teacher: A timm ViT, or digits_vit; None: the one that the run was trained on, or the one in the store.
         weights: Of the teacher, as for make extract; with teacher.
         store: A store, or a folder with the stores train and val. digits reads its features there (None:
             data/stores/digits); imagenet evaluates on its val; all take the teacher from it.
         images: The data set: a folder with train/ and val/ of class folders (imagenet), ADEChallengeData2016 (ade20k),
             the folder that holds data/nyu2_train.csv (nyuv2).
-        head: File of a linear head that the readout begins with (imagenet).
+        head: File of a linear head that the readout begins with (imagenet); also the one that a RUN was trained with.
         out: Folder or s3://bucket/prefix for the result; None: data/probes/<store or teacher>/<what>-<task>-seed<seed>.
         label: Name of the row in the table of results; empty: the teacher's name, or such as "Raptor k=3".
         seed: Of the readout, the order of samples and their augmentation.
@@ -106,7 +107,8 @@ def _open(kind: TaskKind, asked: Asked, places: Places, label: str) -> Probe:
         try:
             opened = kind.open(asked, backbone)
         except UserError as error:
-            problems.append(str(error))
+            lines = [line for line in str(error).splitlines() if not line.startswith("make probe")]  # its own heading
+            problems += [line.removeprefix("  ") for line in lines]
     if problems or backbone is None or opened is None:
         raise UserError("\n  ".join([f"make probe TASK={kind.name} cannot start:", *problems]))
     return Probe(task=opened, backbone=backbone, seed=asked.seed, label=label, compat=asked.compat)
@@ -131,6 +133,6 @@ def _train(probe: Probe, files: ProbeFiles) -> ProbeResult | None:
 
 def default_out(store: str | None, probe: Probe, run: str | None) -> str:
     """data/probes/<store or teacher>/<what>-<task>-seed<seed>."""
-    where = PurePath(os.path.normpath(store)).name if store else probe.backbone.teacher.name
+    where = store_name(store) if store else probe.backbone.teacher_name
     what = PurePath(os.path.normpath(run)).name if run else "teacher"
     return f"{DEFAULT_PROBES}/{where}/{what}-{probe.task.name}-seed{probe.seed}"

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pipeline.teacher import Teacher
 from storage_schemas import Store
+from trainer.raptor_teacher import RaptorTeacher
 from trainer.trained import Trained
 
 
@@ -37,8 +38,18 @@ class Backbone:
     def name(self) -> str:
         """For people: "teacher digits_vit", "Raptor k=3 of digits_vit"."""
         if self.trained is None:
-            return f"teacher {self.teacher.name}"
-        return f"Raptor k={len(self.trained.spans)} of {self.teacher.name}"
+            return f"teacher {self.teacher_name}"
+        return f"Raptor k={len(self.trained.spans)} of {self.teacher_name}"
+
+    @property
+    def teacher_name(self) -> str:
+        """Name of the teacher, also where it was made from what a RUN keeps of it."""
+        return self.teacher.architecture if isinstance(self.teacher, RaptorTeacher) else self.teacher.name
+
+    @property
+    def teacher_digest(self) -> str:
+        """core_digest of that teacher: the same at every image size and with every head."""
+        return self.teacher.taught_by if isinstance(self.teacher, RaptorTeacher) else self.teacher.core_digest
 
     def tokens(self, pixels: Float32[Tensor, "batch 3 height width"]) -> Float32[Tensor, "batch token dim"]:
         """Final-norm tokens of images.
@@ -49,8 +60,9 @@ class Backbone:
         Raises:
             ValueError: The pixels have another size.
         """
-        states = self.teacher.layer_states_list(pixels)
-        return self.tokens_of(states[self.stored_layer])
+        if self.trained is not None:
+            return self.tokens_of(self.teacher.embed(pixels))
+        return self.tokens_of(self.teacher.layer_states_list(pixels)[-1])
 
     def tokens_of(self, state: Float32[Tensor, "batch token dim"]) -> Float32[Tensor, "batch token dim"]:
         """Final-norm tokens from state `stored_layer`, as a store holds it, on the teacher's device."""
@@ -80,22 +92,18 @@ def check_store(backbone: Backbone, store: Store) -> list[str]:
     return problems
 
 
-def misfits(teacher: Teacher, trained: Trained, digests: frozenset[str]) -> list[str]:
+def misfits(teacher: Teacher, trained: Trained, identity_problem: str | None = None) -> list[str]:
     """Why this Raptor cannot stand for this teacher.
 
     Args:
         teacher: At any image size.
         trained: A finished run.
-        digests: Of this teacher's weights, by which the run may know it: with one head or another, or none.
+        identity_problem: Why this is not the teacher that it was trained on, if that is so.
     """
     span, last, run = trained.raptor.span, teacher.n_layers - 1, f"RUN={trained.location}"
     problems = []
-    if trained.teacher_digest not in digests:
-        problems.append(
-            f"{run} was trained on a teacher whose weights have digest {trained.teacher_digest[:16]}; this "
-            f"{teacher.name} has {' or '.join(sorted(digest[:16] for digest in digests))}. Give the STORE, or TEACHER "
-            "and WEIGHTS, that it was trained on, and the same HEAD if it was trained with one"
-        )
+    if identity_problem is not None:
+        problems.append(f"{run} {identity_problem}")
     if span.start != 0:
         problems.append(f"{run} begins at state {span.start}; a probe needs one that begins at state 0, the embedding")
     if span.stop != last:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from infra.console import UserError, say
-from infra.objects import ObjectError
+from infra.objects import ObjectError, open_objects
 from pipeline.checkpoints import read_linear_head
 from pipeline.teacher import Teacher, load_teacher, teacher_from_files
 from storage_schemas import open_store
@@ -14,6 +14,8 @@ from storage_schemas.errors import StoreError
 from storage_schemas.find import find_stores
 from trainer.probes.backbone import Backbone, misfits
 from trainer.probes.task import TaskKind
+from trainer.raptor_teacher import Ends, RaptorTeacher, raptor_teacher, read_ends
+from trainer.run_files import RunFiles
 from trainer.trained import Trained, read_trained
 
 _UNKNOWN = "none"  # what a run says of its teacher if its store held none
@@ -28,7 +30,7 @@ class Places:
         teacher: TEACHER: a timm name, or a built-in one.
         weights: WEIGHTS: of the teacher.
         store: STORE, or the task's default: it holds the teacher where neither TEACHER nor WEIGHTS was typed.
-        head: HEAD: a run that was trained with it knows its teacher by it.
+        head: HEAD: a run that keeps nothing of its teacher, and was trained with a head, knows the teacher by both.
         compute: COMPUTE, of the teacher's blocks; None: as the store's, else float32.
     """
 
@@ -42,36 +44,62 @@ class Places:
 
 def open_backbone(places: Places, kind: TaskKind, device: torch.device, problems: list[str]) -> Backbone | None:
     """The frozen model of a probe; what is wrong goes to the problems, and None comes back if it cannot be had."""
-    trained = _open_run(places.run, device, problems)
+    trained, ends = _open_run(places.run, device, problems)
+    if trained is None and places.run is not None:
+        places = dataclasses.replace(places, run=None)  # what else is wrong?
     try:
-        small, teacher = _open_teacher(places, kind, device)
+        small, teacher = _open_teacher(places, kind, ends, device)
+        if trained is None:
+            return None if problems else Backbone(teacher=teacher)
+        found = misfits(teacher, trained, _identity_problem(trained, ends, small, teacher, places.head))
     except (UserError, StoreError, ObjectError) as error:
         problems.append(str(error))
         return None
-    if trained is None:
-        return Backbone(teacher=teacher) if places.run is None else None
-    digests = _digests(small, places.head)
-    if trained.teacher_digest == _UNKNOWN:
-        say(f"{trained.location} does not say what teacher it was trained on; {teacher.name} is taken for it")
-        digests |= {_UNKNOWN}
-    if found := misfits(teacher, trained, digests):
-        problems += found
-        return None
-    return Backbone(teacher=teacher, trained=trained)
+    problems += found
+    return None if found else Backbone(teacher=teacher, trained=trained)
 
 
-def _open_run(location: str | None, device: torch.device, problems: list[str]) -> Trained | None:
+def _open_run(location: str | None, device: torch.device, problems: list[str]) -> tuple[Trained | None, Ends | None]:
+    """The Raptor, and what its run keeps of its teacher."""
     if location is None:
-        return None
+        return None, None
     try:
-        return read_trained(location, device=device)
+        return read_trained(location, device=device), read_ends(RunFiles(open_objects(location)))
     except (UserError, ObjectError) as error:
         problems.append(f"RUN={location}: {error}")
+        return None, None
+
+
+def _identity_problem(
+    trained: Trained, ends: Ends | None, small: Teacher, teacher: Teacher, head: str | None
+) -> str | None:
+    """Why this is not the teacher that the run was trained on; None if it is, or if the run does not say.
+
+    Raises:
+        WeightsError: The head cannot be read.
+    """
+    if isinstance(teacher, RaptorTeacher):
+        return None  # it was made from the run
+    if ends is not None:
+        known, found = ends.core_digest, [teacher.core_digest]
+    elif trained.teacher_digest == _UNKNOWN:
+        say(f"{trained.location} does not say what teacher it was trained on; {teacher.name} is taken for it")
         return None
+    else:
+        known, found = trained.teacher_digest, sorted(_digests(small, head))
+    if known in found:
+        return None
+    return (
+        f"was trained on a teacher whose weights have digest {known[:16]}; this {teacher.name} has "
+        f"{' or '.join(digest[:16] for digest in found)}. Give the STORE, or TEACHER and WEIGHTS, it was trained on"
+        f"{'' if ends is not None else ', and the same HEAD if it was trained with one'}"
+    )
 
 
-def _open_teacher(places: Places, kind: TaskKind, device: torch.device) -> tuple[Teacher, Teacher]:
+def _open_teacher(places: Places, kind: TaskKind, ends: Ends | None, device: torch.device) -> tuple[Teacher, Teacher]:
     """The teacher at the size that runs were trained at, and at the size that the task needs.
+
+    It comes from TEACHER and WEIGHTS, else from what the run keeps of it, else from STORE.
 
     Raises:
         UserError, StoreError, ObjectError: It cannot be had.
@@ -86,6 +114,12 @@ def _open_teacher(places: Places, kind: TaskKind, device: torch.device) -> tuple
         return small, load_teacher(name, weights, image_size=size, device=device, compute=small.compute)
     if places.weights is not None:
         raise UserError(f"WEIGHTS={places.weights} was given without TEACHER, the name of the model that they fit")
+    if places.run is not None and ends is not None and (places.store is None or kind.image_size is not None):
+        small = raptor_teacher(places.run, device=device, compute=compute)
+        size = _size_for(kind, small)
+        if size is None:
+            return small, small
+        return small, raptor_teacher(places.run, image_size=size, device=device, compute=compute)
     if places.store is None:
         raise UserError("TEACHER is missing: give its name (and WEIGHTS), or a STORE that holds it")
     files = _teacher_files(places.store)

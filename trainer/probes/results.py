@@ -36,7 +36,7 @@ class ProbeResult:
         run: Location of the RUN; None for a teacher.
         run_weights: sha256 of the RUN's weights file; None for a teacher.
         teacher: Name of the teacher: of the embedding and the final norm.
-        teacher_weights: `Teacher.weights_digest` of the weights that were used (head and image size included).
+        teacher_weights: `Teacher.core_digest` of that teacher: the same at every image size and with every head.
         seed: Of the probe: readout, order, augmentation.
         model_seed: Of the Raptor's training; None for a teacher.
         initial: The metric before the first epoch; it counts as epoch 0.

@@ -175,7 +175,8 @@ class Asked:
     Attributes:
         images: IMAGES: where the data set lies, in its own on-disk format; None if not given.
         store: STORE, or the task's default; None if there is none.
-        head: HEAD: file of a linear head to begin with; None if not given.
+        head: HEAD: file of a linear head of the head input, to begin with where the task has such a readout; None if
+            not given.
         compat: Restore the defects that published numbers depend on.
         seed: Of the readout, the order and the augmentation.
         changes: Settings in the place of the recipe's, by name; None keeps the recipe's.

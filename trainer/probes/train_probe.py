@@ -67,7 +67,7 @@ class Probe:
         task, backbone, trained = self.task, self.backbone, self.backbone.trained
         values = [epoch[task.metric] for epoch in history]
         best = best_epoch(values, higher_is_better=task.higher_is_better)
-        names = [backbone.teacher.name] if trained is None else [f"Raptor k={len(trained.spans)}"]
+        names = [backbone.teacher_name] if trained is None else [f"Raptor k={len(trained.spans)}"]
         return ProbeResult(
             task=task.name,
             metric=task.metric,
@@ -77,8 +77,8 @@ class Probe:
             spans=[] if trained is None else [str(span) for span in trained.spans],
             run=None if trained is None else trained.location,
             run_weights=None if trained is None else trained.weights_digest,
-            teacher=backbone.teacher.name,
-            teacher_weights=backbone.teacher.weights_digest,
+            teacher=backbone.teacher_name,
+            teacher_weights=backbone.teacher_digest,
             seed=self.seed,
             model_seed=None if trained is None else trained.seed,
             initial=values[0],
@@ -338,8 +338,9 @@ def epoch_order(n_samples: int, seed: int, epoch: int) -> Tensor:
 def _backbone_identity(backbone: Backbone) -> dict[str, Any]:
     trained = backbone.trained
     return {
-        "teacher": backbone.teacher.name,
-        "teacher_weights": backbone.teacher.weights_digest,
+        "teacher": backbone.teacher_name,
+        "teacher_weights": backbone.teacher_digest,
+        "pixel_size": list(backbone.teacher.pixel_size),
         "compute": backbone.teacher.compute,
         "run_weights": None if trained is None else trained.weights_digest,
     }

@@ -340,7 +340,7 @@ def test_a_result_says_what_was_probed() -> None:
     result, _, _ = run(task(frozen, n_epochs=1), frozen, seed=5)
     assert (result.what, result.label, result.spans, result.run) == ("raptor", "Raptor k=1", ["0-3"], "runs/exact")
     assert (result.seed, result.model_seed, result.run_weights) == (5, 7, "0" * 64)
-    assert (result.teacher, result.teacher_weights) == ("fake_vit", tiny_teacher().weights_digest)
+    assert (result.teacher, result.teacher_weights) == ("fake_vit", tiny_teacher().core_digest)
     assert (result.n_train, result.n_evaluation) == (30, 21)
     assert result.settings["batch_size"] == 8
     assert result.data["train"] == {"formula": [30, 3, 0]}

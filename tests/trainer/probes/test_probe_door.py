@@ -1,0 +1,233 @@
+"""What a person meets: `python -m trainer probe`, on stores and images, its places, its errors, a real kill."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from infra.console import ExitCode, run_door
+from infra.objects import FolderObjects
+from storage_schemas import Span
+from tests.trainer.probes.imagenet_trees import write_imagenet
+from tests.trainer.tiny import CPU, tiny_config, write_tiny_pair
+from trainer.__main__ import main
+from trainer.data import open_training_data
+from trainer.probes.results import read_result, read_results
+from trainer.raptor_teacher import save_ends
+from trainer.run_files import RunFiles
+from trainer.train import train
+
+REPOSITORY = Path(__file__).parents[3]
+Door = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def door(capsys: pytest.CaptureFixture[str]) -> Door:
+    """Runs the door and returns exit code, standard output and standard error."""
+
+    def run(**options: object) -> tuple[int, str, str]:
+        arguments = ["probe", "--device", "cpu"]
+        for name, value in options.items():
+            flag = f"--{name.replace('_', '-')}"
+            arguments += [flag] if value is True else [flag, str(value)]
+        code = run_door(lambda: main(arguments))
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_tiny_pair(tmp_path_factory.mktemp("store") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def runs(store: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Raptor over the whole depth, and a block of the middle."""
+    root = tmp_path_factory.mktemp("runs")
+    for blocks, name in (("0-1,1-3", "raptor"), ("1-2", "block")):
+        data = open_training_data(store, blocks, variable="BLOCKS" if "," in blocks else "BLOCK")
+        config = tiny_config(spans=data.spans, n_steps=3, teacher_forcing_steps=0, seed=4)
+        run = RunFiles(FolderObjects(root / name))
+        run.claim({"train": config.to_json(), "data": data.identity})
+        assert train(config, data, run, machine=CPU) is not None
+        if name == "raptor":  # the block is as an earlier version left it, without anything of its teacher
+            save_ends(run, data.teacher)
+    assert data.span == Span(1, 2)
+    return root
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_whole_probe_and_again(door: Door, store: str, tmp_path: Path) -> None:
+    out = tmp_path / "probe"
+    code, said, err = door(task="digits", store=store, out=out, batch_size=8, epochs=4)
+    assert code == ExitCode.OK, err
+    assert "51 parameters on the frozen teacher fake_vit, seed 0" in err
+    assert "4 epochs of 41 samples in batches of 8, top-1 on 18; float32 on cpu" in err
+    assert "probe digits 100%: 160/160 samples" in err
+    for part in ("fake_vit: top-1 of digits on 18 samples", "last epoch", "chosen on these same", f"{out}/result.json"):
+        assert part in said, part
+    before = snapshot(out)
+    code, again, _ = door(task="digits", store=store, out=out, batch_size=8, epochs=4)
+    assert code == ExitCode.OK
+    assert "This probe is finished; there is nothing to do" in again
+    assert snapshot(out) == before
+
+
+def test_a_raptor(door: Door, store: str, runs: Path, tmp_path: Path) -> None:
+    code, said, err = door(task="digits", store=store, run=runs / "raptor", out=tmp_path / "p", batch_size=8, epochs=2)
+    assert code == ExitCode.OK, err
+    assert "Raptor k=2 of fake_vit: top-1 of digits" in said
+    result = read_result(FolderObjects(tmp_path / "p"))
+    assert (result.what, result.spans, result.model_seed, result.seed) == ("raptor", ["0-1", "1-3"], 4, 0)
+    assert result.run == str(runs / "raptor")
+    assert result.run_weights == RunFiles(FolderObjects(runs / "raptor")).read_result()["weights_sha256"]
+
+
+def test_default_places(door: Door, store: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for options in ({}, {"run": runs / "raptor", "seed": 3, "label": "ours"}):
+        assert door(task="digits", store=store, batch_size=8, epochs=1, **options)[0] == ExitCode.OK
+    found = read_results()
+    assert [place.removeprefix("data/probes/") for place in found] == [
+        "tiny/raptor-digits-seed3",
+        "tiny/teacher-digits-seed0",
+    ]
+    assert [result.label for result in found.values()] == ["ours", "fake_vit"]
+
+
+def test_other_settings_in_the_same_place_are_refused(door: Door, store: str, tmp_path: Path) -> None:
+    out = tmp_path / "probe"
+    assert door(task="digits", store=store, out=out, batch_size=8, epochs=1)[0] == ExitCode.OK
+    before = snapshot(out)
+    code, _, err = door(task="digits", store=store, out=out, batch_size=8, epochs=2, seed=1, compat=True)
+    assert code == ExitCode.BAD_INPUT
+    for part in (
+        "holds another probe",
+        "settings.n_epochs: that probe has 1, this command asks for 2",
+        "seed: that probe has 0, this command asks for 1",
+        "compat: that probe has False, this command asks for True",
+    ):
+        assert part in err, part
+    assert snapshot(out) == before
+
+
+def test_imagenet_with_a_named_teacher(door: Door, tmp_path: Path) -> None:
+    images = write_imagenet(tmp_path / "imagenet")
+    code, said, err = door(
+        task="imagenet", images=images, teacher="fake_vit", out=tmp_path / "p", batch_size=8, epochs=1
+    )
+    assert code == ExitCode.OK, err
+    assert "top-1 of imagenet on 15 samples, trained on 24" in said
+    settings = json.loads((tmp_path / "p/config.json").read_text())["probe"]["settings"]
+    assert (settings["n_epochs"], settings["learning_rate"], settings["clip_norm"]) == (1, 1e-4, 1.0)
+
+
+# ---------------------------------------------------------------- wrong input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": ""}, "TASK is missing; expected one of imagenet, ade20k, nyuv2, digits"),
+        ({"task": "coco"}, "TASK=coco is unknown; expected one of imagenet"),
+        ({"task": "imagenet"}, "TEACHER is missing: give its name"),
+        ({"task": "imagenet", "weights": "w.pth"}, "WEIGHTS=w.pth was given without TEACHER"),
+        ({"task": "digits", "threads": 0}, "THREADS=0: expected 1 or more"),
+        ({"task": "digits", "store": "nowhere"}, "nowhere is not a store"),
+    ],
+)
+def test_what_is_typed_wrong(
+    door: Door, options: dict[str, object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = door(**options)
+    assert code == ExitCode.BAD_INPUT
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_run_no_teacher_and_more_are_listed_at_once(door: Door, store: str, tmp_path: Path) -> None:
+    code, _, err = door(task="digits", store=tmp_path / "none", run=tmp_path / "no-run", out=tmp_path / "p")
+    assert code == ExitCode.BAD_INPUT
+    assert f"RUN={tmp_path}/no-run: " in err
+    assert f"{tmp_path}/none is not a store" in err
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_block_of_the_middle_and_another_teacher(door: Door, store: str, runs: Path, tmp_path: Path) -> None:
+    code, _, err = door(
+        task="digits", store=store, run=runs / "block", teacher="fake_vit", weights="random:5", out=tmp_path / "p"
+    )
+    assert code == ExitCode.BAD_INPUT
+    for part in ("was trained on a teacher whose weights have digest", "begins at state 1", "ends at state 2"):
+        assert part in err, part
+
+
+def test_a_run_needs_no_teacher_beside_it(door: Door, store: str, runs: Path, tmp_path: Path) -> None:
+    """It keeps its teacher's ends; the same teacher from elsewhere, with or without a head, gives the same result."""
+    images = write_imagenet(tmp_path / "imagenet")
+    options = {"task": "imagenet", "images": images, "run": runs / "raptor", "epochs": 1, "batch_size": 8}
+    places: dict[str, dict[str, str]] = {
+        "alone": {},
+        "named": {"teacher": "fake_vit"},
+        "stored": {"store": f"{store}/train"},
+    }
+    for name, given in places.items():
+        code, _, err = door(**options, **given, out=tmp_path / name)
+        assert code == ExitCode.OK, err
+    alone, named, stored = (read_result(FolderObjects(tmp_path / name)) for name in places)
+    assert alone == named == stored
+    assert (alone.teacher, alone.label) == ("fake_vit", "Raptor k=2")
+    code, _, err = door(**options, store=store, out=tmp_path / "p")  # on whose val it would be evaluated
+    assert code == ExitCode.BAD_INPUT
+    assert "label 1 is '1' there, 'n02102040' in IMAGES" in err
+    assert err.count("cannot start") == 1
+
+
+# ---------------------------------------------------------------- interrupted
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    """SIGINT, then SIGKILL to a real process; the same bytes as undisturbed."""
+    images = write_imagenet(tmp_path / "imagenet", n_train=20)
+
+    def start(out: Path) -> subprocess.Popen[bytes]:
+        flags = {"task": "imagenet", "images": images, "teacher": "fake_vit", "device": "cpu", "threads": 1, "out": out}
+        flags |= {"epochs": 10, "batch-size": 8}
+        typed = [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+        return subprocess.Popen(
+            [sys.executable, "-m", "trainer", "probe", *typed],
+            cwd=REPOSITORY,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+
+    whole = start(tmp_path / "whole")
+    assert whole.wait(timeout=240) == ExitCode.OK
+    place, codes = tmp_path / "broken", []
+    for number in (signal.SIGINT, signal.SIGKILL, None):
+        process = start(place)
+        if number is not None:
+            deadline = time.monotonic() + 200
+            while not (place / "config.json").exists() and time.monotonic() < deadline and process.poll() is None:
+                time.sleep(0.02)
+            time.sleep(0.3)
+            process.send_signal(number)
+        codes.append(process.wait(timeout=240))
+    assert codes[-1] == ExitCode.OK
+    assert {name: data for name, data in snapshot(place).items() if name != ".lock"} == {
+        name: data for name, data in snapshot(tmp_path / "whole").items() if name != ".lock"
+    }
