@@ -23,12 +23,13 @@ from benchmarks.report import Cell, Goal, Result
 from storage_schemas import Span
 
 DEFAULT_FOLDER = Path("data/ladder")
-TEACHER_FORCING, AUTOREGRESSIVE, DEPTH, CLS, STAGE2 = RUNGS = (
+TEACHER_FORCING, AUTOREGRESSIVE, DEPTH, CLS, STAGE2, PROBE = RUNGS = (
     "teacher forcing only",
     "+ autoregressive",
     "+ depth scaling",
     "+ CLS weighting",
     "+ second stage",
+    "+ probe of its own",
 )
 _STAGE1 = {
     TEACHER_FORCING: Stage1(autoregressive=False, depth_scaling=False, cls_weighting=False),
@@ -36,11 +37,14 @@ _STAGE1 = {
     DEPTH: Stage1(cls_weighting=False),
     CLS: RECIPE,
 }
+_SHOWN = {CLS: "stage 1 alone", STAGE2: "after stage 2", PROBE: "the same, by a probe"}
 NOTES = (
     "Recipes digits_stage1 and digits_stage2. Every Raptor is rolled out from state 0 to state 12 on the 359 held-out "
     "digits, and the teacher's final norm and head name the class; share is of the teacher's own accuracy there. One "
     "digit is 0.28 points. R2 is 1 - squared error / squared deviation from the mean per channel; epsilon is the mean "
     "Frobenius norm of the error of the last layer. Values are means over seeds, ± their standard deviation (ddof 1).",
+    "`by a probe`: a linear readout begun at random and trained on the Raptor's own last states of the training digits "
+    "(TASK=digits), after its last epoch; its share is of the same probe on the teacher.",
     "The ladder is cumulative and of the blocks of phases: `+ CLS weighting` is stage 1 of the recipe (it changes the "
     "last span alone), `+ second stage` the whole of it.",
     "Partitions: all with the same shortened trainings and one seed. `random` are contiguous cuts, drawn evenly, all "
@@ -87,7 +91,7 @@ QUICK = LadderBenchmark(
     n_steps=(1, 1),
     partition_n_steps=(1, 1),
     batch_size=4,
-    limit=16,
+    limit=64,  # a batch of the probe
 )
 
 
@@ -117,15 +121,16 @@ def _run(config: LadderBenchmark, runs: Runs) -> Result:
     }
 
     def at(k: int, rung: str, seed: int) -> Found:
-        if rung == STAGE2:
-            return runs.raptor(spans[k], seed, config.n_steps)
+        if rung in (STAGE2, PROBE):
+            found = runs.raptor(spans[k], seed, config.n_steps)
+            return found if rung == STAGE2 else found.with_accuracy(runs.probe(found.run, seed))
         return runs.blocks(spans[k], seed, config.n_steps[0], _STAGE1[rung])
 
     def shortened(partition: Spans) -> list[Found]:
         return [runs.raptor(partition, seed, config.partition_n_steps) for seed in config.partition_seeds]
 
     # One seed of everything comes first, so that what was interrupted shows all three parts.
-    by_k: dict[tuple[int, str], list[Found]] = {(k, rung): [] for k in config.ks for rung in (CLS, STAGE2)}
+    by_k: dict[tuple[int, str], list[Found]] = {(k, rung): [] for k in config.ks for rung in _SHOWN}
     ladder: dict[str, list[Found]] = {rung: [] for rung in RUNGS}
     partitions: dict[int, dict[Spans, list[Found]]] = {}
     for seed in config.seeds:
@@ -135,8 +140,7 @@ def _run(config: LadderBenchmark, runs: Runs) -> Result:
             found.append(at(config.ladder_k, rung, seed))
         if not partitions:
             partitions = {k: {cut: shortened(cut) for cut in [spans[k], *randoms[k]]} for k in config.partition_ks}
-    teacher = runs.teacher_accuracy()
-    return _result(config, teacher, by_k, ladder, partitions)
+    return _result(config, runs.teacher_accuracy(), runs.probe(None, 0), by_k, ladder, partitions)
 
 
 def spans_of(groups: Groups) -> Spans:
@@ -147,15 +151,19 @@ def spans_of(groups: Groups) -> Spans:
 def _result(
     config: LadderBenchmark,
     teacher: float,
+    teacher_probe: float,
     by_k: dict[tuple[int, str], list[Found]],
     ladder: dict[str, list[Found]],
     partitions: dict[int, dict[Spans, list[Found]]],
 ) -> Result:
     rows = [
-        _row(f"k = {k}", "after stage 2" if rung == STAGE2 else "stage 1 alone", found, teacher)
+        _row(f"k = {k}", _SHOWN[rung], found, teacher_probe if rung == PROBE else teacher)
         for (k, rung), found in by_k.items()
     ]
-    rows += [_row(f"ladder, k = {config.ladder_k}", rung, found, teacher) for rung, found in ladder.items()]
+    rows += [
+        _row(f"ladder, k = {config.ladder_k}", rung, found, teacher_probe if rung == PROBE else teacher)
+        for rung, found in ladder.items()
+    ]
     for k, cuts in partitions.items():
         own, *others = cuts.values()
         rows.append(_row(f"partitions, k = {k}", "phases", own, teacher))
@@ -167,10 +175,15 @@ def _result(
         machine=this_machine(),
         settings=asdict(config),
         rows=rows,
-        goals=[*_block_goals(by_k, teacher), *_ladder_goals(ladder), *_partition_goals(partitions)],
+        goals=[
+            *_block_goals(by_k, {STAGE2: teacher, PROBE: teacher_probe}),
+            *_ladder_goals(ladder),
+            *_partition_goals(partitions),
+        ],
         notes=NOTES,
         details={
             "teacher": teacher,
+            "teacher_by_a_probe": teacher_probe,
             "by_k": [{"k": k, "rung": rung, "found": _json(found)} for (k, rung), found in by_k.items()],
             "ladder": [{"rung": rung, "found": _json(found)} for rung, found in ladder.items()],
             "partitions": [
@@ -180,13 +193,15 @@ def _result(
     )
 
 
-def _block_goals(by_k: dict[tuple[int, str], list[Found]], teacher: float) -> list[Goal]:
-    return [
-        Goal(what=f"k = {k} after stage 2, share of the teacher's accuracy, %", found=share, at_least=least)
-        for k, least in ((2, 98.0), (3, 98.5))
-        if (k, STAGE2) in by_k
-        for share in [100 * fmean(one.accuracy for one in by_k[k, STAGE2]) / teacher]
-    ]
+def _block_goals(by_k: dict[tuple[int, str], list[Found]], teacher: dict[str, float]) -> list[Goal]:
+    goals = []
+    for k, least in ((2, 98.0), (3, 98.5)):
+        for rung, whose in ((STAGE2, "the teacher's head"), (PROBE, "a probe")):
+            if (k, rung) in by_k:
+                share = 100 * _mean(by_k[k, rung], _accuracy) / teacher[rung]
+                what = f"k = {k} after stage 2, share of the teacher's accuracy by {whose}, %"
+                goals.append(Goal(what=what, found=share, at_least=least))
+    return goals
 
 
 def _ladder_goals(ladder: dict[str, list[Found]]) -> list[Goal]:

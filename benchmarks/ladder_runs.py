@@ -20,6 +20,10 @@ from trainer.config import TrainConfig
 from trainer.data import TrainingData, first_samples, open_training_data
 from trainer.judge import validation_lanes
 from trainer.machine import Machine
+from trainer.probes.open_backbone import Places, open_backbone
+from trainer.probes.probe_files import ProbeFiles
+from trainer.probes.task import Asked, find_task
+from trainer.probes.train_probe import Probe, train_probe
 from trainer.raptor import Raptor
 from trainer.recipes import digits_stage1, digits_stage2
 from trainer.run_files import RunFiles
@@ -61,16 +65,28 @@ RECIPE = Stage1()
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What one Raptor is worth, rolled out from state 0 to the last one, on all held-out digits."""
+    """What one Raptor is worth, rolled out from state 0 to the last one, on all held-out digits.
+
+    Attributes:
+        spans: Of its blocks.
+        seed: Of its trainings.
+        validation: Its accuracy is by the teacher's own head.
+        run: Of stage 2; None for blocks that were only put together.
+    """
 
     spans: Spans
     seed: int
     validation: Validation
+    run: str | None = None
 
     @property
     def accuracy(self) -> float:
         assert self.validation.accuracy is not None, "the digits' teacher has a head"
         return self.validation.accuracy
+
+    def with_accuracy(self, accuracy: float) -> "Found":
+        """The same Raptor by another readout."""
+        return dataclasses.replace(self, validation=dataclasses.replace(self.validation, accuracy=accuracy))
 
     @property
     def epsilon(self) -> float:
@@ -137,7 +153,29 @@ class Runs:
         config = digits_stage2(spans, data.train.spec, self.depth, seed=seed, **chosen)
         digests = [read_trained(block).weights_digest for block in blocks]
         run = self._train(config, data, blocks, {"blocks": digests})
-        return self._judge(spans, seed, [run])
+        return dataclasses.replace(self._judge(spans, seed, [run]), run=run)
+
+    def probe(self, run: str | None, seed: int) -> float:
+        """Accuracy of a linear readout trained on a Raptor's last states, after its last epoch.
+
+        Args:
+            run: Of stage 2; None probes the teacher.
+            seed: Of the readout.
+        """
+        kind, device, store = find_task("digits"), self._machine.device, str(self._place / "store")
+        problems: list[str] = []
+        places = Places(run=run, teacher=None, weights=None, store=store, head=None, compute=None)
+        backbone = open_backbone(places, kind, device, problems)
+        assert backbone is not None, problems
+        asked = Asked(images=None, store=store, head=None, compat=False, seed=seed, changes={}, device=device)
+        probe = Probe(task=kind.open(asked, backbone), backbone=backbone, seed=seed)
+        name = "teacher" if run is None else Path(run).name
+        files = ProbeFiles(FolderObjects(self._place / "probes" / f"{name}-seed{seed}"))
+        with files.exclusive():
+            files.claim(probe.identity())
+            result = files.read_result() or train_probe(probe, files)
+        assert result is not None, "nothing asks it to stop"
+        return result.last
 
     def _block(self, span: Span, seed: int, n_steps: int | None, how: Stage1) -> str:
         data = self._data_of((span,))

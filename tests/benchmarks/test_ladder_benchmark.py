@@ -22,11 +22,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_whole_runs_once_and_a_second_start_trains_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = ladder.run(ladder.QUICK, folder)
     parts = [row["part"] for row in first.rows]
-    assert parts == ["k = 2"] * 2 + ["ladder, k = 2"] * 5 + ["partitions, k = 2"] * 3
+    assert parts == ["k = 2"] * 3 + ["ladder, k = 2"] * 6 + ["partitions, k = 2"] * 3
     by_name = {(row["part"], row["configuration"]): row for row in first.rows}
-    alone, joint = (by_name["k = 2", name] for name in ("stage 1 alone", "after stage 2"))
-    rungs = [{**by_name["ladder, k = 2", rung], "part": "", "configuration": ""} for rung in ladder.RUNGS[-2:]]
-    assert rungs == [{**row, "part": "", "configuration": ""} for row in (alone, joint)], "trained once for both"
+    shown = [by_name["k = 2", name] for name in ("stage 1 alone", "after stage 2", "the same, by a probe")]
+    rungs = [{**by_name["ladder, k = 2", rung], "part": "", "configuration": ""} for rung in ladder.RUNGS[-3:]]
+    assert rungs == [{**row, "part": "", "configuration": ""} for row in shown], "trained once for both"
+    assert [row["R2 of all layers"] for row in shown[1:]] == [shown[1]["R2 of all layers"]] * 2, "one Raptor"
     cuts = {row["spans"] for row in first.rows if row["part"].startswith("partitions")}
     assert len(cuts - {"-"}) == len(cuts) - (1 if "-" in cuts else 0) == 2, "phases' own and another one"
 
@@ -34,11 +35,12 @@ def test_the_whole_runs_once_and_a_second_start_trains_nothing(folder: Path, mon
         raise AssertionError("trained before")
 
     monkeypatch.setattr(ladder_runs, "train", again)
+    monkeypatch.setattr(ladder_runs, "train_probe", again)
     assert ladder.run(ladder.QUICK, folder).rows == first.rows
 
 
 def test_stage_2_begins_with_the_blocks_of_stage_1(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = ladder_runs.Runs(folder, batch_size=4, limit=16)
+    runs = ladder_runs.Runs(folder, batch_size=4, limit=64)
     begun_with: list[dict] = []
     train = ladder_runs.train
 
@@ -90,12 +92,18 @@ def found(accuracy: float, r2: float) -> Found:
 
 
 def test_goals_are_shares_gains_and_ranks() -> None:
-    by_k = {(2, ladder.CLS): [found(0.5, 0.5)], (2, ladder.STAGE2): [found(0.97, 0.9), found(0.99, 0.9)]}
-    [share] = ladder._block_goals(by_k, 0.99)
-    assert share.found == pytest.approx(100 * 0.98 / 0.99)
-    assert share.met
-    gains = ladder._ladder_goals(dict(zip(ladder.RUNGS, [[found(value, 0.5)] for value in (0.2, 0.7, 0.6, 0.8, 0.9)])))
-    assert [goal.met for goal in gains] == [True, False, True, True]
+    by_k = {
+        (2, ladder.CLS): [found(0.5, 0.5)],
+        (2, ladder.STAGE2): [found(0.97, 0.9), found(0.99, 0.9)],
+        (2, ladder.PROBE): [found(0.9, 0.9)],
+    }
+    share, by_probe = ladder._block_goals(by_k, {ladder.STAGE2: 0.99, ladder.PROBE: 0.95})
+    assert (share.found, by_probe.found) == pytest.approx((100 * 0.98 / 0.99, 100 * 0.9 / 0.95))
+    assert (share.met, by_probe.met) == (True, False)
+    gains = ladder._ladder_goals(
+        dict(zip(ladder.RUNGS, [[found(value, 0.5)] for value in (0.2, 0.7, 0.6, 0.8, 0.9, 0.9)]))
+    )
+    assert [goal.met for goal in gains] == [True, False, True, True, True]
     assert gains[0].found == pytest.approx(50)
     cuts = {(Span(0, i), Span(i, 12)): [found(0.9, r2)] for i, r2 in ((4, 0.8), (5, 0.7), (6, 0.85))}
     [rank] = ladder._partition_goals({2: cuts})
