@@ -83,7 +83,7 @@ class LadderBenchmark:
 
 
 QUICK = LadderBenchmark(
-    ks=(2,),
+    ks=(1, 2),
     ladder_k=2,
     partition_ks=(2,),
     n_random=1,

@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from torch import Tensor
+
 from infra.console import say
 from infra.objects import FolderObjects
 from pipeline.extract import extract
@@ -198,8 +200,7 @@ class Runs:
                 began = time.process_time()
                 # While it trains a few samples do: the whole set is judged once, over the whole depth, in `_judge`.
                 few = dataclasses.replace(data, validation=first_samples(data.validation, 2 * config.batch_size))
-                weights = joined(initial, config.spans).state_dict() if initial else None
-                train(config, few, files, machine=self._machine, initial=weights)
+                train(config, few, files, machine=self._machine, initial=_weights(initial, config.spans))
                 say(f"ladder: that took {time.process_time() - began:.0f} s of CPU time")
         return files.location
 
@@ -219,6 +220,14 @@ class Runs:
 
     def _data_of(self, spans: Spans) -> TrainingData:
         return dataclasses.replace(self._data, spans=spans)
+
+
+def _weights(runs: Sequence[str], spans: Spans) -> dict[str, Tensor] | None:
+    """What a training of these spans begins with: as a Raptor names them, but for one block alone."""
+    if not runs:
+        return None
+    raptor = joined(runs, spans)
+    return (raptor if len(spans) > 1 else raptor.blocks[0]).state_dict()
 
 
 def joined(runs: Sequence[str], spans: Spans) -> Raptor:

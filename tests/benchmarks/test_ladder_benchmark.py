@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_whole_runs_once_and_a_second_start_trains_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = ladder.run(ladder.QUICK, folder)
     parts = [row["part"] for row in first.rows]
-    assert parts == ["k = 2"] * 3 + ["ladder, k = 2"] * 6 + ["partitions, k = 2"] * 3
+    assert parts == ["k = 1"] * 3 + ["k = 2"] * 3 + ["ladder, k = 2"] * 6 + ["partitions, k = 2"] * 3
     by_name = {(row["part"], row["configuration"]): row for row in first.rows}
     shown = [by_name["k = 2", name] for name in ("stage 1 alone", "after stage 2", "the same, by a probe")]
     rungs = [{**by_name["ladder, k = 2", rung], "part": "", "configuration": ""} for rung in ladder.RUNGS[-3:]]
