@@ -70,7 +70,7 @@ help: ## list targets and variables
 #: RECOMPUTE   with make verify: so many images are made anew and compared (give IMAGES)                  [off]
 #: REPAIR=1    with make verify: mend what is wrong (give IMAGES as extracted)                             [off]
 #: RAY_ADDRESS a Ray cluster to run on                                                     [Ray in this machine]
-#: WORKERS     teacher actors                                                    [one per GPU, else per machine]
+#: WORKERS     teacher actors; of a training, processes that share its batches  [one per GPU, else machine; no Ray]
 #: NO_RAY=1    extract in one process                                                                      [off]
 #: ARGS        further flags, passed on as they are: ARGS="--overwrite"                                   [none]
 
