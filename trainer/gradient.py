@@ -38,9 +38,10 @@ class Gradient:
         self._config, self._machine, self._workers = config, machine, workers
         self._objective: nn.Module = _Objective(_compiled(model) if machine.compile else model, config, loss)
         if not workers.is_alone:
-            # Tied weights are complete only at the end of a backward pass, so there is nothing to gain from graphs that
-            # are cut where gradients could be sent early.
-            torch._dynamo.config.optimize_ddp = False
+            if machine.compile:
+                # Tied weights are complete only at the end of a backward pass, so there is nothing to gain from graphs
+                # that are cut where gradients could be sent early.
+                torch._dynamo.config.optimize_ddp = False
             self._objective = DistributedDataParallel(self._objective, gradient_as_bucket_view=True)
 
     def add(self, share: Share, forcing: float, noise_key: int) -> Float[Tensor, ""]:

@@ -87,7 +87,7 @@ def train_on_ray(
         config=config,
         open_data=open_data,
         run=run,
-        device=device if use_gpu or device else "cpu",
+        use_gpu=use_gpu,
         threads=threads,
         micro_batch=micro_batch,
         initial=initial,
@@ -110,7 +110,7 @@ class _Task:
     config: TrainConfig
     open_data: Callable[[torch.device], TrainingData]
     run: str
-    device: str | None
+    use_gpu: bool
     threads: int | None
     micro_batch: int | None
     initial: Mapping[str, Tensor] | None
@@ -270,10 +270,13 @@ def _work(task: _Task) -> dict[str, Any]:
 
 
 def _train(task: _Task, workers: Workers) -> bool:
+    import ray.train.torch
+
     opened: list[tuple[Machine, TrainingData, RunFiles]] = []
 
     def open_all() -> None:
-        machine = Machine.found(task.device, micro_batch=task.micro_batch, local_rank=workers.local_rank)
+        device = str(ray.train.torch.get_device()) if task.use_gpu else "cpu"
+        machine = Machine.found(device, micro_batch=task.micro_batch)
         data = task.open_data(machine.device)
         run = RunFiles(open_objects(task.run))
         if workers.is_first and run.read_config() is None:

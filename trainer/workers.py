@@ -87,6 +87,8 @@ class Workers:
         if self.is_alone or dist.is_initialized():
             yield
             return
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # what NCCL takes where it is not told
         dist.init_process_group(backend_for(device), timeout=TIMEOUT)
         try:
             yield
