@@ -14,6 +14,7 @@ from trainer.config import TrainConfig
 from trainer.data import TrainingData
 from trainer.judge import validation_lanes
 from trainer.machine import Machine
+from trainer.recipes import RECIPES
 from trainer.run_files import METRICS_KEY, RunFiles
 from trainer.stream import stream_memory_nbytes
 from trainer.train import make_model
@@ -62,8 +63,12 @@ def finished_report(
     ]
     if baselines is not None:
         lines += ["", *_accuracy_table(config, found["accuracy"], baselines)]
-    lines += ["", *_r2_table(found), "", *_places(run, result), ""]
-    lines += _next_commands(config.span, data.train, run, variables or {})
+    lines += ["", *_r2_table(found), *(_before(run, found) if is_joint(config) else []), ""]
+    lines += [*_places(run, result), ""]
+    if is_joint(config):
+        lines += _look_at(run) + _after_stage2(data.train, run, variables or {})
+    else:
+        lines += _next_commands(config.span, data.train, run, variables or {})
     return "\n".join(lines)
 
 
@@ -97,9 +102,14 @@ def _figures(result: Mapping[str, Any]) -> list[str]:
     return [*shown, f"{found['accuracy']:.2%}", f"{found['accuracy'] / teacher if teacher else 0.0:.1%}"]
 
 
+def is_joint(config: TrainConfig) -> bool:
+    """Whether it trains blocks that were trained alone before."""
+    return len(config.spans) > 1 or config.recipe in RECIPES[2]
+
+
 def name_of(config: TrainConfig) -> str:
     """What is trained, in words."""
-    if len(config.spans) == 1:
+    if not is_joint(config):
         return f"block {config.span}"
     return f"Raptor {', '.join(map(str, config.spans))}"
 
@@ -126,7 +136,7 @@ def _accuracy_table(config: TrainConfig, accuracy: float, baselines: Mapping[str
     rows = [
         ("teacher", teacher),
         (f"{name_of(config)}, rolled out", accuracy),
-        ("untrained block" if len(config.spans) == 1 else "before the first joint step", baselines["untrained"]),
+        ("before the first joint step" if is_joint(config) else "untrained block", baselines["untrained"]),
         (f"teacher blocks {config.span.start + 1} to {config.span.stop} skipped", baselines["skipping"]),
     ]
     width = max(len(name) for name, _ in rows)
@@ -140,7 +150,7 @@ def _accuracy_table(config: TrainConfig, accuracy: float, baselines: Mapping[str
 def _r2_table(found: Mapping[str, Any]) -> list[str]:
     kinds = [kind for kind in (*KINDS, ALL_TOKENS) if kind in found["r2"]]
     rows = [(kind, found["r2"][kind]) for kind in kinds] + [("as published", found["reference_r2"])]
-    width = max(len("R2 of layer"), *(len(name) for name, _ in rows))
+    width = _r2_width(found)
     lines = [f"{'R2 of layer':<{width}}" + "".join(f"{layer:>{_COLUMN}}" for layer in found["layers"])]
     lines += [f"{name:<{width}}" + _numbers(values) for name, values in rows]
     return [*lines, f"{'epsilon':<{width}}" + _numbers(found["epsilon"], ".3g")]
@@ -154,6 +164,21 @@ def _numbers(values: Sequence[float], form: str = ".3f") -> str:
     )
 
 
+def _before(run: RunFiles, found: Mapping[str, Any]) -> list[str]:
+    """R2 and epsilon of the stage-1 blocks, rolled out together before the first joint step, on a sample."""
+    lines = [line for line in run.read_metrics() if line["step"] == 0 and "validation" in line]
+    if not lines:
+        return []
+    first = lines[0]["validation"]
+    rows = [("all", _numbers(first["r2"][ALL_TOKENS])), ("epsilon", _numbers(first["epsilon"], ".3g"))]
+    title = f"before the first joint step, on {first['n_samples']:,} samples"
+    return ["", title, *(f"{name:<{_r2_width(found)}}{numbers}" for name, numbers in rows)]
+
+
+def _r2_width(found: Mapping[str, Any]) -> int:
+    return max(map(len, ("R2 of layer", "as published", *found["r2"])))
+
+
 def _places(run: RunFiles, result: Mapping[str, Any]) -> list[str]:
     return [
         f"weights     {run.location}/{result['weights_key']} ({human_bytes(result['weights_nbytes'])})",
@@ -163,11 +188,25 @@ def _places(run: RunFiles, result: Mapping[str, Any]) -> list[str]:
 
 def _next_commands(span: Span, store: Store, run: RunFiles, variables: Mapping[str, str]) -> list[str]:
     """How to look at the curves, and a command that works on this store."""
-    folder = shlex.quote(os.path.dirname(run.location) or ".")
     other = _other_span(span, store.layers)
     command = f"make train BLOCK={other}" if other else "make inspect"
     typed = [f"{name}={shlex.quote(value)}" for name, value in variables.items() if other or name == "STORE"]
-    return [f"look at it  .venv/bin/tensorboard --logdir {folder}", f"next        {' '.join([command, *typed])}"]
+    return [*_look_at(run), f"next        {' '.join([command, *typed])}"]
+
+
+def _look_at(run: RunFiles) -> list[str]:
+    folder = shlex.quote(os.path.dirname(run.location) or ".")
+    return [f"look at it  .venv/bin/tensorboard --logdir {folder}"]
+
+
+def _after_stage2(store: Store, run: RunFiles, variables: Mapping[str, str]) -> list[str]:
+    """What a finished Raptor is for."""
+    digits = store.spec.teacher == "digits_vit"
+    probe = {"TASK": "digits" if digits else "imagenet", "RUN": run.location}
+    probe |= {name: value for name, value in variables.items() if name in ("STORE", "DEVICE", "ENDPOINT_URL")}
+    probe |= {} if digits else {"IMAGES": "/data/imagenet"}
+    typed = [f"{name}={shlex.quote(value)}" for name, value in probe.items()]
+    return [f"next        {' '.join(['make probe', *typed])}", "and         make table"]
 
 
 def _other_span(span: Span, layers: Sequence[int]) -> Span | None:

@@ -126,8 +126,13 @@ def test_blocks_become_a_raptor_and_the_run_knows_them(door: Door, place: Path, 
     settings = {"blocks": BLOCKS, "store": place / "store", "recipe": "digits_stage2", "steps": 4, "run": run}
     code, out, err = door("raptor", **settings)
     assert code == ExitCode.OK, err
-    for part in ("Raptor 0-1, 1-3, rolled out", "before the first joint step", "R2 of layer          1         2"):
-        assert part in out
+    for part in (
+        *("Raptor 0-1, 1-3, rolled out", "before the first joint step", "R2 of layer          1         2"),
+        "before the first joint step, on 18 samples\n",
+        f"next        make probe TASK=imagenet RUN={run} STORE={place}/store DEVICE=cpu IMAGES=",
+        "and         make table",
+    ):
+        assert part in out, part
     config = RunFiles(FolderObjects(run)).read_config()
     assert config is not None
     blocks = [read_trained(str(place / f"runs/{span}-seed0")) for span in SPANS]
