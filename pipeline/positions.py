@@ -51,6 +51,14 @@ def original_positions(state: Mapping[str, torch.Tensor], model: Any) -> Positio
     return own.clone() if torch.equal(resampled(own, ours.shape[0], ours.shape[1]), ours) else None
 
 
+def positions_before(own: Any, model: Any) -> Positions | None:
+    """Those of `own`, if the model has them resampled: the same weights, for images of the model's own size."""
+    first, second = positions_of(own), positions_of(model)
+    if first is None or second is None or first.shape[:2] == second.shape[:2]:
+        return None
+    return first if torch.equal(resampled(first, second.shape[0], second.shape[1]), second) else None
+
+
 def resampled(positions: Positions, rows: int, columns: int) -> Float32[torch.Tensor, "new_row new_column dim"]:
     """Positions of another grid: bicubic with antialiasing; the same grid gets them as they are."""
     dim = positions.shape[2]

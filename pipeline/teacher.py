@@ -35,7 +35,7 @@ from infra.console import UserError
 from pipeline.checkpoints import WeightsError, explain_mismatch, make_linear, read_linear_head, read_state_dict
 from pipeline.digits import DIGITS_PREPROCESSING, make_digits_vit
 from pipeline.fake import FAKE_PREPROCESSING, make_fake_vit
-from pipeline.positions import Positions, original_positions, positions_of, resize_model
+from pipeline.positions import Positions, original_positions, positions_before, positions_of, resize_model
 from pipeline.preprocess import Preprocessing, resize_size_for
 from pipeline.teacher_kinds import find_kind, kind_of
 
@@ -410,27 +410,31 @@ def _load_model(name: str, weights: str | None, image_size: int | tuple[int, int
     preprocessing = _preprocessing_of(empty, min(pixel_size))
     seed = None if weights is None else _random_seed(weights)
     if weights is None or seed is not None:
-        make = functools.partial(timm.create_model, name, num_classes=0)  # at its own size, where its positions are
-        model: Model = _fetch_pretrained(name) if seed is None else _with_seed(seed, make)
-        own = _both(model.patch_embed.img_size)
+        # At its own size, where its positions are; but some models cannot be resized once they are made.
+        own = _both(empty.patch_embed.img_size) if hasattr(empty, "set_input_size") else pixel_size
+        size: dict[str, Any] = {} if hasattr(empty, "set_input_size") else {"img_size": pixel_size}
+        make = functools.partial(timm.create_model, name, num_classes=0, **size)
+        model: Model = _fetch_pretrained(name, make) if seed is None else _with_seed(seed, make)
         loaded = Loaded(model=model, preprocessing=preprocessing, pixel_size=own)
         return replace(resize(name, loaded, pixel_size), preprocessing=preprocessing)
-    options: dict[str, Any] = {"num_classes": 0, "img_size": pixel_size}
     state = _drop_classifier(read_state_dict(weights), config.get("classifier"))
     _require_patch_size(weights, state, empty)
     # timm lets a checkpoint with another number of classes be incomplete; without a classifier to adapt it is strict.
     overlay = {"state_dict": state, "classifier": None, "source": "", "custom_load": False}
     try:
-        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+        make = functools.partial(timm.create_model, name, pretrained=True, num_classes=0)
+        model = make(pretrained_cfg_overlay=dict(overlay), img_size=pixel_size)
+        positions = original_positions(state, model)
+        if positions is None and pixel_size != (own := _both(empty.patch_embed.img_size)):
+            # a file in a naming that only timm's filter knows: are they those that it has at the model's own size?
+            positions = positions_before(make(pretrained_cfg_overlay=dict(overlay), img_size=own), model)
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError, IndexError, AssertionError) as error:
         raise WeightsError(
             f"weights {weights} do not fit {name}: {explain_mismatch(error)}. They belong to another model: name "
             "theirs with TEACHER=, or give other WEIGHTS"
         ) from error
     model.pretrained_cfg.pop("state_dict", None)  # else the file's tensors live as long as the teacher
-    return Loaded(
-        model=model, preprocessing=preprocessing, pixel_size=pixel_size, positions=original_positions(state, model)
-    )
+    return Loaded(model=model, preprocessing=preprocessing, pixel_size=pixel_size, positions=positions)
 
 
 def _load_built_in(name: str, weights: str | None) -> Loaded:
@@ -483,7 +487,7 @@ def _require_vit(name: str, model: Model) -> None:
         what
         for what, there in {
             "blocks": isinstance(getattr(model, "blocks", None), nn.Sequential | nn.ModuleList),
-            "a patch grid": hasattr(getattr(model, "patch_embed", None), "grid_size"),
+            "a patch grid": getattr(getattr(model, "patch_embed", None), "grid_size", None) is not None,
             "a count of prefix tokens": hasattr(model, "num_prefix_tokens"),
             "a final norm": hasattr(model, "norm"),
             "attention heads": _heads_of(model) is not None,
@@ -551,12 +555,12 @@ def _grid_of(model: Model) -> tuple[int, int]:
     return (int(rows), int(columns))
 
 
-def _fetch_pretrained(name: str) -> Model:
+def _fetch_pretrained(name: str, make: Callable[..., Model]) -> Model:
     config = timm.models.get_pretrained_cfg(name)
     if config is None or not config.has_weights:
         raise TeacherError(f"timm has no pretrained weights for {name}; give WEIGHTS=file or WEIGHTS=random:0")
     try:
-        return timm.create_model(name, pretrained=True, num_classes=0)
+        return make(pretrained=True)
     except Exception as error:  # a dozen libraries' network errors, which share no base class
         raise TeacherError(
             f"the pretrained weights of {name} could not be fetched ({type(error).__name__}: {error}). Give "

@@ -8,7 +8,9 @@ import torch
 from torch.nn.functional import interpolate
 from torch.testing import assert_close
 
+from infra.console import UserError
 from pipeline import teacher as module
+from pipeline.positions import positions_before
 from pipeline.settings import ExtractConfig, plan_stores
 from pipeline.teacher import POSITIONS_FILE, Teacher, TeacherError, load_teacher, teacher_from_files
 from tests.pipeline import meta_dinov2 as meta
@@ -125,6 +127,29 @@ def test_pretrained_weights_are_fetched_at_their_own_size_and_then_resampled(mon
     assert teacher.positions is not None
     assert torch.equal(teacher.positions.reshape(196, -1), model.pos_embed[0, 1:])
     assert torch.equal(teacher.model.pos_embed[0, 0], model.pos_embed[0, 0])  # CLS has its own
+
+
+def test_positions_are_kept_in_namings_that_only_timm_knows(tmp_path: Path) -> None:
+    """OpenCLIP's "visual.trunk." prefix stands for them all; a second file under another name is no position."""
+    state = load_teacher(TINY, "random:3").model.state_dict()
+    assert state["pos_embed"].shape[1] == 197
+    renamed = {f"visual.trunk.{name}": tensor for name, tensor in state.items()}
+    torch.save(renamed | {"visual.trunk.other.pos_embed": torch.zeros(1, 4, 4)}, tmp_path / "clip.pt")
+    with pytest.raises(UserError):
+        load_teacher(TINY, tmp_path / "clip.pt", image_size=32)
+    torch.save(renamed, tmp_path / "clip.pt")
+    small = load_teacher(TINY, tmp_path / "clip.pt", image_size=32)
+    own = load_teacher(TINY, tmp_path / "clip.pt")
+    assert teacher_from_files(small.to_files(), image_size=224).weights_digest == own.weights_digest
+
+
+def test_positions_are_found_at_the_models_own_size() -> None:
+    own, small = (load_teacher(TINY, "random:3", image_size=size).model for size in (224, 32))
+    found = positions_before(own, small)
+    assert found is not None
+    assert torch.equal(found.reshape(196, -1), own.pos_embed[0, 1:])
+    assert positions_before(load_teacher(TINY, "random:4").model, small) is None
+    assert positions_before(own, own) is None
 
 
 @pytest.mark.parametrize("name", ["digits_vit", "fake_vit"])

@@ -149,6 +149,20 @@ def test_a_teacher_alone_will_do(folder: Path, tmp_path: Path) -> None:
     assert raptor_teacher(str(tmp_path / "run")).head is None
 
 
+def test_a_raptor_of_a_timm_vit_is_a_teacher_at_any_size(tmp_path: Path) -> None:
+    torch.save(seeded_raptor(5, 64, 2), tmp_path / "raptor2.pt")
+    assert main(typed(tmp_path, "raptor2.pt", "0-7,7-12", tmp_path / "run", teacher="digits_vit")) == ExitCode.OK
+    trained = read_trained(str(tmp_path / "run"))
+    for size in (32, (16, 48)):
+        own = load_teacher("digits_vit", image_size=size)
+        pixels = torch.randn(2, 3, *own.pixel_size, generator=torch.Generator().manual_seed(0))
+        raptor = raptor_teacher(str(tmp_path / "run"), image_size=size)
+        states = raptor.layer_states(pixels)
+        assert torch.equal(states, trained.raptor.rollout(own.layer_states(pixels)[:, 0], 0, 12))
+        assert torch.equal(raptor.logits(states[:, -1]), own.logits(states[:, -1]))
+        assert raptor.taught_by == own.core_digest
+
+
 def test_other_weights_or_spans_in_that_run_are_refused(folder: Path, tmp_path: Path) -> None:
     assert main(typed(folder, "first.pt", "0-2", tmp_path / "run", teacher="fake_vit")) == ExitCode.OK
     with pytest.raises(UserError, match=r"holds another run:\n  imported.sha256"):
