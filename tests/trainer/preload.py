@@ -1,6 +1,8 @@
 """What takes seconds to import, once for all processes that the tests fork."""
 
 import pytest  # noqa: F401
+import tensorboard.compat.proto.event_pb2
+import tensorboard.summary.writer.record_writer  # noqa: F401
 import torch
 import torch.distributed
 import torch.nn.parallel
