@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -98,11 +99,13 @@ class Parts:
             for part in self._ready(waiting, self._at_once - len(running)):
                 waiting.remove(part)
                 running.append(self._start(part))
-            for one in [one for one in running if one.process.poll() is not None]:
+            for one in list(running):
+                used = _children_cpu_s()
+                if (code := one.process.poll()) is None:
+                    continue
                 running.remove(one)
-                code = one.process.returncode
                 if code == ExitCode.OK:
-                    self._stamp(one)
+                    self._stamp(one, cpu_s=_children_cpu_s() - used)
                 elif failed is None and not asked:
                     failed = (one.part, code)
             self._show(running)
@@ -123,13 +126,14 @@ class Parts:
             return False
         return stamp == list(part.arguments) and part.made.exists()
 
-    def _stamp(self, one: _Running) -> None:
+    def _stamp(self, one: _Running, cpu_s: float) -> None:
         if not one.part.made.exists():
             raise JobError(f"{one.part.name} ended well but made no {one.part.made}: see {self._log_path(one.part)}")
         path = self._stamp_path(one.part)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(list(one.part.arguments)))
-        self._progress.say(f"{one.part.name}: done in {human_duration(time.monotonic() - one.began)}")
+        took = human_duration(time.monotonic() - one.began)
+        self._progress.say(f"{one.part.name}: done in {took}, {human_duration(cpu_s)} of processor time")
         self._end(one.part)
 
     def _end(self, part: Part) -> None:
@@ -182,6 +186,12 @@ class Parts:
 
     def _stamp_path(self, part: Part) -> Path:
         return self._folder / "done" / f"{part.file_name}.json"
+
+
+def _children_cpu_s() -> float:
+    """Of the children that have ended and were asked about."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def _ask_to_stop(running: Sequence[_Running]) -> bool:

@@ -38,7 +38,10 @@ def test_every_variable_named_is_passed_on(variable: str) -> None:
             timeout=60,
             check=True,
         ).stdout
-        for target in ("extract", "verify", "train", "copy", "convert", "stores", "phases", "probe", "import")
+        for target in (
+            *("extract", "verify", "train", "copy", "convert", "stores"),
+            *("phases", "probe", "import", "table", "demo"),
+        )
     )
     assert flag in said or variable == "ARGS"
 

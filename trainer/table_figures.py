@@ -1,8 +1,9 @@
 """What the figures of a results table show: series cut from its rows and from the metrics of the runs."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from trainer.figures import Series, by_blocks_figure, by_layer_figure, curves_figure
+from trainer.figures import COLOURS, Series, by_blocks_figure, by_layer_figure, curves_figure
 from trainer.table import ALL_TOKENS, EPSILON, HEAD, LAST, R2, Row, Table
 from trainer.table_sources import FoundRun
 from trainer.variants import RAPTOR, name_variants, variant_order
@@ -18,18 +19,23 @@ def make_figures(table: Table, runs: Sequence[FoundRun]) -> dict[str, bytes]:
     """
     figures = {}
     raptors = [row for row in table.rows if row.what == RAPTOR]
+    plotted = _one_for_each_k(raptors)
     layers = [row.layer for row in raptors if row.quantity == R2 and row.layer is not None]
     caption = _caption(table)
     accuracy = _by_blocks(
         [row for row in raptors if row.selection == LAST and row.higher_is_better and row.of_teacher is not None]
     )
     if layers and accuracy:
-        last = [row for row in raptors if row.quantity == R2 and row.layer == max(layers)]
+        last = [row for row in plotted if row.quantity == R2 and row.layer == max(layers)]
+        left_out = len({row.variant for row in raptors} - {row.variant for row in plotted})
+        note = f"\nOf several variants of one k the one with the most seeds; {left_out} others are in the table." * (
+            left_out > 0
+        )
         figures["accuracy_and_r2.png"] = by_blocks_figure(
             accuracy,
             _by_kind(last),
             title="What a Raptor of k blocks keeps of its teacher",
-            caption=caption,
+            caption=caption + note,
             accuracy_label="accuracy (% of the teacher's)",
         )
     if layers:
@@ -44,14 +50,17 @@ def make_figures(table: Table, runs: Sequence[FoundRun]) -> dict[str, bytes]:
             _by_layer(raptors, EPSILON),
             title="Error of the roll-out, by layer",
             caption=caption,
-            label="epsilon: mean Frobenius norm of the error (activation units)",
+            label="epsilon (mean Frobenius norm, one image)",
             best=0.0,
         )
     if curves := _curves(runs):
+        loss, validation, n_left_out = curves
+        note = f" {n_left_out} variants more have no colour left, and are left out." * (n_left_out > 0)
         figures["training.png"] = curves_figure(
-            *curves,
+            loss,
+            validation,
             title="Training",
-            caption=f"Training loss: mean of each logging interval. Dashed: blocks alone (stage 1).\n{caption}",
+            caption=f"Training loss: mean of each logging interval. Dashed: blocks alone (stage 1).{note}\n{caption}",
             validation_label="validation: R2 of the last layer",
         )
     return figures
@@ -64,6 +73,16 @@ def _caption(table: Table) -> str:
         "bars and bands are one standard deviation over seeds (ddof 1)" if max(seeds, default=1) > 1 else "no deviation"
     )
     return "\n".join([*table.notes, f"{n} {'seed' if n == '1' else 'seeds'} of each variant; {bars}."])
+
+
+def _one_for_each_k(rows: Sequence[Row]) -> list[Row]:
+    """The rows of one variant for each number of blocks: the one with the most seeds, the first of equals."""
+    n_seeds: dict[int, dict[str, int]] = {}
+    for row in rows:
+        of_k = n_seeds.setdefault(row.n_blocks, {})
+        of_k[row.variant] = max(row.n, of_k.get(row.variant, 0))
+    chosen = {max(of_k, key=lambda variant: of_k[variant]) for of_k in n_seeds.values()}
+    return [row for row in rows if row.variant in chosen]
 
 
 def _by_blocks(rows: Sequence[Row]) -> list[Series]:
@@ -120,22 +139,31 @@ def _by_layer(rows: Sequence[Row], quantity: str) -> list[Series]:
     return series
 
 
-def _curves(runs: Sequence[FoundRun]) -> tuple[list[Series], list[Series]] | None:
+def _curves(runs: Sequence[FoundRun]) -> tuple[list[Series], list[Series], int] | None:
+    """Loss and R2 by step of the runs with metrics, and how many variants are left out for want of colours."""
     names = name_variants([run.model for run in runs])
-    variants = list(dict.fromkeys(run.model.key for run in sorted(runs, key=lambda run: variant_order(run.model))))
+    shown = sorted((run for run in runs if _has_curves(run)), key=lambda run: variant_order(run.model))
+    variants = list(dict.fromkeys(run.model.key for run in shown))
     loss, validation = [], []
-    for run in sorted(runs, key=lambda run: variant_order(run.model)):
-        n_seeds = sum(other.model.key == run.model.key for other in runs)
-        seeds = f"{n_seeds} seeds" if n_seeds > 1 else f"seed {run.model.seed}"
-        name = f"{names[run.model.key]}, {seeds}"
+    for run in shown:
         style = variants.index(run.model.key)
+        if style >= len(COLOURS):
+            continue
+        n_seeds = sum(other.model.key == run.model.key for other in shown)
+        seeds = f"{n_seeds} seeds" if n_seeds > 1 else f"seed {run.model.seed}"
+        about: dict[str, Any] = {
+            "name": f"{names[run.model.key]}, {seeds}",
+            "style": style,
+            "dashed": run.model.what != RAPTOR,
+        }
         lines = [line for line in run.metrics if "loss" in line]
         found = [line for line in run.metrics if "validation" in line]
-        if not lines or not found:
-            continue
-        dashed = run.model.what != RAPTOR
-        x, y = [line["step"] for line in lines], [line["loss"] for line in lines]
-        loss.append(Series(name=name, x=x, y=y, style=style, dashed=dashed))
-        steps, last = [line["step"] for line in found], [line["validation"]["r2"][ALL_TOKENS][-1] for line in found]
-        validation.append(Series(name=name, x=steps, y=last, style=style, dashed=dashed))
-    return (loss, validation) if loss else None
+        steps = [line["step"] for line in found]
+        last = [line["validation"]["r2"][ALL_TOKENS][-1] for line in found]
+        loss.append(Series(x=[line["step"] for line in lines], y=[line["loss"] for line in lines], **about))
+        validation.append(Series(x=steps, y=last, **about))
+    return (loss, validation, max(0, len(variants) - len(COLOURS))) if loss else None
+
+
+def _has_curves(run: FoundRun) -> bool:
+    return all(any(name in line for line in run.metrics) for name in ("loss", "validation"))

@@ -5,7 +5,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from infra.console import ExitCode, JobError, Progress
 
 #: A command that says when it starts and ends, can be interrupted as our doors can, and may fail.
 WORKER = """
-import signal, sys, time
+import os, signal, sys, time
 folder, name, seconds, code = sys.argv[1:5]
 def note(text):
     with open(f"{folder}/events", "a") as file:
@@ -27,7 +28,7 @@ signal.signal(signal.SIGINT, stop)
 note("began")
 print(f"work on {name} 40%: 4/10", flush=True)
 end = time.monotonic() + float(seconds)
-while time.monotonic() < end:
+while time.monotonic() < end or os.path.exists(f"{folder}/hold-{name}"):
     time.sleep(0.01)
 if int(code):
     sys.exit("it would not work")
@@ -46,7 +47,7 @@ def main():
     with stop_on_signals() as stopping, hold(folder, stopping) as lock:
         with Progress(total=3, unit="parts", label="chain") as progress:
             parts = Parts(folder, at_once=2, progress=progress, stopping=stopping, lock=lock)
-            return 0 if parts.run(chain(folder, float(sys.argv[2]))) else 75
+            return 0 if parts.run(chain(folder)) else 75
 sys.exit(run_door(main))
 """
 
@@ -61,9 +62,9 @@ def part(folder: Path, name: str, needs: Sequence[str] = (), seconds: float = 0.
     )
 
 
-def chain(folder: Path, seconds: float) -> list[Part]:
-    """Quick, then one that takes a while, then one that needs both."""
-    return [part(folder, "a"), part(folder, "b", ["a"], seconds), part(folder, "c", ["a", "b"])]
+def chain(folder: Path) -> list[Part]:
+    """One, then another, then one that needs both."""
+    return [part(folder, "a"), part(folder, "b", ["a"]), part(folder, "c", ["a", "b"])]
 
 
 @pytest.fixture(autouse=True)
@@ -92,9 +93,9 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 
 def test_each_waits_for_what_it_needs_and_runs_once(tmp_path: Path) -> None:
-    assert run(tmp_path, chain(tmp_path, 0.0)[::-1])
+    assert run(tmp_path, chain(tmp_path)[::-1])
     assert events(tmp_path) == [f"{what} {name}" for name in "abc" for what in ("began", "ended")]
-    assert run(tmp_path, chain(tmp_path, 0.0))
+    assert run(tmp_path, chain(tmp_path))
     assert len(events(tmp_path)) == 6, "nothing is done twice"
 
 
@@ -139,31 +140,44 @@ def test_one_that_makes_nothing_is_no_success(tmp_path: Path) -> None:
         run(tmp_path, [made_nothing])
 
 
-def start_chain(folder: Path, seconds: float) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", CHAIN, str(folder), str(seconds)], stderr=subprocess.PIPE, text=True)
+@contextmanager
+def chain_process(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen([sys.executable, "-c", CHAIN, str(folder)], stderr=subprocess.PIPE, text=True)
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_at_once_and_the_same_command_goes_on(tmp_path: Path, number: signal.Signals) -> None:
-    process = start_chain(tmp_path, 60)
-    wait_for(lambda: "began b" in events(tmp_path))
-    process.send_signal(number)
-    assert process.wait(60) == ExitCode.INTERRUPTED, process.stderr
+    (tmp_path / "hold-b").touch()
+    with chain_process(tmp_path) as process:
+        wait_for(lambda: "began b" in events(tmp_path))
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == ExitCode.INTERRUPTED, said
     assert events(tmp_path) == ["began a", "ended a", "began b", "stopped b"]
-    again = start_chain(tmp_path, 0)
-    assert again.wait(60) == ExitCode.OK
+    (tmp_path / "hold-b").unlink()
+    with chain_process(tmp_path) as again:
+        _, said = again.communicate(timeout=60)
+    assert again.returncode == ExitCode.OK, said
     assert events(tmp_path)[4:] == ["began b", "ended b", "began c", "ended c"]
 
 
 def test_after_a_kill_the_next_one_waits_for_what_is_left_behind(tmp_path: Path) -> None:
     """The part whose parent was killed ends by itself; nothing runs beside it, and only what it did is done again."""
-    process = start_chain(tmp_path, 3)
-    wait_for(lambda: "began b" in events(tmp_path))
-    process.kill()
-    process.wait(60)
-    again = start_chain(tmp_path, 3)
-    _, said = again.communicate(timeout=60)
+    (tmp_path / "hold-b").touch()
+    with chain_process(tmp_path) as process:
+        wait_for(lambda: "began b" in events(tmp_path))
+        process.kill()
+        process.communicate(timeout=60)
+    with chain_process(tmp_path) as again:
+        assert again.stderr is not None
+        assert "waiting for them" in again.stderr.readline()
+        assert events(tmp_path) == ["began a", "ended a", "began b"]
+        (tmp_path / "hold-b").unlink()
+        _, said = again.communicate(timeout=60)
     assert again.returncode == ExitCode.OK, said
-    assert "waiting for them" in said
-    after = events(tmp_path)[events(tmp_path).index("began b") :]
-    assert after == ["began b", "ended b", "began b", "ended b", "began c", "ended c"]
+    assert events(tmp_path)[3:] == ["ended b", "began b", "ended b", "began c", "ended c"]

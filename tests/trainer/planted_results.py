@@ -29,6 +29,8 @@ def plant_run(
     teacher_name: str = "fake_vit",
     last_layer: int = LAST_LAYER,
     joint: bool = False,
+    imported: bool = False,
+    validated: bool = True,
     **settings: object,
 ) -> str:
     """A finished run whose validation says what is given; a joint one of several spans, or where that is asked for."""
@@ -53,9 +55,14 @@ def plant_run(
         {"step": step, "loss": math.exp(-step / 10), "samples_per_s": 1.0, "loader_wait": 0.0} for step in (5, 10, 12)
     ]
     run.write_metrics([{"step": 0, "validation": validation}, *lines, {"step": 12, "validation": validation}])
-    weights = {"blocks.0.x": torch.tensor([float(seed), *map(float, range(len(parsed)))])}
+    weights = {"blocks.0.x": torch.tensor([float(seed), float(config.n_steps), *map(float, range(len(parsed)))])}
     about = {"blocks": [{}] * len(parsed), "spans": [str(span) for span in parsed]}
-    result = {"validation": validation, "baselines": None if accuracy is None else baselines, "final_loss": 0.2}
+    result = {
+        "validation": validation if validated else None,
+        "baselines": None if accuracy is None or imported else baselines,
+        "final_loss": 0.2,
+        **({"imported": {"file": "final.pt"}} if imported else {}),
+    }
     run.finish(weights, {**result, **about, "teacher": teacher_name, "last_layer": last_layer})
     return str(place)
 

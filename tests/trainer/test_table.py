@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infra.console import ExitCode, UserError, run_door
@@ -98,6 +98,17 @@ def test_blocks_are_no_raptors(tmp_path: Path) -> None:
     plant_run(tmp_path / "joint", "0-4", joint=True)
     names = {row.variant: row.what for row in table_of(tmp_path).rows if row.what != "teacher"}
     assert names == {"k=1": "raptor", "block 0-2": "block", "block 0-4": "block"}
+
+
+def test_an_imported_run_is_a_row_of_its_own_beside_the_same_teacher(tmp_path: Path) -> None:
+    """It has no baselines of its own; where it was not validated it has no numbers, and bars nothing."""
+    plant_run(tmp_path / "a", accuracy=0.9, teacher=0.96)
+    plant_run(tmp_path / "b", accuracy=0.48, imported=True)
+    plant_run(tmp_path / "c", "0-4", imported=True, validated=False, data={"train": "unknown", "teacher": "c" * 64})
+    table = table_of(tmp_path)
+    assert only(table, variant="imported k=2", task=HEAD).of_teacher == pytest.approx(0.5)
+    assert only(table, variant="k=2", task=HEAD).of_teacher == pytest.approx(0.9 / 0.96)
+    assert {row.variant for row in table.rows} == {"teacher", "k=2", "imported k=2"}
 
 
 # ---------------------------------------------------------------- variants
@@ -302,7 +313,8 @@ rows = st.builds(
 )
 
 
-@given(st.lists(rows, max_size=5))
+@settings(max_examples=40)
+@given(st.lists(rows, max_size=3))
 def test_csv_reads_back_as_it_was_written(written: list[Row]) -> None:
     assert read_csv(write_csv(written)) == written
 
