@@ -1,6 +1,7 @@
 """TASK=imagenet on a real ImageFolder tree of JPEGs: the recipe, its transforms, its readout, its wrong inputs."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,14 @@ from torchvision.transforms import InterpolationMode, v2
 from infra.console import UserError
 from infra.objects import FolderObjects, MemoryObjects
 from pipeline.extract import extract
-from pipeline.teacher import Teacher, load_teacher
+from pipeline.teacher import Teacher, load_teacher, teacher_from_files
+from storage_schemas import open_store
+from storage_schemas.find import find_stores
 from tests.pipeline_jobs import ALONE, fake_config
 from tests.trainer.probes.imagenet_trees import CLASSES, write_imagenet, write_split
 from tests.trainer.probes.tiny_probes import trained_of
 from trainer.probes.backbone import Backbone
+from trainer.probes.classification import teacher_head_top1
 from trainer.probes.imagenet import SETTINGS, augmented, open_imagenet
 from trainer.probes.probe_files import ProbeFiles
 from trainer.probes.results import ProbeResult
@@ -250,3 +254,16 @@ def test_the_place_of_a_store_says_nothing_of_it(images: Path, store: Path, tmp_
     FolderObjects(moved / "train" / "n02102040").delete(next((moved / "train" / "n02102040").iterdir()).name)
     fewer = Probe(task=open_imagenet(asked(moved, store=store), frozen), backbone=frozen, seed=0).identity()
     assert fewer != identities[0]
+
+
+# ---------------------------------------------------------------- the real thing
+
+
+@pytest.mark.skipif("IMAGENET_STORE" not in os.environ, reason="give IMAGENET_STORE=, stores of DINOv2 ViT-B/14 reg")
+def test_metas_head_on_the_real_teacher() -> None:
+    """Needs weights and images that nobody has here: a store train and val, extracted with HEAD=Meta's linear head."""
+    stores = find_stores(os.environ["IMAGENET_STORE"])
+    store = open_store(stores["val"])
+    teacher = teacher_from_files(store.read_teacher_files())
+    assert store.n_valid == 50_000
+    assert teacher_head_top1(teacher, store) == pytest.approx(0.846, abs=0.003)
