@@ -224,7 +224,7 @@ def job(folder: Path, tmp_path: Path) -> Iterator[subprocess.Popen]:
     typed = ["--images", "digits", "--teacher", f"run:{folder / 'run'}", "--store", str(tmp_path / "store")]
     typed += ["--samples-per-shard", "8", "--samples-per-chunk", "4", "--micro-batch", "1", "--precision", "float32"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "trainer", "extract", *typed, "--limit", "320", "--no-ray", "--device", "cpu"],
+        [sys.executable, "-m", "trainer", "extract", *typed, "--limit", "120", "--no-ray", "--device", "cpu"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -245,8 +245,8 @@ def test_a_killed_extraction_goes_on_to_the_same_bytes(folder: Path, tmp_path: P
         time.sleep(0.005)
     job.send_signal(signal.SIGKILL)
     job.wait()
-    assert len(list(commits.glob("*.json"))) < 40
-    changes = {"limit": 320, "micro_batch": 1}
+    assert len(list(commits.glob("*.json"))) < 15
+    changes = {"limit": 120, "micro_batch": 1}
     config = config_for(tmp_path / "store", f"run:{folder / 'run'}", **changes)
     results = extract(config, PLAIN)
     assert results[0].n_before >= 24
