@@ -65,6 +65,7 @@ class PairFiles:
     Attributes:
         root: Folder of the data set.
         pairs: In the order of their indices.
+        kind: Of the maps.
         identity: Count, and a digest of names and sizes.
     """
 
@@ -116,7 +117,8 @@ def check_pairs(root: str, pairs: Sequence[Pair], kind: MapKind, *, label: str) 
     digest, problems = hashlib.sha256(), []
     with shown as progress, ThreadPoolExecutor(_THREADS) as threads:
         for pair, (nbytes, wrong) in zip(pairs, threads.map(lambda pair: _look(root, pair, kind), pairs)):
-            digest.update(f"{pair.image}\t{nbytes[0]}\t{pair.map}\t{nbytes[1]}\n".encode())
+            line = f"{pair.image}\t{nbytes[0]}\t{pair.map}\t{nbytes[1]}\n"
+            digest.update(line.encode("utf-8", "surrogateescape"))  # a name may be any bytes
             problems += wrong
             if progress is not None:
                 progress.advance()

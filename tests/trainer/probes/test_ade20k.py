@@ -10,6 +10,7 @@ from PIL import Image
 
 from infra.console import UserError
 from tests.trainer.probes.dense_trees import ade_scene, png_that_declares, write_ade20k, write_jpg, write_png
+from trainer.probes import dense_files
 from trainer.probes.ade20k_data import open_ade20k
 from trainer.probes.segmentation_head import IGNORED
 
@@ -47,6 +48,16 @@ class TestTree:
         mask.write_bytes(mask.read_bytes() + b" ")
         assert open_ade20k(str(one), SIZE)[0].identity != first
         assert first["n_samples"] == 6
+
+    def test_many_files_are_not_checked_in_silence(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ):
+        tree = write_ade20k(tmp_path, 4, 2)
+        monkeypatch.setattr(dense_files, "_N_SILENT", 3)
+        open_ade20k(str(tree), SIZE)
+        told = capsys.readouterr().err
+        assert "check training 100%: 4/4 pairs" in told
+        assert "check validation" not in told
 
 
 class TestLoading:
