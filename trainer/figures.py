@@ -5,6 +5,7 @@ which people tell apart however they see colours; markers differ as well.
 """
 
 import io
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,9 +32,9 @@ class Series:
     """
 
     name: str
-    x: Sequence[float]
-    y: Sequence[float]
-    std: Sequence[float | None] = ()
+    x: Sequence[int | float]
+    y: Sequence[int | float]
+    std: Sequence[int | float | None] = ()
     style: int | None = None
     dashed: bool = False
 
@@ -115,7 +116,7 @@ def curves_figure(
         caption: Under both.
         validation_label: Of the right axis.
     """
-    figure, canvas = _figure(10, 4.6)
+    figure, canvas = _figure(10.0, 4.6)
     left, right = figure.subplots(1, 2)
     for axes, series in ((left, loss), (right, validation)):
         for i, one in enumerate(series):
@@ -132,7 +133,8 @@ def curves_figure(
     left.set_xlim(left=0)
     right.set_xlim(left=0)
     by_name = dict(zip(*reversed(left.get_legend_handles_labels())))
-    figure.legend(by_name.values(), by_name.keys(), fontsize=8, frameon=False, loc="outside right upper")
+    names = [textwrap.fill(name, 34) for name in by_name]
+    figure.legend(by_name.values(), names, fontsize=8, frameon=False, loc="outside right center")
     return _finish(figure, canvas, title, caption)
 
 

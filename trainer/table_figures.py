@@ -23,7 +23,7 @@ def make_figures(table: Table, runs: Sequence[FoundRun]) -> dict[str, bytes]:
     layers = [row.layer for row in raptors if row.quantity == R2 and row.layer is not None]
     caption = _caption(table)
     accuracy = _by_blocks(
-        [row for row in raptors if row.selection == LAST and row.higher_is_better and row.of_teacher is not None]
+        [row for row in plotted if row.selection == LAST and row.higher_is_better and row.of_teacher is not None]
     )
     if layers and accuracy:
         last = [row for row in plotted if row.quantity == R2 and row.layer == max(layers)]
