@@ -199,7 +199,7 @@ def test_a_process_saves_and_ends_when_its_standard_input_does(tmp_path: Path) -
     store, run = write_tiny_pair(tmp_path / "store"), RunFiles(FolderObjects(tmp_path / "run"))
     arguments = options(store, run, "0-2", 100_000)
     process = Process(arguments, tmp_path / "words.log", process_environment(ray=False))
-    while not run.read_metrics():  # the validation before the first step
+    while run.read_config() is None:
         assert process.poll() is None, process.words()
         time.sleep(0.1)
     assert process._process.stdin is not None
