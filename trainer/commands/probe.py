@@ -10,6 +10,7 @@ import torch
 from infra.console import ExitCode, UserError, human_duration, stop_on_signals
 from infra.objects import open_objects
 from infra.s3_settings import use_endpoint
+from pipeline.teacher import COMPUTES
 from trainer.commands.start import store_name
 from trainer.machine import Machine, torch_threads
 from trainer.probes.open_backbone import Places, open_backbone
@@ -70,8 +71,12 @@ def probe_command(
     use_endpoint(endpoint_url)
     kind = find_task(task)
     machine = Machine.found(device)
-    if threads is not None and threads < 1:
-        raise UserError(f"THREADS={threads}: expected 1 or more")
+    wrong = [f"THREADS={threads}: expected 1 or more"] if threads is not None and threads < 1 else []
+    wrong += [f"SEED={seed}: expected 0 or more"] if seed < 0 else []
+    if compute is not None and compute not in COMPUTES:
+        wrong.append(f"COMPUTE={compute}: expected one of {', '.join(COMPUTES)}")
+    if wrong:
+        raise UserError("\n  ".join(["make probe cannot start:", *wrong]))
     place = store or kind.default_store
     asked = Asked(
         images=images,

@@ -143,7 +143,8 @@ def test_imagenet_with_a_named_teacher(door: Door, tmp_path: Path) -> None:
         ({"task": "coco"}, "TASK=coco is unknown; expected one of imagenet"),
         ({"task": "imagenet"}, "TEACHER is missing: give its name"),
         ({"task": "imagenet", "weights": "w.pth"}, "WEIGHTS=w.pth was given without TEACHER"),
-        ({"task": "digits", "threads": 0}, "THREADS=0: expected 1 or more"),
+        ({"task": "digits", "threads": 0, "seed": -1}, "THREADS=0: expected 1 or more\n  SEED=-1: expected 0 or more"),
+        ({"task": "digits", "compute": "bfloat17"}, "COMPUTE=bfloat17: expected one of float32, tf32"),
         ({"task": "digits", "store": "nowhere"}, "nowhere is not a store"),
     ],
 )
