@@ -62,9 +62,9 @@ def digits_stage2(
     """Stage 2 on the built-in digits: the blocks of digits_stage1, trained together over the whole depth.
 
     Expect, of the teacher's 99.4 % top-1 on the 359 held-out digits, by its own head on the rolled-out last state,
-    97.9, 98.8 and 99.2 % (± 0.7, 0.3, 0.5 over seeds 0, 1, 2) with one, two and three blocks cut by phases, each trained
-    alone for 200 steps of 16 before; without this stage 93.8, 96.7 and 96.3 %. R2 of layer 12 of CLS, registers and
-    patches with three: 0.97, 0.96, 0.94. 65 s of CPU time, and as much for stage 1 of all blocks
+    97.9, 98.8 and 99.2 % (± 0.7, 0.3, 0.5 over seeds 0, 1, 2) with one, two and three blocks cut by phases, each
+    trained alone for 200 steps of 16 before; without this stage 93.8, 96.7 and 96.3 %. R2 of layer 12 of CLS,
+    registers and patches with three: 0.97, 0.96, 0.94. 65 s of CPU time, and as much for stage 1 of all blocks
     (docs/decisions/060-digits-raptor.md).
 
     The published weights of token kinds; batches of 16, whose steps cost half of what those of 32 do on CPUs.
