@@ -39,7 +39,7 @@ def test_every_variable_named_is_passed_on(variable: str) -> None:
             check=True,
         ).stdout
         for target in (
-            *("extract", "verify", "train", "copy", "convert", "stores"),
+            *("extract", "verify", "train", "raptor", "copy", "convert", "stores"),
             *("phases", "probe", "import", "table", "demo"),
         )
     )
