@@ -264,12 +264,15 @@ def _duplicates(runs: Sequence[FoundRun], probes: Sequence[FoundProbe]) -> list[
             for one, other in of_runs
         ),
         *(
-            f"{names[one.model.key]}, model seed {one.result.model_seed}, probe of {one.task} with seed "
-            f"{one.result.seed}, is there twice: {one.location} and {other.location}. Delete one, or give PROBES= "
-            "without it"
+            f"{names[one.model.key]}{_model_seed(one)}, probe of {one.task} with seed {one.result.seed}, is "
+            f"there twice: {one.location} and {other.location}. Delete one, or give PROBES= without it"
             for one, other in of_probes
         ),
     ]
+
+
+def _model_seed(probe: FoundProbe) -> str:
+    return "" if probe.result.model_seed is None else f", model seed {probe.result.model_seed}"
 
 
 def _twice(items: Sequence[_T], key: Callable[[_T], object]) -> list[tuple[_T, _T]]:
