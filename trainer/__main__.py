@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from importlib.util import find_spec
 
 import tyro
 
@@ -35,9 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if typed and typed[0] in COMMANDS:
             return tyro.cli(command(typed[0]), prog=f"python -m trainer {typed[0]}", args=typed[1:])
-        known = [name for name, place in COMMANDS.items() if find_spec(place.partition(":")[0])]
         return tyro.extras.subcommand_cli_from_dict(
-            {name: command(name) for name in known},
+            {name: command(name) for name in COMMANDS},
             prog="python -m trainer",
             args=typed,
             description="Train Raptors on the states in a store, probe them, compare them.",
