@@ -6,8 +6,8 @@ classes as it has.
 
 Expect, on the built-in digits (1,438 to train on, 359 held out): digits_vit itself 99.4 % top-1, as its own head.
 
-The values are ours: 60 epochs of AdamW at 3e-3, falling along a cosine. They were chosen for the teacher, on the same 359
-digits that are reported; at 1e-2 it got one digit less. No Raptor's result entered the choice.
+The values are ours: 60 epochs of AdamW at 3e-3, falling along a cosine. They were chosen for the teacher, on the same
+359 digits that are reported; at 1e-2 it got one digit less. No Raptor's result entered the choice.
 
     make extract && make probe TASK=digits
     make probe TASK=digits RUN=data/runs/digits/<a Raptor>
