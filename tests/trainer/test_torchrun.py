@@ -14,7 +14,7 @@ from trainer.run_files import RunFiles
 REPO = Path(__file__).parents[2]
 PYTHON = ("-m",)
 # "--", as torchrun would take our --run for a short form of its own --run-path
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "-m", "--")
+TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "--")
 N_STEPS = 200
 
 
