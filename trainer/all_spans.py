@@ -189,7 +189,8 @@ def _settle(one: _Running, waits: _Waiting, stopping: bool, progress: Progress, 
         return Outcome(name=name, ended="stopped", n_attempts=n_attempts)
     words, saved = one.attempt.words(), one.job.run.saved_step()
     waits.n_vain = 1 if saved > one.began_at else waits.n_vain + 1
-    hopeless = code == ExitCode.BAD_INPUT or waits.n_vain == TRIES
+    # What was good input at first is refused later where the process of a killed attempt is still saving.
+    hopeless = (code == ExitCode.BAD_INPUT and waits.n_attempts == 1) or waits.n_vain == TRIES
     pause = 0.0 if hopeless else pause_s * 2 ** (waits.n_vain - 1)
     waits.not_before = time.monotonic() + pause
     then = "given up" if hopeless else f"it goes on from step {saved:,} in {pause:.0f} s"

@@ -62,12 +62,13 @@ def run_process(arguments: Sequence[str], environment: Mapping[str, str]) -> tup
     with tempfile.TemporaryDirectory() as folder:
         variables = {**process_environment(ray="--workers" in arguments), **environment}
         process = Process(arguments, Path(folder, "words.log"), variables)
-        while (code := process.poll()) is None:
+        while True:
             try:
-                time.sleep(_POLL_S)
+                while (code := process.poll()) is None:
+                    time.sleep(_POLL_S)
+                return code, process.words()
             except KeyboardInterrupt:  # ray.cancel
                 process.ask_to_stop()
-        return code, process.words()
 
 
 class Task:

@@ -1,5 +1,6 @@
 """`make train`: stage 1."""
 
+import dataclasses
 import time
 
 from infra.console import UserError
@@ -89,7 +90,8 @@ def train_command(
                 head=head,
                 partial=partial,
                 at_once=at_once,
-                place=place,
+                # Without WORKERS each is one process of one task: Ray Train is for a training of several.
+                place=dataclasses.replace(place, workers=workers),
                 endpoint_url=endpoint_url,
             )
         )
