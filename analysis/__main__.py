@@ -92,7 +92,7 @@ def phases_command(
     _save(saved, name, source, measured, phases, command)
     print(_report(source, measured, phases))
     print(f"\nsaved  {place}/: distance.npz, {name}.png, {name}.json")
-    return _print_blocks(phases, store)
+    return _print_blocks(phases, store, endpoint_url)
 
 
 def default_out(store: str) -> str:
@@ -273,15 +273,21 @@ def _report(store: Store, measured: LayerDistances, phases: Phases) -> str:
     )
 
 
-def _print_blocks(phases: Phases, store: str) -> int:
+def _print_blocks(phases: Phases, store: str, endpoint_url: str | None) -> int:
     spans = spans_text(phases.chosen.groups)
     if "|" in spans:
         n_blocks = len(phases.chosen.groups)
         say(f"the clusters {spans} are not contiguous, so there is no BLOCKS= for them: give K={n_blocks}")
         return ExitCode.PROBLEMS
     print(f"BLOCKS={spans}")
-    first = spans.partition(",")[0]
-    print(f"next  {_make_command('train', {'BLOCK': first, 'STORE': store if store != DEFAULT_STORE else None})}")
+    # BLOCKS even though it finds what was just saved: there may be others beside it, or OUT was elsewhere.
+    typed = {
+        "BLOCK": "all",
+        "BLOCKS": spans,
+        "STORE": store if store != DEFAULT_STORE else None,
+        "ENDPOINT_URL": endpoint_url,
+    }
+    print(f"next  {_make_command('train', typed)}")
     return ExitCode.OK
 
 

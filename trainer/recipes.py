@@ -7,6 +7,7 @@ from storage_schemas import Span, StoreSpec
 from trainer.config import TokenWeights, TrainConfig
 
 _STAGE1_TO_THE_END = TokenWeights(cls=0.34, registers=0.33, patches=0.33)  # of spans that reach the last layer
+_DIGITS_DIM = 64
 _STAGE2 = TokenWeights(cls=0.45, registers=0.10, patches=0.45)
 
 Recipe = Callable[..., TrainConfig]
@@ -161,5 +162,10 @@ RECIPES: dict[int, dict[str, Recipe]] = {
 
 
 def recipe_for(spec: StoreSpec, stage: int = 1) -> str:
-    """Name of the recipe that fits a store: the digits' own for digits_vit, else the paper's."""
-    return f"{'digits' if spec.teacher == 'digits_vit' else 'imagenet'}_stage{stage}"
+    """Name of the recipe that fits a store: the digits' own for digits_vit and for its Raptors, else the paper's.
+
+    The store of a Raptor names its run in the place of an architecture; one of digits_vit is known by its channels,
+    which the digits' learning rate was chosen for.
+    """
+    of_digits = spec.teacher == "digits_vit" or (spec.teacher.startswith("run:") and spec.dim == _DIGITS_DIM)
+    return f"{'digits' if of_digits else 'imagenet'}_stage{stage}"

@@ -19,6 +19,7 @@ from infra.objects import FolderObjects, Objects, open_objects
 from storage_schemas.from_arrays import write_store
 from tests.s3_servers import S3Server, anonymous_environment, read_only_environment
 from tests.stores import make_samples, make_spec, write_planted
+from trainer.commands.blocks import find_blocks
 
 REPOSITORY = Path(__file__).parents[2]
 SIZES = (7, 3, 2)
@@ -89,7 +90,8 @@ class TestWhatIsFound:
         code, out, _ = door("--store", store, "--k", 3)
         assert code == ExitCode.OK
         assert re.findall(r"^BLOCKS=.*$", out, re.MULTILINE) == ["BLOCKS=0-7,7-10,10-12"]
-        assert re.search(r"^next  make train BLOCK=0-7 STORE=\S+/planted$", out, re.MULTILINE)
+        assert f"\nnext  make train BLOCK=all BLOCKS=0-7,7-10,10-12 STORE={store}\n" in out
+        assert find_blocks("", str(store)) == "0-7,7-10,10-12", "make train BLOCK=all finds what was saved"
         assert re.search(r"10 random contiguous.*\n.*10 random permuted", out)
         saved = tmp_path / "data/phases/planted"
         assert sorted(path.name for path in saved.iterdir()) == ["distance.npz", "k3.json", "k3.png"]

@@ -1,5 +1,6 @@
 """The loop: what it logs, how it weighs, when it stops, and that it learns."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -383,5 +384,14 @@ def test_shorter_runs_scale_their_phases(data: TrainingData) -> None:
 def test_recipe_follows_the_store() -> None:
     objects = MemoryObjects()
     write_tiny(objects, tiny_teacher(), 9, seed=0)
-    assert recipe_for(open_store(objects).spec) == "imagenet_stage1"
+    spec = open_store(objects).spec
+    for teacher, dim, expected in (
+        (spec.teacher, 64, "imagenet"),
+        ("digits_vit", 64, "digits"),
+        ("run:0-7,7-12-seed0", 64, "digits"),  # the states of a Raptor of digits_vit
+        ("run:raptor-0-7-12-seed0", 768, "imagenet"),
+        ("vit_base_patch14_reg4_dinov2.lvd142m", 768, "imagenet"),
+    ):
+        for stage in (1, 2):
+            assert recipe_for(dataclasses.replace(spec, teacher=teacher, dim=dim), stage) == f"{expected}_stage{stage}"
     assert digits_stage1(Span(0, 7), open_store(objects).spec, 12).n_heads == 2
