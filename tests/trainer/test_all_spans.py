@@ -3,12 +3,16 @@
 import io
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+import pytest
 import torch
 
 from infra.console import ExitCode, Progress
@@ -210,3 +214,51 @@ def test_a_process_saves_and_ends_when_its_standard_input_does(tmp_path: Path) -
     assert code == ExitCode.INTERRUPTED, process.words()
     assert "everything is saved" in process.words()
     assert run.saved_step() > 0
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_all_children_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    """A real SIGINT to the real command: its own exit code, every run saved, nobody left behind; then to the end."""
+    from infra.objects import FolderObjects
+
+    store, runs = write_tiny_pair(tmp_path / "store"), tmp_path / "runs"
+    named = {
+        "block": "all",
+        "blocks": "0-2,2-3",
+        "store": store,
+        "run": runs,
+        "recipe": RECIPE,
+        "steps": 3000,
+        "at-once": 2,
+        "device": "cpu",
+        "threads": 1,
+    }
+    command = [sys.executable, "-m", "trainer", "train"]
+    command += [text for name, value in named.items() for text in (f"--{name}", str(value))]
+    environment = process_environment(ray=False)
+    of = [RunFiles(FolderObjects(runs / f"{span}-seed0")) for span in ("0-2", "2-3")]
+    with (tmp_path / "said").open("wb") as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said, env=environment)
+    try:
+        while not all(run.saved_step() for run in of):
+            assert process.poll() is None, (tmp_path / "said").read_text()
+            time.sleep(0.05)
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert len(children) == 2
+        process.send_signal(signal.SIGINT)
+        assert process.wait(300) == ExitCode.INTERRUPTED, (tmp_path / "said").read_text()
+    finally:
+        process.kill()
+    assert not any(child.is_running() for child in children)
+    assert "stopped; everything is saved. The same command goes on" in (tmp_path / "said").read_text()
+    saved = [run.saved_step() for run in of]
+    assert any(step % 100 for step in saved), "saved where they were, not at a checkpoint that was due"
+    assert any(run.read_result() is None for run in of)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert ended.returncode == ExitCode.OK, ended.stderr
+    assert "make raptor BLOCKS=0-2,2-3" in ended.stdout
+    for run, step in zip(of, saved):
+        assert run.read_result() is not None
+        steps = [line["step"] for line in run.read_metrics() if "loss" in line]
+        assert steps == sorted(set(steps)), "no step was done twice"
+        assert 0 < step <= steps[-1] == 3000

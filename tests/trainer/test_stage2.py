@@ -237,6 +237,31 @@ def test_all_blocks_are_checked_and_claimed_before_one_begins(
         assert str(tmp_path / f"runs/{job.name}-seed0") in job.arguments
 
 
+@pytest.mark.parametrize("s3_server", ["moto"], indirect=True)
+def test_both_stages_on_s3(door: Door, s3_location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block is trained here, the other by BLOCK=all in a process of its own; the Raptor begins with both."""
+    monkeypatch.chdir(tmp_path)  # words of a process are local, wherever its RUN is
+    store, runs = write_tiny_pair(f"{s3_location}/store"), f"{s3_location}/runs"
+    settings = {"store": store, "recipe": "digits_stage1", "steps": 4}
+    code, _, err = door("train", block="1-3", run=f"{runs}/1-3-seed0", **settings)
+    assert code == ExitCode.OK, err
+    raptor = {"blocks": BLOCKS, "store": store, "run": f"{runs}/raptor-0-1-3-seed0", "recipe": "digits_stage2"}
+    code, _, err = door("raptor", **raptor, steps=3)
+    assert code == ExitCode.BAD_INPUT
+    command = f"make train BLOCK=0-1 STORE={store} RUN={runs}/0-1-seed0"
+    assert f"block 0-1: {runs}/0-1-seed0 holds no run: {command}" in err
+    code, out, err = door("train", block="all", blocks=BLOCKS, run=runs, threads=1, **settings)
+    assert code == ExitCode.OK, err
+    assert "1 blocks to train" in err
+    assert f"make raptor BLOCKS={BLOCKS} STORE={store} DEVICE=cpu RUN={raptor['run']}" in out
+    code, _, err = door("raptor", **raptor, steps=3)
+    assert code == ExitCode.OK, err
+    blocks = [read_trained(f"{runs}/{span}-seed0") for span in BLOCKS.split(",")]
+    trained = read_trained(raptor["run"])
+    assert trained.spans == SPANS
+    assert [block["sha256"] for block in trained.config["blocks"]] == [block.weights_digest for block in blocks]
+
+
 # ---------------------------------------------------------------- names and settings
 
 
