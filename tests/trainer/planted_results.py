@@ -101,6 +101,8 @@ def plant_probe(
         "teacher_weights": "c" * 64,
         "seed": seed,
         "model_seed": None if of_teacher else model_seed,
+        "raptor_settings": {},
+        "compute": "float32",
         "initial": 0.1,
         "last": last,
         "best": best,

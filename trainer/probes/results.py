@@ -39,6 +39,9 @@ class ProbeResult:
         teacher_weights: `Teacher.core_digest` of that teacher: the same at every image size and with every head.
         seed: Of the probe: readout, order, augmentation.
         model_seed: Of the Raptor's training; None for a teacher.
+        raptor_settings: What decided what the Raptor learned but seed and spans: its `TrainConfig` without those and
+            without what only watches (`Model.learning`); of imported weights what is known. {} for a teacher.
+        compute: Arithmetic of the teacher's part: "float32", "tf32", "bfloat16" or "float16".
         initial: The metric before the first epoch; it counts as epoch 0.
         last: The metric after the last epoch.
         best: The best over all epochs. It is chosen on the very samples that it is reported on, so it flatters.
@@ -66,6 +69,8 @@ class ProbeResult:
     teacher_weights: str
     seed: int
     model_seed: int | None
+    raptor_settings: dict[str, Any]
+    compute: str
     initial: float
     last: float
     best: float
@@ -141,10 +146,11 @@ def _problems(version: object, values: object) -> list[str]:
     problems = [f"{name} is missing" for name in sorted(names - values.keys())]
     problems += [f"{name} is unknown" for name in sorted(values.keys() - names)]
     types: dict[str, type | tuple[type, ...]] = {
-        **dict.fromkeys(("task", "metric", "what", "label", "teacher", "teacher_weights"), str),
+        **dict.fromkeys(("task", "metric", "what", "label", "teacher", "teacher_weights", "compute"), str),
         **dict.fromkeys(("initial", "last", "best"), (int, float)),
         **dict.fromkeys(("history", "spans"), list),
         "seed": int,
+        "raptor_settings": dict,
         "model_seed": (int, type(None)),
         "teacher_head": (int, float, type(None)),
     }

@@ -26,6 +26,8 @@ from trainer.probes.probe_files import ProbeCheckpoint, ProbeFiles
 from trainer.probes.results import ProbeResult
 from trainer.probes.schedule import probe_learning_rate
 from trainer.probes.task import Examples, Task
+from trainer.trained import Trained
+from trainer.variants import RAPTOR, Model
 
 _MOST_LINES = 30  # that tell of epochs
 _LOOK_EVERY = 25  # iterations between two looks at the loss, each of which waits for the device
@@ -81,6 +83,8 @@ class Probe:
             teacher_weights=backbone.teacher_digest,
             seed=self.seed,
             model_seed=None if trained is None else trained.seed,
+            raptor_settings={} if trained is None else _learning(trained),
+            compute=backbone.teacher.compute,
             initial=values[0],
             last=values[-1],
             best=values[best],
@@ -333,6 +337,10 @@ def epoch_order(n_samples: int, seed: int, epoch: int) -> Tensor:
     """Places of the training samples in the order of an epoch, counted from 1: a pure function of the three."""
     words = random64(int(random64(seed, np.array([epoch]))[0]), np.arange(n_samples))
     return torch.from_numpy(np.argsort(words, kind="stable"))
+
+
+def _learning(trained: Trained) -> dict[str, Any]:
+    return Model(what=RAPTOR, teacher=trained.teacher_digest, settings=trained.config["train"]).learning
 
 
 def _backbone_identity(backbone: Backbone) -> dict[str, Any]:

@@ -91,6 +91,13 @@ def test_a_raptor(door: Door, store: str, runs: Path, tmp_path: Path) -> None:
     result = read_result(FolderObjects(tmp_path / "p"))
     assert (result.what, result.spans, result.model_seed, result.seed) == ("raptor", ["0-1", "1-3"], 4, 0)
     assert result.run == str(runs / "raptor")
+    config = RunFiles(FolderObjects(runs / "raptor")).read_config()
+    assert config is not None
+    only_watching = {"seed", "spans", "log_every", "validate_every", "validation_samples", "checkpoint_every"}
+    learned = {name: value for name, value in config["train"].items() if name not in only_watching}
+    assert result.raptor_settings == learned
+    assert {"loss", "noise", "n_steps", "depth_scaling"} <= learned.keys()
+    assert result.compute == "float32"
     assert result.run_weights == RunFiles(FolderObjects(runs / "raptor")).read_result()["weights_sha256"]
 
 
