@@ -80,9 +80,12 @@ def train_on_ray(
         JobError: A worker's error, which trying again would not mend; or workers died too often.
     """
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     use_gpu, resources = _resources(ray.cluster_resources(), n_workers, device, grows=grows)
-    desk = ray.remote(_Desk).options(num_cpus=0).remote()
+    # On the machine of this command, so that the loss of no other one takes it along.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    desk = ray.remote(_Desk).options(num_cpus=0, scheduling_strategy=here).remote()
     task = _Task(
         config=config,
         open_data=open_data,

@@ -388,7 +388,7 @@ def test_recipe_follows_the_store() -> None:
     for teacher, dim, expected in (
         (spec.teacher, 64, "imagenet"),
         ("digits_vit", 64, "digits"),
-        ("run:0-7,7-12-seed0", 64, "digits"),  # the states of a Raptor of digits_vit
+        ("run:raptor-0-7-12-seed0", 64, "digits"),  # the states of a Raptor of digits_vit
         ("run:raptor-0-7-12-seed0", 768, "imagenet"),
         ("vit_base_patch14_reg4_dinov2.lvd142m", 768, "imagenet"),
     ):

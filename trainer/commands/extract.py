@@ -28,6 +28,6 @@ def extract_command(config: _Config, run: _Run, endpoint_url: str | None = None)
     if not (config.teacher or "").startswith(PREFIX):
         raise UserError(
             f"TEACHER={config.teacher or ''} is no run: this command extracts Raptors. Give TEACHER=run:<RUN>, such as "
-            "TEACHER=run:data/runs/digits/0-7,7-12-seed0; python -m pipeline extract takes other teachers"
+            "TEACHER=run:data/runs/digits/raptor-0-7-12-seed0; python -m pipeline extract takes other teachers"
         )
     return extract_and_tell(config, run)

@@ -1,6 +1,7 @@
 """`make import`: published weights into a RUN."""
 
 import os
+import shlex
 from pathlib import PurePosixPath
 from typing import Annotated
 
@@ -79,7 +80,14 @@ def import_command(
     if result["validation"] is not None:
         print(f"validated: {describe(Validation(**result['validation']))}")
     whole = spans[0].start == 0 and spans[-1].stop == result["last_layer"]
-    print(f"next  make {f'probe RUN={location}' if whole else f'raptor RUNS=... with RUN {location} among them'}")
+    if whole:
+        print(f"next  make probe TASK=imagenet RUN={shlex.quote(location)} IMAGES=/data/imagenet")
+    else:
+        more = "" if store is not None else ", with OTHER_STORE=1 as these weights name no store"
+        print(
+            "next  import the blocks of the other spans too; then give make raptor all of them, in order, as "
+            f"RUNS={location},...{more}"
+        )
     return ExitCode.OK
 
 
