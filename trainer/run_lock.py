@@ -6,12 +6,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-from infra.console import UserError, say
+from infra.console import JobError, UserError, say
 from infra.objects import ObjectError, ObjectMissingError, Objects, ObjectTooLargeError
 from infra.status import MAX_SIGN_NBYTES, Beat, Heartbeat, find_living, my_heartbeat
 
 LOCK_NAME = ".lock"
 HEARTBEAT_KEY = "heartbeat.json"
+
+
+class RunInUseError(JobError):
+    """Another process holds the RUN. It may end by itself, so whoever started this one may try again."""
+
 
 StillOurs = Callable[[], None]
 """To be called now and then while holding a RUN; raises once it is no longer ours, or cannot be written."""
@@ -41,7 +46,7 @@ def hold_folder(location: str, variable: str = "RUN") -> Iterator[StillOurs]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError(
+            raise RunInUseError(
                 f"another process is training in {location}: wait for it, stop it, or give another {variable}"
             ) from error
         except OSError as error:
@@ -64,7 +69,7 @@ def hold_prefix(objects: Objects, variable: str = "RUN") -> Iterator[StillOurs]:
     """
     other = find_living(lambda: _read_heartbeat(objects), say=say)
     if other is not None:
-        raise UserError(_in_use(objects, other, variable))
+        raise RunInUseError(_in_use(objects, other, variable))
     run_id = f"{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}-{os.getpid()}-{os.urandom(3).hex()}"
 
     def put() -> None:
@@ -73,7 +78,7 @@ def hold_prefix(objects: Objects, variable: str = "RUN") -> Iterator[StillOurs]:
     def renew() -> None:
         found = _read_heartbeat(objects)
         if found is not None and found.run_id != run_id:
-            raise UserError(_in_use(objects, found, variable))
+            raise RunInUseError(_in_use(objects, found, variable))
         put()
 
     def release() -> None:

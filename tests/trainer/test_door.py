@@ -111,7 +111,7 @@ def test_two_processes_cannot_share_a_run(door: Door, store: str, tmp_path: Path
     run = tmp_path / "run"
     with RunFiles(FolderObjects(run)).exclusive():
         code, _, err = door(store=store, block="0-2", run=run, steps=4)
-        assert code == ExitCode.BAD_INPUT
+        assert code == ExitCode.PROBLEMS
         assert "another process is training in" in err
     assert door(store=store, block="0-2", run=run, steps=4)[0] == ExitCode.OK
 

@@ -85,10 +85,13 @@ class Place:
     def machine(self) -> Machine:
         """This process's own; of several that torchrun has started, each has its own GPU.
 
+        Where workers of Ray train, this process only looks at the data, on the CPU: `device` is theirs.
+
         Raises:
             UserError: There is no such device here.
         """
-        return Machine.found(self.device, micro_batch=self.micro_batch, local_rank=Workers.found().local_rank)
+        device = self.device if self.workers is None else "cpu"
+        return Machine.found(device, micro_batch=self.micro_batch, local_rank=Workers.found().local_rank)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from trainer.commands.start import (
 )
 from trainer.commands.train_all import AllSpans, train_all
 from trainer.published_runs import published_run
+from trainer.workers import Workers
 
 
 def train_command(
@@ -78,6 +79,8 @@ def train_command(
     if replica is not None and seed is not None:
         raise UserError("REPLICA stands for the seed: give one of them")
     if block == "all":
+        if not Workers.found().is_alone:
+            raise UserError("BLOCK=all starts a process for each block; under torchrun give one block: BLOCK=0-7")
         return train_all(
             AllSpans(
                 blocks=blocks,
@@ -95,12 +98,11 @@ def train_command(
                 endpoint_url=endpoint_url,
             )
         )
-    machine = place.machine()
     if replica is not None:
         seed = published_run(parse_spans(block, "BLOCK"), replica, stage=1).seed
     run_files = open_run(run or default_run(store, block, seed or 0))
     data, open_again = open_job_data(
-        store, block, variable="BLOCK", head=head, partial=partial, run=run_files, device=machine.device
+        store, block, variable="BLOCK", head=head, partial=partial, run=run_files, device=place.machine().device
     )
     config = make_config(data, 1, recipe, steps, seed or 0)
     variables = typed_variables(

@@ -182,9 +182,8 @@ def _here(typed: AllSpans, jobs: Sequence[Job], stack: ExitStack) -> tuple[Launc
     logs = Path(typed.run if typed.run and "://" not in typed.run else f"{DEFAULT_RUNS}/{store_name(typed.store)}")
 
     def launch(run: SpanRun, slot: int) -> Process:
-        arguments = [*run.arguments, "--device", place.device or "cuda"] if place.workers else [*run.arguments]
-        if place.workers is None:
-            arguments += ["--device", room.devices[slot]]
+        device = room.devices[slot] if place.workers is None else place.device  # Ray gives its workers theirs
+        arguments = [*run.arguments, *(["--device", device] if device else [])]
         if room.threads is not None:
             arguments += ["--threads", str(room.threads)]
         return Process(arguments, logs / f"{run.run.location.rpartition('/')[2]}.log", process_environment(ray=False))
