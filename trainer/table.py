@@ -22,6 +22,10 @@ LAST, BEST = "last", "best"
 R2, MEAN_R2, REFERENCE_R2, EPSILON, LOSS = "R2", "mean R2", "R2 as published", "epsilon", "loss"
 TOP_1 = "top-1"
 
+#: Of a probe's task: the file that its readout begins with and the size of images, which fit one teacher.
+_OF_A_TEACHER = ("head", "pixel_size")
+
+_SHOWN = 12  # letters of a digest
 _T = TypeVar("_T")
 
 
@@ -42,9 +46,10 @@ class Row:
         tokens: Token kind, or "all"; "" where it means nothing.
         layer: Of R2 and epsilon; None for the others.
         selection: "last" epoch, or "best", which was chosen on the samples that it is reported on; "" without epochs.
-        n: Measurements that were averaged.
-        mean: Their mean.
-        std: Their standard deviation (ddof 1); None for one measurement.
+        n: Models.
+        n_measured: Measurements: as many, or more where models were probed with several seeds.
+        mean: Over models, of each one's mean over its measurements.
+        std: Standard deviation over models (ddof 1); None for one model.
         seeds: Of the models, for probes model/probe, in increasing order.
         of_teacher: The mean as a share of the teacher's own; None where the teacher was not measured.
         published: What was published for such a model.
@@ -63,6 +68,7 @@ class Row:
     layer: int | None
     selection: str
     n: int
+    n_measured: int
     mean: float
     std: float | None
     seeds: str
@@ -91,13 +97,14 @@ class Table:
 
 @dataclass(frozen=True, kw_only=True)
 class _Measured:
-    """One number of one run or probe; the fields are those of Row."""
+    """One number of one run or probe; the fields are those of Row. Those with the same `one_model` share a model."""
 
     model: Model
     task: str
     quantity: str
     value: float
     seed: str
+    one_model: str = ""
     higher_is_better: bool = True
     tokens: str = ""
     layer: int | None = None
@@ -143,7 +150,9 @@ def _of_run(run: FoundRun, heads: Mapping[str, _Measured]) -> Iterable[_Measured
         return
 
     def one(quantity: str, value: float, **about: Any) -> _Measured:
-        return _Measured(model=run.model, quantity=quantity, value=value, seed=seed, **{"task": "", **about})
+        return _Measured(
+            model=run.model, quantity=quantity, value=value, seed=seed, one_model=seed, **{"task": "", **about}
+        )
 
     if found["accuracy"] is not None:
         known = heads.get(run.model.teacher)  # an imported run has no baselines of its own
@@ -194,14 +203,19 @@ def _of_probes(probes: Sequence[FoundProbe]) -> Iterable[_Measured]:
                 value=getattr(result, selection),
                 selection=selection,
                 seed=seed,
+                one_model=result.run_weights or f"seed {result.model_seed}",
                 teacher_value=float(np.mean(values)) if values else None,
             )
 
 
 def _row(variant: str, group: Sequence[_Measured]) -> Row:
     first = group[0]
-    values = [one.value for one in group]
-    shares = [one.value / one.teacher_value for one in group if one.teacher_value]
+    by_model: dict[str, list[_Measured]] = {}
+    for measured in group:
+        by_model.setdefault(measured.one_model, []).append(measured)
+    values = [_mean([one.value for one in own]) for own in by_model.values()]
+    has_teacher = all(one.teacher_value for one in group)
+    shares = [_mean([one.value / (one.teacher_value or 1.0) for one in own]) for own in by_model.values()]
     known = published(first.model.teacher, first.model.n_blocks, first.task) if first.model.what != "block" else None
     if first.selection == LAST and first.task != HEAD:
         known = None  # the best epoch is what they report
@@ -217,14 +231,19 @@ def _row(variant: str, group: Sequence[_Measured]) -> Row:
         layer=first.layer,
         selection=first.selection,
         n=len(values),
-        mean=math.fsum(values) / len(values),
+        n_measured=len(group),
+        mean=_mean(values),
         std=float(np.std(values, ddof=1)) if len(values) > 1 else None,
         seeds=" ".join(sorted((one.seed for one in group if one.seed), key=_as_numbers)),
-        of_teacher=math.fsum(shares) / len(shares) if len(shares) == len(group) else None,
+        of_teacher=_mean(shares) if has_teacher else None,
         published=None if known is None else known.mean,
         published_std=None if known is None else known.std,
         published_in="" if known is None else known.source,
     )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
 
 
 def _as_numbers(seed: str) -> list[int]:
@@ -233,14 +252,13 @@ def _as_numbers(seed: str) -> list[int]:
 
 def _notes(runs: Sequence[FoundRun], probes: Sequence[FoundProbe]) -> list[str]:
     notes = []
+    runs = [run for run in runs if run.validation is not None]  # imported weights may have been measured on nothing
     if runs:
-        sizes = sorted({run.validation["n_samples"] for run in runs if run.validation is not None})
         teachers = ", ".join(sorted({run.model.teacher for run in runs}))
-        samples = " or ".join(f"{n:,}" for n in sizes)
-        store = runs[0].data_key[0][:12]
-        notes.append(
-            f"Roll-out of {len(runs)} runs against {teachers}, trained on store {store}, on {samples} samples."
-        )
+        samples = " or ".join(f"{n:,}" for n in sorted({run.validation["n_samples"] for run in runs}))
+        store = runs[0].data_key[0][:_SHOWN]
+        count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+        notes.append(f"Roll-out of {count} against {teachers}, trained on store {store}, on {samples} samples.")
     for task in sorted({probe.task for probe in probes}):
         of_task = [probe.result for probe in probes if probe.task == task]
         notes.append(
@@ -300,20 +318,45 @@ def _about_data(key: Sequence[str]) -> str:
 
 
 def _mixed_probes(probes: Sequence[FoundProbe]) -> list[str]:
-    problems = []
+    problems = _mixed_teachers(probes)
     for task in sorted({probe.task for probe in probes}):
         of_task = [probe for probe in probes if probe.task == task]
         for what, value_of in (
             ("data", lambda one: one.result.data),
             ("settings", lambda one: {**one.result.settings, "compat": one.result.compat}),
             ("metrics", lambda one: {"metric": one.result.metric}),
+            ("arithmetic", lambda one: {"compute": one.result.compute}),
+            ("tasks", _identity_of_all),
         ):
-            problems += _mixed(task, what, of_task, value_of)
+            problems += _mixed(f"probes of {task}", what, of_task, value_of)
+        for teacher in sorted({probe.result.teacher for probe in of_task}):
+            of_teacher = [probe for probe in of_task if probe.result.teacher == teacher]
+            problems += _mixed(f"probes of {task} with {teacher}", "tasks", of_teacher, _identity_of_a_teacher)
     return problems
 
 
+def _mixed_teachers(probes: Sequence[FoundProbe]) -> list[str]:
+    """Teachers of one name with different weights, over all tasks."""
+    problems = []
+    for teacher in sorted({probe.result.teacher for probe in probes}):
+        own = [probe for probe in probes if probe.result.teacher == teacher]
+        problems += _mixed(f"probes of {teacher}", "weights", own, lambda one: {"teacher": one.result.teacher_weights})
+    return problems
+
+
+def _identity_of_all(probe: FoundProbe) -> dict[str, Any]:
+    """What all probes of a task share, whatever their teacher."""
+    known = probe.result.task_identity
+    shared: dict[str, Any] = {name: value for name, value in known.items() if name not in _OF_A_TEACHER}
+    return shared | ({"begins with a head": known["head"] != "random"} if "head" in known else {})
+
+
+def _identity_of_a_teacher(probe: FoundProbe) -> dict[str, Any]:
+    return {name: probe.result.task_identity.get(name) for name in _OF_A_TEACHER}
+
+
 def _mixed(
-    task: str, what: str, probes: Sequence[FoundProbe], value_of: Callable[[FoundProbe], Mapping[str, Any]]
+    probes_of: str, what: str, probes: Sequence[FoundProbe], value_of: Callable[[FoundProbe], Mapping[str, Any]]
 ) -> list[str]:
     groups: list[tuple[Mapping[str, Any], list[str]]] = []
     for probe in probes:
@@ -329,7 +372,7 @@ def _mixed(
         name for value, _ in groups for name in value if any(other.get(name) != value[name] for other, _ in groups)
     }
     return [
-        f"probes of {task} have different {what}, which are not compared. Give PROBES= of one of these:",
+        f"{probes_of} have different {what}, which are not compared. Give PROBES= of one of these:",
         *(
             f"  {', '.join(f'{name} {_short(value.get(name))}' for name in sorted(differing))}: {_some(places)}"
             for value, places in groups

@@ -28,9 +28,8 @@ def make_figures(table: Table, runs: Sequence[FoundRun]) -> dict[str, bytes]:
     if layers and accuracy:
         last = [row for row in plotted if row.quantity == R2 and row.layer == max(layers)]
         left_out = len({row.variant for row in raptors} - {row.variant for row in plotted})
-        note = f"\nOf several variants of one k the one with the most seeds; {left_out} others are in the table." * (
-            left_out > 0
-        )
+        others = "1 other is" if left_out == 1 else f"{left_out} others are"
+        note = f"\nOf several variants of one k the one with the most seeds; {others} in the table." * (left_out > 0)
         figures["accuracy_and_r2.png"] = by_blocks_figure(
             accuracy,
             _by_kind(last),
@@ -55,7 +54,8 @@ def make_figures(table: Table, runs: Sequence[FoundRun]) -> dict[str, bytes]:
         )
     if curves := _curves(runs):
         loss, validation, n_left_out = curves
-        note = f" {n_left_out} variants more have no colour left, and are left out." * (n_left_out > 0)
+        others = "1 more variant has" if n_left_out == 1 else f"{n_left_out} more variants have"
+        note = f" {others} no colour left and cannot be shown." * (n_left_out > 0)
         figures["training.png"] = curves_figure(
             loss,
             validation,

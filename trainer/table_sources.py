@@ -1,7 +1,7 @@
 """Where a table's numbers come from: finished runs and probes below some places, local or S3."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from infra.console import UserError
@@ -11,6 +11,8 @@ from storage_schemas.errors import SchemaError
 from trainer.probes.results import ProbeResult, read_result
 from trainer.run_files import CONFIG_KEY, RESULT_KEY, RunFiles
 from trainer.variants import BLOCK, RAPTOR, TEACHER, Model
+
+_SHOWN = 12  # letters of a digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,24 +200,33 @@ def _trained_model(result: Mapping[str, Any], config: Mapping[str, Any]) -> Mode
 
 
 def _probed_model(result: ProbeResult, by_weights: Mapping[str, Model]) -> Model:
-    """That of the run with these weights, if it is here; what the probe itself says, if not."""
+    """That of the run with these weights, if it is here or where the probe found it; what the probe says, if not."""
     default_label = result.teacher if result.what == TEACHER else f"Raptor k={len(result.spans)}"
     label = "" if result.label == default_label else result.label
     if result.what == TEACHER:
-        return Model(what=TEACHER, teacher=result.teacher, label=label)
-    known = by_weights.get(result.run_weights or "") or _model_of_run(result.run)
-    if known is None or label:
-        return Model(
-            what=RAPTOR, teacher=result.teacher, spans=tuple(result.spans), seed=result.model_seed, label=label
-        )
-    return known
+        return Model(what=TEACHER, teacher=result.teacher, label=label, teacher_weights=result.teacher_weights)
+    known = by_weights.get(result.run_weights or "") or _model_of_run(result.run, result.run_weights)
+    if known is not None:
+        return replace(known, label=label, teacher_weights=result.teacher_weights)
+    # Where nobody knows how it was trained, nothing says that another one was trained alike: it stays alone.
+    alone = {"weights": (result.run_weights or result.run or "unknown")[:_SHOWN]}
+    return Model(
+        what=RAPTOR,
+        teacher=result.teacher,
+        spans=tuple(result.spans),
+        seed=result.model_seed,
+        settings=result.raptor_settings or alone,
+        label=label,
+        teacher_weights=result.teacher_weights,
+    )
 
 
-def _model_of_run(location: str | None) -> Model | None:
-    """Of a run that lies elsewhere than in the places that were given; None if it cannot be read any more."""
+def _model_of_run(location: str | None, weights: str | None) -> Model | None:
+    """Of a run outside the places that were given; None if it cannot be read any more, or holds other weights now."""
     if location is None:
         return None
     try:
-        return read_run(open_objects(location)).model
+        run = read_run(open_objects(location))
     except (UserError, ObjectMissingError):
         return None
+    return run.model if run.weights == weights else None

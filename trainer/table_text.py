@@ -60,7 +60,10 @@ def as_markdown(table: Table) -> str:
     parts = ["# Results", *table.notes]
     for section in sections(table):
         rule = ["---", *["--:"] * (len(section.columns) - 1)]
-        rows = ["| " + " | ".join(line) + " |" for line in (section.columns, rule, *section.lines)]
+        rows = [
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |"
+            for line in (section.columns, rule, *section.lines)
+        ]
         parts += [f"## {section.title}", "\n".join(rows), *section.notes]
     return "\n\n".join(part.replace("*", "\\*") for part in parts) + "\n"
 
@@ -97,7 +100,7 @@ def _probe_section(table: Table, task: str) -> Section:
         top = best[variant]
         line = [
             variant,
-            str(row.n),
+            _count(row, "probes"),
             spread(row.mean, row.std, row.quantity),
             spread(top.mean, top.std, top.quantity),
             _share(row),
@@ -124,11 +127,10 @@ def _rollout_section(table: Table, kinds: Sequence[str], title: str) -> Section:
     lines = []
     for variant in dict.fromkeys(row.variant for row in shown):
         own = [row for row in shown if row.variant == variant]
-        n = max(row.n for row in own)
         head = heads.get(variant)
         line = [
             variant,
-            "-" if own[0].what == TEACHER else str(n),
+            "-" if own[0].what == TEACHER else str(max(row.n for row in own)),
             "-" if head is None else spread(head.mean, head.std, head.quantity),
             "-" if head is None else _share(head),
             *(_cell(own, quantity, tokens) for quantity, tokens in ((R2, ALL_TOKENS), (R2, "cls"), (R2, "patches"))),
@@ -178,6 +180,11 @@ def _cell(rows: Sequence[Row], quantity: str, tokens: str) -> str:
         return "-"
     row = max(found, key=lambda row: row.layer or 0)
     return spread(row.mean, row.std, quantity)
+
+
+def _count(row: Row, what: str) -> str:
+    """Models; and measurements, where they are more."""
+    return str(row.n) if row.n_measured == row.n else f"{row.n} ({row.n_measured} {what})"
 
 
 def _share(row: Row) -> str:

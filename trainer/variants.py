@@ -26,6 +26,8 @@ class Model:
         settings: Of the training, as JSON values; {} where they are not known.
         label: A name that was given; "" for none.
         imported: Whether the weights come from elsewhere.
+        teacher_weights: `Teacher.core_digest` of the teacher; "" where it is not known. No part of the key: a table
+            refuses teachers of one name with different weights.
     """
 
     what: str
@@ -35,6 +37,7 @@ class Model:
     settings: Mapping[str, Any] = field(default_factory=dict)
     label: str = ""
     imported: bool = False
+    teacher_weights: str = ""
 
     @classmethod
     def of_teacher(cls, name: str) -> "Model":
@@ -64,8 +67,9 @@ class Model:
         return {name: value for name, value in self.settings.items() if name not in (*_ONLY_WATCHING, "spans")}
 
     def is_teacher_of(self, other: "Model") -> bool:
-        """Whether this is the teacher that the other model was fitted to, or the same teacher."""
-        return self.what == TEACHER and self.teacher == other.teacher and not self.label
+        """Whether this is the teacher that the other model was fitted to, or the same teacher: by name and weights."""
+        same = (self.teacher, self.teacher_weights) == (other.teacher, other.teacher_weights)
+        return self.what == TEACHER and same and not self.label
 
 
 def variant_order(model: Model) -> tuple[Any, ...]:

@@ -101,7 +101,7 @@ def plant_probe(
         "teacher_weights": "c" * 64,
         "seed": seed,
         "model_seed": None if of_teacher else model_seed,
-        "raptor_settings": {},
+        "raptor_settings": {} if of_teacher else {"n_steps": 12},
         "compute": "float32",
         "initial": 0.1,
         "last": last,

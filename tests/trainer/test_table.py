@@ -59,6 +59,24 @@ def test_three_known_numbers(tmp_path: Path) -> None:
     assert best.of_teacher == pytest.approx(0.84 / 0.96), "the best epoch is set beside the teacher's best"
 
 
+def test_deviations_are_over_models_and_not_over_the_seeds_of_their_probes(tmp_path: Path) -> None:
+    """Model 0 has probes 0.7 and 0.9, mean 0.8; model 1 one of 0.86: mean 0.83, deviation of (0.8, 0.86)."""
+    for i, (model_seed, value) in enumerate(((0, 0.7), (0, 0.9), (1, 0.86))):
+        plant_probe(tmp_path / f"{i}", model_seed=model_seed, seed=i, last=value)
+    for seed, value in enumerate((0.98, 1.0)):
+        plant_probe(tmp_path / f"t{seed}", spans=(), seed=seed, last=value)
+    table = table_of(tmp_path)
+    row = only(table, what="raptor", selection=LAST)
+    assert (row.n, row.n_measured) == (2, 3)
+    assert row.mean == pytest.approx(0.83)
+    assert row.std == pytest.approx(statistics.stdev((0.8, 0.86)))
+    assert row.of_teacher == pytest.approx(0.83 / 0.99)
+    teacher = only(table, what="teacher", selection=LAST)
+    assert (teacher.n, teacher.n_measured, teacher.std) == (1, 2, None), "one model has no deviation"
+    assert "2 (3 probes)" in as_text(table)
+    assert "1 (2 probes)" in as_text(table)
+
+
 def test_a_single_seed_has_no_deviation(tmp_path: Path) -> None:
     plant_run(tmp_path / "a")
     assert {row.std for row in table_of(tmp_path).rows} == {None}
@@ -190,6 +208,11 @@ def test_runs_on_other_data_are_not_averaged(tmp_path: Path) -> None:
         ({"settings": {"n_epochs": 3}}, "different settings"),
         ({"compat": True}, "different settings"),
         ({"metric": "mIoU"}, "different metrics"),
+        ({"compute": "bfloat16"}, "different arithmetic"),
+        ({"teacher_weights": "9" * 64}, "fake_vit have different weights"),
+        ({"task_identity": {"head": "random"}}, "different tasks"),
+        ({"task_identity": {"classes": 9}}, "different tasks"),
+        ({"task_identity": {"pixel_size": [14, 14]}}, "different tasks"),
     ],
 )
 def test_probes_that_differ_are_not_averaged(tmp_path: Path, changes: dict[str, object], what: str) -> None:
@@ -230,6 +253,49 @@ def test_a_run_of_another_version_is_named(tmp_path: Path) -> None:
     objects.put("result.json", seal(document))
     with pytest.raises(UserError, match="last_layer"):
         find_results([run])
+
+
+def test_teachers_of_one_name_with_other_weights_are_no_average(tmp_path: Path) -> None:
+    """Random weights go by the name of the real ones; also where the probes are of different tasks."""
+    plant_probe(tmp_path / "real", spans=(), last=0.84, seed=0)
+    plant_probe(tmp_path / "random", spans=(), last=0.80, seed=1, teacher_weights="9" * 64, task="imagenet")
+    with pytest.raises(UserError, match=f"teacher {'9' * 12}") as error:
+        table_of(tmp_path)
+    assert f"{tmp_path}/real" in str(error.value)
+    assert f"{tmp_path}/random" in str(error.value)
+
+
+def test_two_teachers_may_begin_with_a_head_each(tmp_path: Path) -> None:
+    for name in ("small", "large"):
+        identity = {"head": name, "classes": 5}
+        plant_probe(tmp_path / name, spans=(), teacher_name=name, teacher_weights=name, task_identity=identity)
+    assert {row.variant for row in table_of(tmp_path).rows} == {"teacher small", "teacher large"}
+    plant_probe(tmp_path / "other", spans=(), teacher_name="other", task_identity={"head": "random", "classes": 5})
+    with pytest.raises(UserError, match="begins with a head"):
+        table_of(tmp_path)
+
+
+def test_probes_of_lost_runs_are_one_variant_only_if_trained_alike(tmp_path: Path) -> None:
+    """By what the probe says of the training; where it says nothing, each set of weights stands alone."""
+    for name, n_steps, label in (("a", 5, {}), ("b", 6, {}), ("c", 5, {"label": "mine"}), ("d", 6, {"label": "mine"})):
+        for seed in (0, 1):
+            about = {"run": None, "model_seed": seed, "raptor_settings": {"n_steps": n_steps}, **label}
+            plant_probe(tmp_path / f"{name}{seed}", **about)
+    for name in ("e", "f"):
+        plant_probe(tmp_path / name, run_weights=name * 64, raptor_settings={}, model_seed=ord(name), label="unknown")
+    rows = {row.variant: row.n for row in table_of(tmp_path).of(task="digits", selection=LAST)}
+    assert rows == {
+        **{"k=2 n_steps=5": 2, "k=2 n_steps=6": 2, "mine n_steps=5": 2, "mine n_steps=6": 2},
+        **{f"unknown weights={name * 12}": 1 for name in "ef"},
+    }
+
+
+def test_a_run_trained_anew_does_not_take_over_the_probe_of_old_weights(tmp_path: Path) -> None:
+    run = plant_run(tmp_path / "elsewhere/run", n_steps=13)
+    plant_probe(tmp_path / "here/a", run=run, run_weights="0" * 64, raptor_settings={"n_steps": 5})
+    plant_probe(tmp_path / "here/b", run=run, model_seed=1, raptor_settings={"n_steps": 5})
+    rows = {row.variant: row.n for row in table_of(tmp_path / "here").of(selection=LAST)}
+    assert rows == {"k=2 recipe=unknown": 1, "k=2 recipe=test": 1}
 
 
 # ---------------------------------------------------------------- published numbers
@@ -281,6 +347,20 @@ def test_text_and_markdown_have_the_same_cells(tmp_path: Path) -> None:
     assert widths == heads
 
 
+def test_names_cannot_break_a_table_of_markdown(tmp_path: Path) -> None:
+    plant_probe(tmp_path / "p", label="a|b")
+    assert "| a\\|b | 1 |" in as_markdown(table_of(tmp_path))
+
+
+def test_notes_speak_of_what_was_validated(tmp_path: Path) -> None:
+    """Imported weights without a store come first by place, and know of no store."""
+    plant_run(tmp_path / "a", imported=True, validated=False, data={"train": "unknown", "teacher": "c" * 64})
+    plant_run(tmp_path / "b")
+    assert table_of(tmp_path).notes == [
+        f"Roll-out of 1 run against fake_vit, trained on store {'a' * 12}, on 18 samples."
+    ]
+
+
 def test_spread_is_mean_and_deviation_in_the_units_of_the_quantity() -> None:
     assert spread(0.83, 0.001, "top-1") == "83.00 ± 0.10"
     assert spread(0.618, 0.006, "RMSE (m)") == "0.6180 ± 0.0060"
@@ -303,6 +383,7 @@ rows = st.builds(
     layer=st.none() | st.integers(0, 99),
     selection=text,
     n=st.integers(1, 9),
+    n_measured=st.integers(1, 9),
     mean=finite,
     std=st.none() | finite,
     seeds=text,
