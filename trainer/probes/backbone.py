@@ -1,13 +1,16 @@
 """The frozen thing that a probe reads: a teacher, or a Raptor between a teacher's embedding and its final norm."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from pipeline.teacher import Teacher
+from infra.objects import ObjectError
+from pipeline.teacher import Teacher, TeacherError, teacher_from_files
 from storage_schemas import Store
+from storage_schemas.errors import StoreError
 from trainer.raptor_teacher import RaptorTeacher
 from trainer.trained import Trained
 
@@ -43,13 +46,17 @@ class Backbone:
 
     @property
     def teacher_name(self) -> str:
-        """Name of the teacher, also where it was made from what a RUN keeps of it."""
-        return self.teacher.architecture if isinstance(self.teacher, RaptorTeacher) else self.teacher.name
+        """Name of the teacher that `trained` stands for, also where it was made from what a RUN keeps of it."""
+        if self.trained is not None and isinstance(self.teacher, RaptorTeacher):
+            return self.teacher.architecture
+        return self.teacher.name
 
     @property
     def teacher_digest(self) -> str:
         """core_digest of that teacher: the same at every image size and with every head."""
-        return self.teacher.taught_by if isinstance(self.teacher, RaptorTeacher) else self.teacher.core_digest
+        if self.trained is not None and isinstance(self.teacher, RaptorTeacher):
+            return self.teacher.taught_by
+        return self.teacher.core_digest
 
     def tokens(self, pixels: Float32[Tensor, "batch 3 height width"]) -> Float32[Tensor, "batch token dim"]:
         """Final-norm tokens of images.
@@ -84,12 +91,43 @@ def check_store(backbone: Backbone, store: Store) -> list[str]:
             f"{store.location} has states of {spec.dim} channels on {spec.grid[0]} x {spec.grid[1]} patches; "
             f"{teacher.name} has {teacher.dim} on {teacher.grid[0]} x {teacher.grid[1]}"
         )
+    else:
+        problems += _foreign_teacher(backbone, store)
     if backbone.stored_layer not in store.layers:
         problems.append(
             f"{store.location} lacks layer {backbone.stored_layer}, which {backbone.name} is read from; it has "
             f"{', '.join(map(str, store.layers))}. Extract it too"
         )
     return problems
+
+
+def _foreign_teacher(backbone: Backbone, store: Store) -> list[str]:
+    """Why the states of a store are those of another model, of the same shape."""
+    teacher, stored = backbone.teacher, store.spec.teacher_weights_digest
+    stands_for_itself = backbone.teacher_digest == teacher.core_digest
+    if stands_for_itself and stored == teacher.weights_digest:
+        return []
+    try:
+        files = store.read_teacher_files()
+        found = teacher_from_files(files).core_digest if files else stored
+    except (TeacherError, StoreError, ObjectError) as error:
+        return [f"{store.location}: {error}"]
+    if files:
+        expected = [backbone.teacher_digest]
+    else:  # a store made from arrays: with the teacher's head, without, or as the run knew it
+        expected = [teacher.weights_digest, dataclasses.replace(teacher, head=None).weights_digest]
+        expected = [*(expected if stands_for_itself else []), *_known_to(backbone.trained)]
+    if found in expected:
+        return []
+    return [
+        f"{store.location} holds states of a {store.spec.teacher} whose weights have digest {found[:16]}; "
+        f"{backbone.name} has {' or '.join(digest[:16] for digest in expected)}. Give the STORE that was extracted "
+        "with these weights, or the TEACHER and WEIGHTS of that store"
+    ]
+
+
+def _known_to(trained: Trained | None) -> list[str]:
+    return [] if trained is None else [trained.teacher_digest]
 
 
 def misfits(teacher: Teacher, trained: Trained, identity_problem: str | None = None) -> list[str]:

@@ -78,10 +78,10 @@ def _identity_problem(
     Raises:
         WeightsError: The head cannot be read.
     """
-    if isinstance(teacher, RaptorTeacher):
-        return None  # it was made from the run
     if ends is not None:
-        known, found = ends.core_digest, [teacher.core_digest]
+        # A RaptorTeacher lends its embedding and norm: it comes from this run, or from the store of a Raptor.
+        digest = teacher.taught_by if isinstance(teacher, RaptorTeacher) else teacher.core_digest
+        known, found = ends.core_digest, [digest]
     elif trained.teacher_digest == _UNKNOWN:
         say(f"{trained.location} does not say what teacher it was trained on; {teacher.name} is taken for it")
         return None
@@ -99,12 +99,17 @@ def _identity_problem(
 def _open_teacher(places: Places, kind: TaskKind, ends: Ends | None, device: torch.device) -> tuple[Teacher, Teacher]:
     """The teacher at the size that runs were trained at, and at the size that the task needs.
 
-    It comes from TEACHER and WEIGHTS, else from what the run keeps of it, else from STORE.
+    It comes from TEACHER and WEIGHTS, else from STORE, else from what the run keeps of it.
 
     Raises:
         UserError, StoreError, ObjectError: It cannot be had.
     """
     compute = places.compute
+    if places.teacher is not None and places.store is not None and kind.image_size is not None:
+        raise UserError(
+            f"STORE={places.store} would not be read: TASK={kind.name} has images of its own, and TEACHER names the "
+            "teacher. Leave one of the two out"
+        )
     if places.teacher is not None:
         name, weights = places.teacher, places.weights
         small = load_teacher(name, weights, device=device, compute=compute or "float32")
@@ -114,7 +119,7 @@ def _open_teacher(places: Places, kind: TaskKind, ends: Ends | None, device: tor
         return small, load_teacher(name, weights, image_size=size, device=device, compute=small.compute)
     if places.weights is not None:
         raise UserError(f"WEIGHTS={places.weights} was given without TEACHER, the name of the model that they fit")
-    if places.run is not None and ends is not None and (places.store is None or kind.image_size is not None):
+    if places.run is not None and ends is not None and places.store is None:
         small = raptor_teacher(places.run, device=device, compute=compute)
         size = _size_for(kind, small)
         if size is None:

@@ -108,6 +108,18 @@ def test_a_store_without_the_state_that_is_read_is_named(tmp_path: Path) -> None
     assert "lacks layer 3, which teacher fake_vit is read from; it has 0, 1" in problem
 
 
+@pytest.mark.parametrize("raptor", [False, True])
+def test_a_store_of_another_teacher_of_the_same_shape_is_named(store: Store, raptor: bool) -> None:
+    other = load_teacher("fake_vit", "random:5")
+    frozen = backbone(raptor=raptor, teacher=other)
+    (problem,) = check_store(frozen, store)
+    assert f"holds states of a fake_vit whose weights have digest {tiny_teacher().core_digest[:16]}" in problem
+    assert f"{frozen.name} has {other.core_digest[:16]}" in problem
+    headless = load_teacher("fake_vit", "random:0")
+    assert headless.weights_digest != tiny_teacher().weights_digest
+    assert check_store(backbone(raptor=raptor, teacher=headless), store) == []
+
+
 def test_a_store_of_other_shapes_is_named(tmp_path: Path) -> None:
     write_tiny(FolderObjects(tmp_path), tiny_teacher(), 8, seed=1)
     wide = load_teacher("fake_vit", weights="random:0", image_size=32)
