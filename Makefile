@@ -63,6 +63,7 @@ help: ## list targets and variables
 #: PARTIAL=1   train on a store that is not finished, with the shards that it has now                      [off]
 #: TASK        of make probe: imagenet, ade20k, nyuv2 or digits                                 [must be given]
 #: EPOCHS BATCH_SIZE LEARNING_RATE   of a probe                                                   [the recipe's]
+#: THREADS     of make probe on a CPU               [1 for teachers of fewer than 256 channels, else one per core]
 #: LABEL       of a probe: its row in the table                            [teacher's name, or such as Raptor k=3]
 #: COMPAT=1    with make probe: restore the published code's defects that its numbers depend on            [off]
 #: RUNS PROBES what make table reads: places of runs and of probes, with commas between     [data/runs; data/probes]
@@ -130,7 +131,7 @@ import: $(READY) ## published weights into a RUN: make import FROM=final.pt BLOC
 	@$(PYTHON) -m trainer import $(call flags,FROM BLOCKS RUN STORE TEACHER WEIGHTS HEAD HEADS SEED DEVICE ENDPOINT_URL) $(ARGS)
 
 PROBE_VARIABLES := TASK RUN TEACHER WEIGHTS STORE IMAGES HEAD OUT LABEL SEED EPOCHS BATCH_SIZE LEARNING_RATE COMPUTE DEVICE \
-  ENDPOINT_URL
+  THREADS ENDPOINT_URL
 
 probe: $(READY) ## a readout on a frozen teacher or Raptor: make probe TASK=digits RUN=; imagenet, ade20k, nyuv2 with IMAGES=
 	@$(PYTHON) -m trainer probe $(call flags,$(PROBE_VARIABLES)) $(call switch,COMPAT) $(ARGS)

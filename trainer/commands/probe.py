@@ -1,9 +1,12 @@
 """`make probe`: a readout on a frozen teacher or Raptor."""
 
+import math
 import os
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PurePath
+from typing import TypeVar
 
 import torch
 
@@ -19,6 +22,8 @@ from trainer.probes.report import finished_report, start_report
 from trainer.probes.results import DEFAULT_PROBES, ProbeResult
 from trainer.probes.task import Asked, Task, TaskKind, find_task
 from trainer.probes.train_probe import Probe, train_probe
+
+T = TypeVar("T")
 
 
 def probe_command(
@@ -69,26 +74,39 @@ def probe_command(
     """
     began = time.monotonic()
     use_endpoint(endpoint_url)
-    kind = find_task(task)
-    machine = Machine.found(device)
-    wrong = [f"THREADS={threads}: expected 1 or more"] if threads is not None and threads < 1 else []
-    wrong += [f"SEED={seed}: expected 0 or more"] if seed < 0 else []
+    problems = _number_problems(
+        {"THREADS": (threads, 1), "SEED": (seed, 0), "EPOCHS": (epochs, 1), "BATCH_SIZE": (batch_size, 1)}
+    )
+    if learning_rate is not None and not 0 < learning_rate < math.inf:
+        problems.append(f"LEARNING_RATE={learning_rate}: expected a number above 0")
     if compute is not None and compute not in COMPUTES:
-        wrong.append(f"COMPUTE={compute}: expected one of {', '.join(COMPUTES)}")
-    if wrong:
-        raise UserError("\n  ".join(["make probe cannot start:", *wrong]))
+        problems.append(f"COMPUTE={compute}: expected one of {', '.join(COMPUTES)}")
+    kind = _or_problem(lambda: find_task(task), problems)
+    machine = _or_problem(lambda: Machine.found(device), problems)
+    if kind is None or machine is None:
+        raise UserError("\n  ".join(["make probe cannot start:", *problems]))
+    if compat and not kind.has_compat:
+        problems.append(f"COMPAT=1: TASK={kind.name} has no defect of the published code to restore; leave COMPAT out")
     place = store or kind.default_store
+    changes = {"n_epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
     asked = Asked(
         images=images,
         store=place,
         head=head,
         compat=compat,
         seed=seed,
-        changes={"n_epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate},
+        changes={} if problems else changes,  # what is wrong is listed; the recipe's serve to find more
         device=machine.device,
     )
-    places = Places(run=run, teacher=teacher, weights=weights, store=place, head=head, compute=compute)
-    probe = _open(kind, asked, places, label)
+    places = Places(
+        run=run,
+        teacher=teacher,
+        weights=weights,
+        store=place,
+        head=head,
+        compute=compute if compute in COMPUTES else None,
+    )
+    probe = _open(kind, asked, places, label, problems)
     torch.set_num_threads(threads or torch_threads(probe.backbone.teacher.dim))
     files = ProbeFiles(open_objects(out or default_out(place, probe, run)))
     result = files.read_result() if files.is_of(probe.identity()) else None
@@ -103,8 +121,25 @@ def probe_command(
     return ExitCode.OK
 
 
-def _open(kind: TaskKind, asked: Asked, places: Places, label: str) -> Probe:
-    """Backbone and task, or one error with all that is wrong with them."""
+def _number_problems(typed: Mapping[str, tuple[int | None, int]]) -> list[str]:
+    """By the names that were typed: a value, None where there was none, and the least it may be."""
+    return [
+        f"{name}={value}: expected {least} or more"
+        for name, (value, least) in typed.items()
+        if value is not None and value < least
+    ]
+
+
+def _or_problem(make: Callable[[], T], problems: list[str]) -> T | None:
+    try:
+        return make()
+    except UserError as error:
+        problems.append(str(error))
+        return None
+
+
+def _open(kind: TaskKind, asked: Asked, places: Places, label: str, known: Sequence[str]) -> Probe:
+    """Backbone and task, or one error with all that is wrong with them, and with what is known to be wrong already."""
     problems: list[str] = []
     opened: Task | None = None
     backbone = open_backbone(places, kind, asked.device, problems)
@@ -114,8 +149,8 @@ def _open(kind: TaskKind, asked: Asked, places: Places, label: str) -> Probe:
         except UserError as error:
             lines = [line for line in str(error).splitlines() if not line.startswith("make probe")]  # its own heading
             problems += [line.removeprefix("  ") for line in lines]
-    if problems or backbone is None or opened is None:
-        raise UserError("\n  ".join([f"make probe TASK={kind.name} cannot start:", *problems]))
+    if known or problems or backbone is None or opened is None:
+        raise UserError("\n  ".join([f"make probe TASK={kind.name} cannot start:", *known, *problems]))
     return Probe(task=opened, backbone=backbone, seed=asked.seed, label=label, compat=asked.compat)
 
 

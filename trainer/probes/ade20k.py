@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from trainer.probes.ade20k_data import N_CLASSES, open_ade20k
 from trainer.probes.backbone import Backbone
 from trainer.probes.dense_files import open_images
-from trainer.probes.segmentation_head import AT_A_TIME, IGNORED, PatchClassifier, segmentation_loss, to_pixels
+from trainer.probes.segmentation_head import AT_A_TIME, IGNORED, PatchReadout, segmentation_loss, to_pixels
 from trainer.probes.segmentation_metrics import Confusion
 from trainer.probes.task import Asked, ProbeSettings, Task, TaskKind
 
@@ -95,7 +95,7 @@ def open_task(asked: Asked, backbone: Backbone) -> Task:
     dim = teacher.dim
 
     def make_head() -> nn.Module:
-        return PatchClassifier(dim, N_CLASSES)
+        return PatchReadout(dim, N_CLASSES)
 
     return Task(
         name="ade20k",
@@ -116,4 +116,4 @@ def _size(labels: Tensor) -> tuple[int, int]:
     return labels.shape[1], labels.shape[2]
 
 
-KIND = TaskKind(name="ade20k", image_size=image_size, open=open_task)
+KIND = TaskKind(name="ade20k", image_size=image_size, open=open_task, has_compat=True)

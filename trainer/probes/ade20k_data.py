@@ -42,7 +42,7 @@ def class_labels(mask: UInt8[np.ndarray, "height width"]) -> UInt8[np.ndarray, "
 
 @dataclass(frozen=True, kw_only=True)
 class Ade20k:
-    """Images and labels of one split; `trainer.probes.task.Examples`.
+    """Images and labels of one split; `trainer.probes.task.LabelledImages`.
 
     While training: RandomResizedCrop (half to all of the area, shapes 0.75 to 1.33) and a flip. In an evaluation: the
     whole image and its labels squeezed to the size of the crop, as the published protocol has it; mIoU at the images'

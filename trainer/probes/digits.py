@@ -59,6 +59,8 @@ def open_digits(asked: Asked, backbone: Backbone) -> Task:
         problems.append(
             f"IMAGES={asked.images}: this task reads a store; extract one from those images, and give STORE"
         )
+    if asked.head is not None:
+        problems.append(f"HEAD={asked.head}: the readout of this task begins with random values; leave HEAD out")
     train, evaluation = open_labelled_stores(asked.store, backbone, problems)
     if problems or train is None or evaluation is None:
         raise UserError("\n  ".join(["make probe cannot start:", *problems]))

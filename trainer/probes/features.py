@@ -19,7 +19,7 @@ from storage_schemas import Store
 from storage_schemas.errors import SchemaError
 from trainer.order import random64
 from trainer.probes.backbone import Backbone
-from trainer.probes.task import Examples, Task
+from trainer.probes.task import LabelledImages, Task
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
 """Features and targets, on the device."""
@@ -37,7 +37,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager:
     return nullcontext() if precision == "float32" else torch.autocast(device.type, dtype=_HALF[precision])
 
 
-def example_seed(seed: int, epoch: int, index: int) -> int:
+def augmentation_seed(seed: int, epoch: int, index: int) -> int:
     """Of the augmentation of one sample at one pass."""
     key = int(random64(seed, np.array([epoch]))[0])
     return int(random64(key, np.array([index]))[0] >> np.uint64(1))
@@ -46,7 +46,9 @@ def example_seed(seed: int, epoch: int, index: int) -> int:
 class Features:
     """The features of one data set, in any order, as often as they are wanted."""
 
-    def __init__(self, data: Examples | Store, task: Task, backbone: Backbone, *, seed: int, augmented: bool) -> None:
+    def __init__(
+        self, data: LabelledImages | Store, task: Task, backbone: Backbone, *, seed: int, augmented: bool
+    ) -> None:
         """Open nothing yet.
 
         Args:
@@ -145,18 +147,18 @@ class Features:
 class _Images:
     """Images, decoded and augmented in threads."""
 
-    def __init__(self, examples: Examples, task: Task, backbone: Backbone) -> None:
-        self._examples, self._task, self._backbone = examples, task, backbone
+    def __init__(self, images: LabelledImages, task: Task, backbone: Backbone) -> None:
+        self._images, self._task, self._backbone = images, task, backbone
 
     def __len__(self) -> int:
-        return len(self._examples)
+        return len(self._images)
 
     def read(self, pieces: Sequence[Sequence[int]], seed: int, epoch: int | None) -> Iterator[Batch]:
         """Pixels as 0..255, and targets, by piece."""
 
         def load(index: int) -> tuple[Tensor, Tensor]:
-            draw = None if epoch is None else torch.Generator().manual_seed(example_seed(seed, epoch, index))
-            return self._examples.load(index, draw)
+            draw = None if epoch is None else torch.Generator().manual_seed(augmentation_seed(seed, epoch, index))
+            return self._images.load(index, draw)
 
         waiting: deque[list[Future]] = deque()
         pool = ThreadPoolExecutor(n_cores(), thread_name_prefix="probe-images")

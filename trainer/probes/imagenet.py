@@ -45,7 +45,7 @@ from trainer.probes.classification import (
     teacher_head_top1,
     without_cls,
 )
-from trainer.probes.task import Asked, Examples, ProbeSettings, Task, TaskKind
+from trainer.probes.task import Asked, LabelledImages, ProbeSettings, Task, TaskKind
 
 SETTINGS = ProbeSettings(
     n_epochs=15,
@@ -66,7 +66,7 @@ SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 @dataclass(frozen=True, kw_only=True)
 class ClassImages:
-    """Images of class folders; `trainer.probes.task.Examples`.
+    """Images of class folders; `trainer.probes.task.LabelledImages`.
 
     Attributes:
         source: Where they lie.
@@ -131,7 +131,7 @@ def open_imagenet(asked: Asked, backbone: Backbone) -> Task:
     if train_samples is not None and len(classes) < 2:
         problems.append(f"IMAGES={asked.images}: train has {len(classes)} class; a probe needs at least 2")
     store = _open_val(asked.store, backbone, problems)
-    evaluation: Examples | Store | None = store
+    evaluation: LabelledImages | Store | None = store
     if store is not None:
         problems += _foreign_labels(store, classes)
     elif "val" in sources:

@@ -172,4 +172,4 @@ def _nearest(bins: Tensor, grid: tuple[int, int], mode: str) -> Tensor:
     return functional.interpolate(bins[:, None].float(), size=grid, mode=mode)[:, 0].long()
 
 
-KIND = TaskKind(name="nyuv2", image_size=image_size, open=open_task)
+KIND = TaskKind(name="nyuv2", image_size=image_size, open=open_task, has_compat=True)

@@ -19,7 +19,7 @@ from jaxtyping import Float32, Integer, UInt8
 from torch import Tensor
 
 from trainer.probes.dense_files import MapKind, Pair, PairFiles, check_pairs, refuse
-from trainer.probes.dense_transforms import random_colours, random_crop_pair, random_flip_pair, resize_pair, to_tensors
+from trainer.probes.dense_transforms import random_colours, random_crop_pair, random_flip_pair, to_tensors
 from trainer.probes.depth_metrics import NYU_SIZE
 
 TRAIN_CSV, TEST_CSV = "data/nyu2_train.csv", "data/nyu2_test.csv"
@@ -41,7 +41,7 @@ def depth_of_test(values: Integer[Tensor, "*pixels"]) -> Float32[Tensor, "*pixel
 
 @dataclass(frozen=True, kw_only=True)
 class NyuTrain:
-    """Training images and depths, augmented; `trainer.probes.task.Examples`.
+    """Training images and depths, augmented; `trainer.probes.task.LabelledImages`.
 
     RandomResizedCrop to 480 x 640 px of half to all of the area in the shape 4:3, a flip, and changed colours. The
     published code asks for up to twice the area: such boxes are drawn again up to ten times, so that most crops are as
@@ -71,21 +71,19 @@ class NyuTrain:
         Raises:
             UserError: A file cannot be used; names it.
         """
+        assert draw is not None, "these images are for training alone, which augments them"
         image, values = self.files.read(index)
-        if draw is None:
-            image, values = resize_pair(image, values, NYU_SIZE)
-        else:
-            scale = _PUBLISHED_SCALE if self.compat else _SCALE
-            image, values = random_crop_pair(image, values, NYU_SIZE, scale=scale, ratio=_RATIO, draw=draw)
-            image, values = random_flip_pair(image, values, draw)
-            image = random_colours(image, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1, draw=draw)
+        scale = _PUBLISHED_SCALE if self.compat else _SCALE
+        image, values = random_crop_pair(image, values, NYU_SIZE, scale=scale, ratio=_RATIO, draw=draw)
+        image, values = random_flip_pair(image, values, draw)
+        image = random_colours(image, brightness=0.2, contrast=0.2, saturation=0.2, hue=0.1, draw=draw)
         pixels, map_ = to_tensors(image, values)
         return pixels, depth_of_train(map_)
 
 
 @dataclass(frozen=True, kw_only=True)
 class NyuTest:
-    """Test images and depths as they are; `trainer.probes.task.Examples`.
+    """Test images and depths as they are; `trainer.probes.task.LabelledImages`.
 
     Attributes:
         files: Checked.

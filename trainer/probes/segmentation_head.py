@@ -1,4 +1,4 @@
-"""A linear classifier of patches, and the maps of classes that it makes."""
+"""A linear readout of patches, and the maps of classes that it makes."""
 
 import torch
 from jaxtyping import Float, Integer
@@ -13,7 +13,7 @@ IGNORED = 255
 AT_A_TIME = 4
 
 
-class PatchClassifier(nn.Module):
+class PatchReadout(nn.Module):
     """One linear map from a patch to class scores.
 
     Args:

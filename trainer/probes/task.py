@@ -86,7 +86,7 @@ class ProbeSettings:
 
 
 @runtime_checkable
-class Examples(Protocol):
+class LabelledImages(Protocol):
     """Labelled images in an order of their own.
 
     `load` runs in several threads at once. It gives the same answer for the same index and state of `draw`, and uses
@@ -156,8 +156,8 @@ class Task:
     metric: str
     higher_is_better: bool
     settings: ProbeSettings
-    train: Examples | Store
-    evaluation: Examples | Store
+    train: LabelledImages | Store
+    evaluation: LabelledImages | Store
     features: Callable[[Float[Tensor, "batch token dim"]], Tensor]
     make_head: Callable[[], nn.Module]
     loss: Callable[[Tensor, Tensor], Tensor]
@@ -202,12 +202,14 @@ class TaskKind:
             the images are those of a store.
         open: Opens the data and puts the task together.
         default_store: STORE where none is given; None: the task needs none.
+        has_compat: Whether the published code of this task has defects that COMPAT=1 restores.
     """
 
     name: str
     image_size: Callable[[int], tuple[int, int]] | None
     open: Callable[[Asked, Backbone], Task]
     default_store: str | None = None
+    has_compat: bool = False
 
 
 #: Where each task's `KIND` is. Imported when it is asked for, so that one task's needs are not everybody's.

@@ -25,7 +25,7 @@ from trainer.probes.features import Features, autocast
 from trainer.probes.probe_files import ProbeCheckpoint, ProbeFiles
 from trainer.probes.results import ProbeResult
 from trainer.probes.schedule import probe_learning_rate
-from trainer.probes.task import Examples, Task
+from trainer.probes.task import LabelledImages, Task
 from trainer.trained import Trained
 from trainer.variants import RAPTOR, Model
 
@@ -104,7 +104,7 @@ class Probe:
         return {"train": data_identity(self.task.train), "evaluation": data_identity(self.task.evaluation)}
 
 
-def data_identity(data: Examples | Store) -> dict[str, Any]:
+def data_identity(data: LabelledImages | Store) -> dict[str, Any]:
     """What tells this data from other data; JSON values without a location."""
     if isinstance(data, Store):
         valid = np.flatnonzero(data.valid)
@@ -112,7 +112,7 @@ def data_identity(data: Examples | Store) -> dict[str, Any]:
     return dict(data.identity)
 
 
-def n_samples(data: Examples | Store) -> int:
+def n_samples(data: LabelledImages | Store) -> int:
     """Samples that take part."""
     return data.n_valid if isinstance(data, Store) else len(data)
 
@@ -205,6 +205,8 @@ class _Training:
                 f"and what fills no batch is left out: give BATCH_SIZE={len(self.train)} or less"
             )
         self.n_iterations = settings.n_epochs * self.n_per_epoch
+        # Restored ones are on the host, those of this process on the device, which is why they are kept apart.
+        self._restored_losses: list[float] = []
         self._losses: list[Tensor] = []
 
     @property
@@ -258,8 +260,9 @@ class _Training:
         at_end = self.iteration % self.n_per_epoch == 0
         if not at_end and self.iteration % _LOOK_EVERY:
             return
-        loss = float(torch.stack(self._losses).mean())
-        self._losses.clear()
+        losses = self._read_losses()
+        loss = sum(losses) / len(losses)
+        self._restored_losses, self._losses = [], []
         if not math.isfinite(loss):
             raise JobError(
                 f"the loss is {loss} by iteration {self.iteration:,}. The last checkpoint is from before; a smaller "
@@ -267,6 +270,10 @@ class _Training:
             )
         epoch = -(-self.iteration // self.n_per_epoch)
         progress.fields(epoch=f"{epoch}/{self.probe.task.settings.n_epochs}", loss=f"{loss:.4g}")
+
+    def _read_losses(self) -> list[float]:
+        """Since the last look, on the host."""
+        return self._restored_losses + (torch.stack(self._losses).tolist() if self._losses else [])
 
     def evaluate(self, progress: Progress) -> None:
         """Measure the readout on all evaluation samples, and keep it if it is the best so far."""
@@ -313,7 +320,7 @@ class _Training:
         state = {
             "history": self.history,
             "scaler": self.scaler.state_dict(),
-            "losses": [float(loss) for loss in self._losses],
+            "losses": self._read_losses(),
         }
         return ProbeCheckpoint(iteration=self.iteration, tensors=tensors, state=state)
 
@@ -322,7 +329,7 @@ class _Training:
         self.iteration = saved.iteration
         self.history = [dict(epoch) for epoch in saved.state["history"]]
         self.scaler.load_state_dict(saved.state["scaler"])
-        self._losses = [torch.tensor(loss) for loss in saved.state["losses"]]
+        self._restored_losses, self._losses = list(saved.state["losses"]), []
         self.head.load_state_dict(_within(saved.tensors, "head"))
         self.best = _within(saved.tensors, "best")
         moments = {

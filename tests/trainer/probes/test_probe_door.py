@@ -117,13 +117,13 @@ def test_other_settings_in_the_same_place_are_refused(door: Door, store: str, tm
     out = tmp_path / "probe"
     assert door(task="digits", store=store, out=out, batch_size=8, epochs=1)[0] == ExitCode.OK
     before = snapshot(out)
-    code, _, err = door(task="digits", store=store, out=out, batch_size=8, epochs=2, seed=1, compat=True)
+    code, _, err = door(task="digits", store=store, out=out, batch_size=8, epochs=2, seed=1, label="b")
     assert code == ExitCode.BAD_INPUT
     for part in (
         "holds another probe",
         "settings.n_epochs: that probe has 1, this command asks for 2",
         "seed: that probe has 0, this command asks for 1",
-        "compat: that probe has False, this command asks for True",
+        "label: that probe has '', this command asks for 'b'",
     ):
         assert part in err, part
     assert snapshot(out) == before
@@ -163,6 +163,39 @@ def test_what_is_typed_wrong(
     assert code == ExitCode.BAD_INPUT
     assert message in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_all_typed_values_that_are_wrong_are_listed_with_what_cannot_be_opened(door: Door, tmp_path: Path) -> None:
+    wrong = {"epochs": 0, "batch_size": -1, "learning_rate": 0.0, "threads": 0, "seed": -2, "compute": "float8"}
+    code, _, err = door(task="digits", store=tmp_path / "none", compat=True, **wrong)
+    assert code == ExitCode.BAD_INPUT
+    for name, value in wrong.items():
+        assert f"{name.upper()}={value}: expected" in err, name
+    for part in ("COMPAT=1: TASK=digits has no defect", f"{tmp_path}/none is not a store"):
+        assert part in err, part
+    assert err.count("cannot start") == 1
+    code, _, err = door(task="coco", threads=0, device="abacus")
+    assert code == ExitCode.BAD_INPUT
+    for part in ("TASK=coco is unknown", "THREADS=0: expected 1 or more", "DEVICE=abacus is not a device"):
+        assert part in err, part
+
+
+def test_what_would_not_be_used_is_refused(door: Door, store: str, tmp_path: Path) -> None:
+    code, _, err = door(task="digits", store=store, head="head.pth", out=tmp_path / "p")
+    assert code == ExitCode.BAD_INPUT
+    assert "HEAD=head.pth: the readout of this task begins with random values" in err
+    code, _, err = door(task="ade20k", store=store, teacher="fake_vit", images="i", out=tmp_path / "p")
+    assert code == ExitCode.BAD_INPUT
+    assert f"STORE={store} would not be read" in err
+
+
+def test_states_of_one_teacher_are_not_credited_to_another(door: Door, store: str, tmp_path: Path) -> None:
+    """The same architecture with other weights, on a store that has the right shape and layers."""
+    code, _, err = door(task="digits", store=store, teacher="fake_vit", weights="random:5", out=tmp_path / "p")
+    assert code == ExitCode.BAD_INPUT
+    for part in (f"{store}/train holds states of a fake_vit", f"{store}/val holds states", "teacher fake_vit has"):
+        assert part in err, part
+    assert not (tmp_path / "p").exists()
 
 
 def test_no_run_no_teacher_and_more_are_listed_at_once(door: Door, store: str, tmp_path: Path) -> None:

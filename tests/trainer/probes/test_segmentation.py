@@ -1,4 +1,4 @@
-"""Labels, loss and metric of segmentation: tables, hand examples, closed forms (F3, F4)."""
+"""Labels, loss and metric of segmentation: tables, hand cases, closed forms (F3, F4)."""
 
 import math
 
@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from trainer.probes.ade20k import SETTINGS, SegmentationMetric, image_size
 from trainer.probes.ade20k_data import class_labels
-from trainer.probes.segmentation_head import IGNORED, PatchClassifier, segmentation_loss, to_pixels
+from trainer.probes.segmentation_head import IGNORED, PatchReadout, segmentation_loss, to_pixels
 from trainer.probes.segmentation_metrics import Confusion
 
 
@@ -99,7 +99,7 @@ class TestConfusion:
 
 class TestReadout:
     def test_scores_are_the_linear_map_of_each_patch_on_its_place(self):
-        head = PatchClassifier(5, 3)
+        head = PatchReadout(5, 3)
         patches = torch.randn(2, 4, 6, 5)
         logits = head(patches)
         assert logits.shape == (2, 3, 4, 6)

@@ -1,5 +1,6 @@
 """The one probe trainer: what it computes, that it repeats itself, that it resumes."""
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from infra.console import JobError, UserError
+from infra.console import JobError, Progress, UserError
 from infra.objects import FolderObjects, MemoryObjects
 from storage_schemas import open_store
 from tests.trainer.probes.tiny_probes import FormulaImages, backbone, settings, task, trained_of
@@ -17,12 +18,12 @@ from tests.trainer.tiny import N_CLASSES, tiny_teacher, write_tiny
 from trainer.probes import features as features_module
 from trainer.probes.backbone import Backbone
 from trainer.probes.classification import Top1
-from trainer.probes.features import Features, example_seed
+from trainer.probes.features import Features, augmentation_seed
 from trainer.probes.probe_files import ProbeFiles
 from trainer.probes.results import ProbeResult
 from trainer.probes.schedule import probe_learning_rate
 from trainer.probes.task import Task
-from trainer.probes.train_probe import Probe, best_epoch, epoch_order, iterations_per_epoch, train_probe
+from trainer.probes.train_probe import Probe, _Training, best_epoch, epoch_order, iterations_per_epoch, train_probe
 
 
 def snapshot(objects: MemoryObjects) -> dict[str, bytes]:
@@ -230,6 +231,26 @@ def test_stopped_after_every_iteration_it_ends_with_the_same_bytes(augmented_ima
     assert pieced_files == files
 
 
+def test_restored_losses_stay_on_the_host_whatever_the_device() -> None:
+    """Stopped between two looks at the loss; "meta" stands for a device whose values lie elsewhere."""
+    frozen = backbone()
+    before, after = (_Training(Probe(task=task(frozen), backbone=frozen, seed=0)) for _ in range(2))
+    next(before.rest_of_epoch())
+    saved = copy.deepcopy(before.checkpoint())  # as read from a file: it shares no memory with what goes on
+    with torch.device("meta"):
+        after.load(saved)
+        assert after.checkpoint().state == before.checkpoint().state
+    assert len(before.checkpoint().state["losses"]) == 1
+    for training in (before, after):
+        for _ in training.rest_of_epoch():
+            pass
+    assert after.checkpoint().state == before.checkpoint().state
+    assert len(after.checkpoint().state["losses"]) == 3
+    with Progress(total=24, unit="samples", label="probe") as progress:
+        after.look(progress)
+    assert after.checkpoint().state["losses"] == []
+
+
 def test_an_epoch_visits_every_sample_once_in_its_own_order() -> None:
     orders = [epoch_order(100, 0, epoch).tolist() for epoch in (1, 2)] + [epoch_order(100, 1, 1).tolist()]
     assert all(sorted(order) == list(range(100)) for order in orders)
@@ -250,7 +271,7 @@ def test_augmentation_depends_on_seed_epoch_and_sample_alone() -> None:
     forward = drawn(list(range(12)), 1)
     assert drawn(list(range(12))[::-1], 1) == forward
     assert drawn(list(range(12)), 2) != forward != drawn(list(range(12)), 1, seed=1)
-    assert len({example_seed(s, e, i) for s in range(5) for e in range(5) for i in range(40)}) == 1000
+    assert len({augmentation_seed(s, e, i) for s in range(5) for e in range(5) for i in range(40)}) == 1000
 
 
 # ---------------------------------------------------------------- where features come from

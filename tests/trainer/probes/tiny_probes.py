@@ -13,7 +13,7 @@ from tests.trainer.tiny import tiny_teacher
 from trainer.block import Block
 from trainer.probes.backbone import Backbone
 from trainer.probes.classification import TOP1, Top1, cross_entropy
-from trainer.probes.task import Examples, ProbeSettings, Task
+from trainer.probes.task import LabelledImages, ProbeSettings, Task
 from trainer.raptor import Raptor
 from trainer.trained import Trained
 
@@ -57,7 +57,7 @@ def backbone(*, raptor: bool = False, teacher: Teacher | None = None) -> Backbon
 
 
 class FormulaImages:
-    """Images whose brightness tells their class, with a shift drawn when they are augmented; `Examples`."""
+    """Images whose brightness tells their class, with a shift drawn when they are augmented; `LabelledImages`."""
 
     def __init__(self, n_samples: int, n_classes: int = 3, *, side: int = 16, offset: int = 0) -> None:
         self.n_samples, self.n_classes, self.side, self.offset = n_samples, n_classes, side, offset
@@ -97,8 +97,8 @@ def settings(**changes: Any) -> ProbeSettings:
 
 def task(
     frozen: Backbone,
-    train: Examples | Store | None = None,
-    evaluation: Examples | Store | None = None,
+    train: LabelledImages | Store | None = None,
+    evaluation: LabelledImages | Store | None = None,
     *,
     head: nn.Linear | None = None,
     **changes: Any,
