@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from signal import SIGINT
 from typing import Literal, Protocol, runtime_checkable
 
 from infra.console import ExitCode, Progress
@@ -273,8 +272,9 @@ class Process:
         return code
 
     def ask_to_stop(self) -> None:
-        if self._process.poll() is None:
-            self._process.send_signal(SIGINT)
+        # No SIGINT: in the workers of Ray it is blocked, and so it is in what they start.
+        if self._process.stdin is not None:
+            self._process.stdin.close()
 
     def words(self) -> str:
         text = self._log.read_text(errors="replace")

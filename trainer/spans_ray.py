@@ -88,7 +88,8 @@ class Task:
             try:
                 self._ended = ray.get(self._task)
             except RayError as error:
-                self._ended = -9, str(error).splitlines()[0]
+                # Some of Ray's errors have no words, as that of a task that never began.
+                self._ended = -9, next(iter(str(error).splitlines()), type(error).__name__)
         return None if self._ended is None else self._ended[0]
 
     def ask_to_stop(self) -> None:
