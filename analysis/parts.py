@@ -91,9 +91,9 @@ class Parts:
             else:
                 waiting.append(part)
         running: list[_Running] = []
-        asked, failed = False, None
+        asked, failed = False, ""
         while waiting or running:
-            if self._stopping() or failed is not None:
+            if self._stopping() or failed:
                 asked = asked or _ask_to_stop(running)
                 waiting = []
             for part in self._ready(waiting, self._at_once - len(running)):
@@ -104,15 +104,15 @@ class Parts:
                 if (code := one.process.poll()) is None:
                     continue
                 running.remove(one)
-                if code == ExitCode.OK:
+                if code == ExitCode.OK and one.part.made.exists():
                     self._stamp(one, cpu_s=_children_cpu_s() - used)
-                elif failed is None and not asked:
-                    failed = (one.part, code)
+                elif not failed and (code == ExitCode.OK or not asked):
+                    failed = self._failure(one.part, code)
             self._show(running)
             time.sleep(_POLL_S)
         self._progress.status("")
-        if failed is not None:
-            raise JobError(self._failure(*failed))
+        if failed:
+            raise JobError(failed)
         return not self._stopping()
 
     # ------------------------------------------------------------------ what has ended
@@ -127,8 +127,6 @@ class Parts:
         return stamp == list(part.arguments) and part.made.exists()
 
     def _stamp(self, one: _Running, cpu_s: float) -> None:
-        if not one.part.made.exists():
-            raise JobError(f"{one.part.name} ended well but made no {one.part.made}: see {self._log_path(one.part)}")
         path = self._stamp_path(one.part)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(list(one.part.arguments)))
@@ -171,8 +169,9 @@ class Parts:
 
     def _failure(self, part: Part, code: int) -> str:
         log = "\n".join(f"  {line}" for line in self._log_tail(part))
+        how = f"ended well but made no {part.made}" if code == ExitCode.OK else f"failed with exit code {code}"
         return (
-            f"{part.name} failed with exit code {code}. The end of {self._log_path(part)}:\n{log}\n"
+            f"{part.name} {how}. The end of {self._log_path(part)}:\n{log}\n"
             f"Its command is: {part.command}\nOnce that is mended, the same make demo goes on"
         )
 

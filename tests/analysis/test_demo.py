@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from analysis.demo import N_BLOCKS, _model_parts, _store_parts
-from infra.console import ExitCode, run_door
+from analysis.demo import N_BLOCKS, _claim, _model_parts, _store_parts
+from infra.console import ExitCode, UserError, run_door
 
 REPOSITORY = Path(__file__).parents[2]
 BLOCKS = {1: ["0-12"], 2: ["0-7", "7-12"], 3: ["0-7", "7-10", "10-12"]}
@@ -61,6 +61,36 @@ def test_bad_settings_are_listed_at_once(tmp_path: Path, capsys: pytest.CaptureF
     said = capsys.readouterr().err
     for name in ("DEMO", "SEEDS", "LIMIT", "STEPS"):
         assert f"{name}=" in said
+
+
+def test_a_comma_in_its_place_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """RUNS of a Raptor are joined with commas."""
+    from analysis.__main__ import main
+
+    assert run_door(lambda: main(["demo", "--demo", f"{tmp_path}/a,b"])) == ExitCode.BAD_INPUT
+    assert "without a comma" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_choices_in_the_same_place_are_refused_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from analysis.__main__ import main
+
+    _claim(tmp_path, {"limit": 96, "steps": None})
+    _claim(tmp_path, {"limit": 96, "steps": None})
+    for flags_ in (["--limit", "96", "--steps", "3"], ["--limit", "97"], []):
+        assert run_door(lambda typed=flags_: main(["demo", "--demo", str(tmp_path), *typed])) == ExitCode.BAD_INPUT
+        assert "begun with LIMIT=96 STEPS=, not" in (said := capsys.readouterr().err)
+        assert "give another DEMO=" in said
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", ".lock"}
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"limit": 96}'])
+def test_a_changed_file_of_choices_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json is not as make demo wrote it"):
+        _claim(tmp_path, {"limit": 96, "steps": None})
 
 
 @pytest.mark.slow

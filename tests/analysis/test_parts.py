@@ -137,7 +137,8 @@ def test_one_that_makes_nothing_is_no_success(tmp_path: Path) -> None:
         name="a", arguments=["worker", str(tmp_path), "other", "0", "0"], command="make a", made=tmp_path / "nothing"
     )
     with pytest.raises(JobError, match="ended well but made no"):
-        run(tmp_path, [made_nothing])
+        run(tmp_path, [part(tmp_path, "slow", seconds=60), made_nothing])
+    assert "stopped slow" in events(tmp_path), "no part is left behind"
 
 
 @contextmanager
