@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from infra.console import UserError
-from trainer.paper import published
+from trainer.paper import Published, has_published_spans, is_published_evaluation, is_published_probe, published, remark
 from trainer.table_sources import FoundProbe, FoundRun
 from trainer.variants import BLOCK, Model, name_variants, variant_order
 
@@ -110,6 +110,8 @@ class _Measured:
     layer: int | None = None
     selection: str = ""
     teacher_value: float | None = None
+    as_published: bool = False  # whether it was measured as the published numbers were
+    remark: str = ""  # on what is not quite as published
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -157,7 +159,14 @@ def _of_run(run: FoundRun, heads: Mapping[str, _Measured]) -> Iterable[_Measured
     if found["accuracy"] is not None:
         known = heads.get(run.model.teacher)  # an imported run has no baselines of its own
         teacher = baselines["teacher"] if baselines is not None else known.value if known is not None else None
-        yield one(TOP_1, found["accuracy"], task=HEAD, selection=LAST, teacher_value=teacher)
+        yield one(
+            TOP_1,
+            found["accuracy"],
+            task=HEAD,
+            selection=LAST,
+            teacher_value=teacher,
+            as_published=is_published_evaluation(found["n_samples"]),
+        )
     yield one(LOSS, found["loss"], higher_is_better=False)
     for tokens, values in found["r2"].items():
         yield one(MEAN_R2, float(np.mean(values)), tokens=tokens)
@@ -183,6 +192,7 @@ def _of_teachers(runs: Sequence[FoundRun]) -> dict[str, _Measured]:
                 seed="",
                 selection=LAST,
                 teacher_value=value,
+                as_published=run.validation is not None and is_published_evaluation(run.validation["n_samples"]),
             )
             seen.setdefault(run.model.teacher, one)
     return seen
@@ -205,6 +215,9 @@ def _of_probes(probes: Sequence[FoundProbe]) -> Iterable[_Measured]:
                 seed=seed,
                 one_model=result.run_weights or f"seed {result.model_seed}",
                 teacher_value=float(np.mean(values)) if values else None,
+                as_published=selection == BEST  # the best epoch is what they report
+                and is_published_probe(result.task, result.settings, result.task_identity, result.n_evaluation),
+                remark=remark(result.task, result.task_identity, compat=result.compat),
             )
 
 
@@ -216,9 +229,7 @@ def _row(variant: str, group: Sequence[_Measured]) -> Row:
     values = [_mean([one.value for one in own]) for own in by_model.values()]
     has_teacher = all(one.teacher_value for one in group)
     shares = [_mean([one.value / (one.teacher_value or 1.0) for one in own]) for own in by_model.values()]
-    known = published(first.model.teacher, first.model.n_blocks, first.task) if first.model.what != "block" else None
-    if first.selection == LAST and first.task != HEAD:
-        known = None  # the best epoch is what they report
+    known = _published(group)
     return Row(
         variant=variant,
         what=first.model.what,
@@ -238,8 +249,16 @@ def _row(variant: str, group: Sequence[_Measured]) -> Row:
         of_teacher=_mean(shares) if has_teacher else None,
         published=None if known is None else known.mean,
         published_std=None if known is None else known.std,
-        published_in="" if known is None else known.source,
+        published_in="" if known is None else "; ".join(text for text in (known.source, first.remark) if text),
     )
+
+
+def _published(group: Sequence[_Measured]) -> Published | None:
+    """What was published for just this: the same teacher and spans, measured in the same way."""
+    model = group[0].model
+    if model.what == BLOCK or not has_published_spans(model.spans) or not all(one.as_published for one in group):
+        return None
+    return published(model.teacher, model.n_blocks, group[0].task)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from trainer.paper import INDEPENDENT_NYUV2, REVIT
 from trainer.table import (
     ALL_TOKENS,
     BEST,
@@ -111,11 +112,15 @@ def _probe_section(table: Table, task: str) -> Section:
     better = "" if first.higher_is_better else ", less is better"
     columns = ["variant", "n", "last epoch", "best epoch*", "last, of teacher's", "best, of teacher's"]
     sources = dict.fromkeys(row.published_in for row in best.values() if row.published is not None)
+    notes = [_BEST_NOTE, *(f"published: {source}" for source in sources)]
+    if has_published and task == "nyuv2":
+        known = ", ".join(f"{name} {value:.3f}" for name, value in INDEPENDENT_NYUV2.items())
+        notes.append(f"{REVIT}: {known}")
     return Section(
         title=f"Probe on {task}: {first.quantity.replace(' (m)', '')} ({unit}{better})",
         columns=[*columns, "published*"] if has_published else columns,
         lines=lines,
-        notes=[_BEST_NOTE, *(f"published: {source}" for source in sources)],
+        notes=notes,
     )
 
 

@@ -31,6 +31,7 @@ def plant_run(
     joint: bool = False,
     imported: bool = False,
     validated: bool = True,
+    n_samples: int = 18,
     **settings: object,
 ) -> str:
     """A finished run whose validation says what is given; a joint one of several spans, or where that is asked for."""
@@ -39,7 +40,7 @@ def plant_run(
     layers = list(range(parsed[0].start + 1, parsed[-1].stop + 1))
     r2 = list(r2 or [1 - 0.01 * layer for layer in layers])
     validation = {
-        "n_samples": 18,
+        "n_samples": n_samples,
         "loss": 0.25,
         "accuracy": accuracy,
         "r2": {"cls": [value - 0.1 for value in r2], "patches": r2, "all": r2},

@@ -4,9 +4,12 @@ import dataclasses
 import json
 import math
 import statistics
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +18,8 @@ from infra.objects import open_objects
 from storage_schemas.documents import seal, unseal
 from tests.trainer.planted_results import DATA, plant_probe, plant_run
 from trainer.__main__ import main
-from trainer.paper import PAPER, PUBLISHED, published
+from trainer.paper import ABLATION, PAPER, PUBLISHED, published
+from trainer.probes import imagenet, nyuv2
 from trainer.table import BEST, EPSILON, HEAD, LAST, MEAN_R2, R2, Row, Table, make_table
 from trainer.table_csv import COLUMNS, read_csv, write_csv
 from trainer.table_sources import find_results
@@ -317,16 +321,68 @@ def test_published_numbers_are_those_of_the_paper() -> None:
     assert published(VIT_B, 1, "imagenet") is None
 
 
+IMAGENET = {
+    "task": "imagenet",
+    "teacher_name": VIT_B,
+    "n_evaluation": 50_000,
+    "settings": asdict(imagenet.SETTINGS),
+    "task_identity": {"head": "f" * 64, "classes": 1000},
+}
+NYUV2 = {
+    "task": "nyuv2",
+    "metric": "RMSE (m)",
+    "teacher_name": VIT_B,
+    "n_evaluation": 654,
+    "settings": asdict(nyuv2.settings_on(torch.device("cpu"))),
+}
+K3 = ("0-7", "7-10", "10-12")
+
+
 def test_published_numbers_stand_beside_the_best_epoch(tmp_path: Path) -> None:
-    plant_probe(tmp_path / "k3", task="imagenet", spans=("0-7", "7-10", "10-12"), best=0.83, teacher_name=VIT_B)
-    plant_probe(tmp_path / "k1", task="imagenet", spans=("0-12",), best=0.78, teacher_name=VIT_B)
+    plant_probe(tmp_path / "k3", spans=K3, best=0.83, **IMAGENET)
+    plant_probe(tmp_path / "k1", spans=("0-12",), best=0.78, **IMAGENET)
     table = table_of(tmp_path)
     assert only(table, n_blocks=3, selection=BEST).published == 0.83
     assert only(table, n_blocks=3, selection=BEST).published_std == 0.001
+    assert only(table, n_blocks=3, selection=BEST).published_in == PAPER
     assert only(table, n_blocks=3, selection=LAST).published is None, "they report the best epoch"
     assert only(table, n_blocks=1, selection=BEST).published is None
     assert "83.0 ± 0.1" in as_text(table)
-    assert PAPER in as_text(table)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"spans": ("0-6", "6-10", "10-12")},
+        {"settings": {**asdict(imagenet.SETTINGS), "n_epochs": 1}},
+        {"task_identity": {"head": "f" * 64, "classes": 10}},
+        {"n_evaluation": 500},
+        {"teacher_name": "digits_vit"},
+    ],
+)
+def test_published_numbers_do_not_stand_beside_anything_else(tmp_path: Path, changes: dict[str, Any]) -> None:
+    plant_probe(tmp_path / "a", **{"spans": K3, **IMAGENET, **changes})
+    assert {row.published for row in table_of(tmp_path).rows} == {None}
+
+
+def test_what_is_not_quite_as_published_is_remarked(tmp_path: Path) -> None:
+    plant_probe(tmp_path / "head", spans=K3, **{**IMAGENET, "task_identity": {"head": "random", "classes": 1000}})
+    plant_probe(tmp_path / "depth", spans=K3, **NYUV2)
+    text = as_text(table_of(tmp_path))
+    for part in ("theirs began with Meta's head", "theirs with the defects", "k=2 0.605, k=3 0.567", "0.618 ± 0.006"):
+        assert part in text, part
+    plant_probe(tmp_path / "compat/depth", spans=K3, compat=True, **NYUV2)
+    assert "with the defects of the published code, ours" not in as_text(table_of(tmp_path / "compat"))
+
+
+def test_published_accuracy_of_a_raptor_with_the_teachers_head(tmp_path: Path) -> None:
+    for name, n_samples in (("whole", 50_000), ("part", 2048)):
+        about = {"teacher_name": VIT_B, "last_layer": 12, "n_samples": n_samples}
+        plant_run(tmp_path / name, "0-7,7-10,10-12", **about)
+    row = only(table_of(tmp_path / "whole"), what="raptor", task=HEAD)
+    assert (row.published, row.published_in) == (0.824, ABLATION)
+    assert only(table_of(tmp_path / "whole"), what="teacher", task=HEAD).published == 0.846
+    assert {row.published for row in table_of(tmp_path / "part").rows} == {None}
 
 
 # ---------------------------------------------------------------- text, Markdown, CSV
