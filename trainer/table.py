@@ -274,7 +274,7 @@ def _notes(runs: Sequence[FoundRun], probes: Sequence[FoundProbe]) -> list[str]:
     runs = [run for run in runs if run.validation is not None]  # imported weights may have been measured on nothing
     if runs:
         teachers = ", ".join(sorted({run.model.teacher for run in runs}))
-        samples = " or ".join(f"{n:,}" for n in sorted({run.validation["n_samples"] for run in runs}))
+        samples = " or ".join(f"{n:,}" for n in sorted({run.validation["n_samples"] for run in runs if run.validation}))
         store = runs[0].data_key[0][:_SHOWN]
         count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
         notes.append(f"Roll-out of {count} against {teachers}, trained on store {store}, on {samples} samples.")
