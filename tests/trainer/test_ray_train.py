@@ -83,6 +83,7 @@ def quick_ray(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_nothing_is_lost(
     quick_ray: None, store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
