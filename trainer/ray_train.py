@@ -85,7 +85,7 @@ def train_on_ray(
     use_gpu, resources = _resources(ray.cluster_resources(), n_workers, device, grows=grows)
     # On the machine of this command, so that the loss of no other one takes it along.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    desk = ray.remote(_Desk).options(num_cpus=0, scheduling_strategy=here).remote()
+    desk: Any = ray.remote(_Desk).options(num_cpus=0, scheduling_strategy=here).remote()
     # Seen to be there before anybody else is given it: Ray has been seen to cancel an actor that was still starting
     # when its handle came back from another process, as one that nobody refers to.
     ray.get(desk.look.remote(False))
