@@ -9,7 +9,8 @@ import torch
 from infra.console import UserError
 from tests.trainer.probes.dense_trees import nyu_scene, write_nyuv2, write_png, write_table
 from trainer.probes.augment import draw_crop
-from trainer.probes.nyuv2_data import open_nyuv2
+from trainer.probes.dense_transforms import to_tensors
+from trainer.probes.nyuv2_data import depth_of_train, open_nyuv2
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ class TestLoading:
         assert (depth[:60, :60] == 0).all()
 
     def test_train_depth_is_its_share_of_ten_metres(self, root: Path):
-        _, depth = open_nyuv2(str(root))[0].load(0, None)
+        depth = depth_of_train(to_tensors(*open_nyuv2(str(root))[0].files.read(0))[1])
         np.testing.assert_allclose(depth.numpy(), nyu_scene(1)[1], atol=10 / 255 / 2 + 1e-5)
 
     def test_training_keeps_colour_and_depth_in_step(self, root: Path):
@@ -75,7 +76,7 @@ class TestLoading:
             for seed in range(3)
         ]
         assert not all(same)
-        assert torch.equal(ours.load(0, None)[0], theirs.load(0, None)[0])
+        assert ours.files.identity == theirs.files.identity
 
 
 class TestRefusals:
