@@ -44,6 +44,20 @@ class Gradient:
                 torch._dynamo.config.optimize_ddp = False
             self._objective = DistributedDataParallel(self._objective, gradient_as_bucket_view=True)
 
+    def __enter__(self) -> "Gradient":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let go of the other workers; to be done before the process group is destroyed.
+
+        DDP's reducer holds the group too, and an exception's frames hold DDP. If the reducer were the last to go, it
+        would end the group's threads with Python's lock in hand, and a thread that waits for that lock to drop a tensor
+        would never end: the process would hang where it should say what went wrong.
+        """
+        if isinstance(self._objective, DistributedDataParallel):
+            vars(self._objective).pop("logger")
+            vars(self._objective).pop("reducer")
+
     def add(self, share: Share, forcing: float, noise_key: int) -> Float[Tensor, ""]:
         """Add the gradient; for all workers together.
 

@@ -96,8 +96,10 @@ def train(
     saved = newest_checkpoint(run, workers)
     first = 0 if saved is None else saved.step
 
-    with Feed(data.train, config, machine, workers) as feed:
-        gradient = Gradient(model, config, loss_of, machine, workers)
+    with (
+        Feed(data.train, config, machine, workers) as feed,
+        Gradient(model, config, loss_of, machine, workers) as gradient,
+    ):
         meter = Meter(feed, workers)
         if saved is not None:
             put_tensors(model, optimizer, random, saved.tensors)
