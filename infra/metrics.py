@@ -27,14 +27,25 @@ class Series:
     boundaries: tuple[float, ...] = ()
 
 
+_RUN = ("run", "block")
+
 SERIES: Mapping[str, Series] = {
-    "images": Series(kind="counter", description="Images whose states are committed.", tags=("store",)),
-    "bad_images": Series(kind="counter", description="Images that do not decode.", tags=("store",)),
-    "bytes_written": Series(kind="counter", description="Bytes put into the store.", tags=("store",)),
+    # ---- extraction, label `store`: its split, as digits/train
+    "images": Series(kind="counter", description="Images of the shards that were committed.", tags=("store",)),
+    "bad_images": Series(kind="counter", description="Those of them that do not decode.", tags=("store",)),
+    "written_bytes": Series(kind="counter", description="Bytes of the shards that were committed.", tags=("store",)),
     "stage_seconds": Series(
         kind="counter", description="Seconds spent per stage, over all threads.", tags=("store", "stage")
     ),
+    "stage_lanes": Series(
+        kind="gauge", description="Threads that can be in a stage at once, over all workers.", tags=("store", "stage")
+    ),
     "shards": Series(kind="counter", description="Shards done, retried or quarantined.", tags=("store", "result")),
+    "errors": Series(
+        kind="counter",
+        description="Requests that failed in a way that may pass, and were made again.",
+        tags=("store", "where", "kind"),
+    ),
     "shard_duration_seconds": Series(
         kind="histogram",
         description="Seconds from the start of a shard to its commit.",
@@ -42,6 +53,34 @@ SERIES: Mapping[str, Series] = {
         boundaries=(1, 2, 5, 10, 20, 50, 100, 200, 500, 1000),
     ),
     "workers_ready": Series(kind="gauge", description="Workers that take shards.", tags=("store",)),
+    "workers_wanted": Series(kind="gauge", description="Workers that were asked for.", tags=("store",)),
+    "planned_images": Series(kind="gauge", description="Images that the store shall have.", tags=("store",)),
+    "committed_images": Series(
+        kind="gauge", description="Images that the store has, whoever did them.", tags=("store",)
+    ),
+    # ---- training, labels `run`: the last part of its place, and `block`: its span
+    "train_samples": Series(kind="counter", description="Samples trained on, over all workers.", tags=_RUN),
+    "train_steps": Series(kind="counter", description="Optimizer steps.", tags=_RUN),
+    "train_loader_wait_seconds": Series(
+        kind="counter", description="Seconds that the loop waited for the store; of the slowest worker.", tags=_RUN
+    ),
+    "train_step_seconds": Series(
+        kind="counter", description="Seconds that the loop spent on steps, without those waits.", tags=_RUN
+    ),
+    "train_validation_seconds": Series(kind="counter", description="Seconds spent on validation.", tags=_RUN),
+    "train_checkpoint_seconds": Series(kind="counter", description="Seconds spent on checkpoints.", tags=_RUN),
+    "train_fetched_bytes": Series(kind="counter", description="Bytes read from the store.", tags=_RUN),
+    "train_needed_bytes": Series(kind="counter", description="Stored bytes of what was asked for.", tags=_RUN),
+    "train_errors": Series(
+        kind="counter",
+        description="Requests that failed in a way that may pass, and were made again.",
+        tags=(*_RUN, "where", "kind"),
+    ),
+    "train_loss": Series(kind="gauge", description="Mean training loss of the last interval.", tags=_RUN),
+    "train_planned_samples": Series(kind="gauge", description="Samples of the whole run.", tags=_RUN),
+    "train_mfu_ratio": Series(
+        kind="gauge", description="Products per second, over the device's peak as its vendor states it.", tags=_RUN
+    ),
 }
 
 

@@ -225,7 +225,7 @@ class ShardRunner:
     def _count(self, report: ShardReport) -> None:
         self._metrics.add("images", report.n_samples - len(report.bad_images))
         self._metrics.add("bad_images", len(report.bad_images))
-        self._metrics.add("bytes_written", report.nbytes)
+        self._metrics.add("written_bytes", report.nbytes)
         self._metrics.add("shards", result="done")
         self._metrics.observe("shard_duration_seconds", report.wall_s)
         for stage, seconds in report.seconds.items():
