@@ -67,6 +67,47 @@ class WorkersReady:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """The workers that there should be.
+
+    Attributes:
+        n: How many.
+        num_cpus: Cores that each one asks for; no more than the machines that it is meant for have.
+        num_gpus: The same of GPUs.
+        n_fit: How many of them the machines that are there now can hold; None if nobody has looked.
+        have: What the largest machine has, in words.
+    """
+
+    n: int
+    num_cpus: int | float
+    num_gpus: int | float = 0
+    n_fit: int | None = None
+    have: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoRoom:
+    """No machine that is there now can hold a worker; one that can may still come."""
+
+    needs: str
+    have: str
+
+    def __str__(self) -> str:
+        return f"no machine has room for a worker, which needs {self.needs}; {self.have}. Waiting for one that has"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeLeftOut:
+    """Workers cannot start on a machine where others can: it is given no more."""
+
+    node: str
+    cause: str
+
+    def __str__(self) -> str:
+        return f"{self.node} is left out, as workers cannot start there: {self.cause}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class WorkerLost:
     """A worker died, was killed past a deadline, or could not start. `preempted`: its node was taken away on notice."""
 
@@ -113,7 +154,7 @@ class ShardQuarantined:
         return f"shard {self.shard} is quarantined after {self.attempts} attempts: {self.cause}"
 
 
-Event = WorkersReady | WorkerLost | ShardRetried | ShardSuspected | ShardQuarantined
+Event = WorkersReady | NoRoom | NodeLeftOut | WorkerLost | ShardRetried | ShardSuspected | ShardQuarantined
 OnEvent = Callable[[Event], None]
 
 

@@ -6,7 +6,8 @@ known what a dead actor had in flight. Nothing but a shard number goes in and a 
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
@@ -15,6 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorAlreadyExistsError, ActorDiedError, OutOfMemoryError, RayError, RayTaskError
 
+from infra.cluster import draining_nodes
 from pipeline.dispatch import (
     DEFAULT_DEPTH,
     DEFAULT_TRIES,
@@ -22,9 +24,12 @@ from pipeline.dispatch import (
     DispatchError,
     FatalError,
     Ledger,
+    NodeLeftOut,
+    NoRoom,
     OnEvent,
     Outcome,
     Runner,
+    Wanted,
     WorkerLost,
     WorkersReady,
     attempt,
@@ -34,7 +39,9 @@ from pipeline.dispatch import (
 )
 
 POLL_S = 1.0  # how late a stop request or a deadline may be noticed
-DRAIN_POLL_S = 5.0
+LOOK_S = 5.0  # between looks at the cluster: what is there, and what will be taken away
+NO_ROOM_S = 20.0  # without a place for any worker, after which that is said
+NODE_TRIES = 2  # workers that may fail to start on one node, in a row, before it is left out
 BOOT_TIMEOUT_S = 1800.0
 SOUR_AFTER = 3  # raises in a row, on a worker that worked before, after which its process itself is suspected
 
@@ -48,9 +55,9 @@ class ShardActor:
     def __repr__(self) -> str:
         return self._name
 
-    def node_id(self) -> str:
-        """Answered as soon as the actor has a place to run, before any weights are loaded."""
-        return ray.get_runtime_context().get_node_id()
+    def place(self) -> tuple[str, str]:
+        """Node id and host, answered as soon as the actor has a place to run, before any weights are loaded."""
+        return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
 
     def setup(self) -> Attempt:
         """Make the runner."""
@@ -69,7 +76,9 @@ class _Worker:
 
     name: str
     actor: Any
+    asked: Wanted
     node_id: str = ""
+    host: str = ""
     ready: bool = False
     leaving: bool = False
     n_done: int = 0
@@ -99,9 +108,7 @@ def run_on_ray(
     shards: Iterable[int],
     make_runner: Callable[[], Runner],
     *,
-    n_actors: int,
-    num_cpus: int | float,
-    num_gpus: int | float = 0,
+    wanted: Callable[[Set[str]], Wanted],
     depth: int = DEFAULT_DEPTH,
     tries: int = DEFAULT_TRIES,
     boot_tries: int = 5,
@@ -116,9 +123,9 @@ def run_on_ray(
 
     Args:
         make_runner: Picklable and small; called once in each actor.
-        n_actors: Workers asked for, all at once: pending ones are the autoscaler's demand. Never more than shards.
-        num_cpus: Per actor. Ray gives a worker process this many OpenMP threads.
-        num_gpus: Per actor; fractions share a device.
+        wanted: Which workers there should be, given the ids of nodes where none can start; asked every few seconds, as
+            nodes come and go. All are asked of Ray at once: pending ones are the autoscaler's demand. Never more than
+            there are shards. Fractions of a GPU share a device.
         depth: Shards in flight per actor, each in a thread of its own; they overlap reading, device and writing.
         tries: See `Ledger`.
         boot_tries: Workers that may fail to start, in a row, before no more are started.
@@ -138,18 +145,19 @@ def run_on_ray(
         DispatchError: `boot_tries` workers in a row could not start, and none is running.
     """
     ledger = Ledger(shards, tries=tries, depth=depth, on_event=on_event)
-    n_actors = min(n_actors, ledger.n_waiting)
     remote_class = ray.remote(ShardActor)
     numbers = itertools.count()
 
-    def spawn() -> _Worker:
+    def spawn(asked: Wanted, without: Set[str]) -> _Worker:
+        elsewhere = {"ray.io/node-id": f"!in({','.join(sorted(without))})"} if without else None
         while True:
             worker_name = f"{name}-{next(numbers)}"
             try:
                 actor = remote_class.options(
                     name=worker_name,
-                    num_cpus=num_cpus,
-                    num_gpus=num_gpus,
+                    num_cpus=asked.num_cpus,
+                    num_gpus=asked.num_gpus,
+                    label_selector=elsewhere,
                     max_concurrency=depth,
                     max_restarts=0,
                     max_task_retries=0,
@@ -158,10 +166,10 @@ def run_on_ray(
                 ).remote(worker_name, make_runner)
             except ActorAlreadyExistsError:  # one of an earlier run, just killed, whose name Ray has not yet let go
                 continue
-            return _Worker(name=worker_name, actor=actor)
+            return _Worker(name=worker_name, actor=actor, asked=asked)
 
     pool = _Pool(
-        ledger=ledger, spawn=spawn, n_actors=n_actors, depth=depth, boot_tries=boot_tries,
+        ledger=ledger, spawn=spawn, wanted=wanted, n_shards=ledger.n_waiting, depth=depth, boot_tries=boot_tries,
         shard_timeout_s=shard_timeout_s, boot_timeout_s=boot_timeout_s, on_event=on_event, call_name=f"{name}:shard",
     )  # fmt: skip
     try:
@@ -181,8 +189,9 @@ class _Pool:
     """Actors and calls in flight; every judgement about shards is the ledger's."""
 
     ledger: Ledger
-    spawn: Callable[[], _Worker]
-    n_actors: int
+    spawn: Callable[[Wanted, Set[str]], _Worker]
+    wanted: Callable[[Set[str]], Wanted]
+    n_shards: int
     depth: int
     boot_tries: int
     shard_timeout_s: int | float | None
@@ -193,12 +202,16 @@ class _Pool:
     calls: dict[ray.ObjectRef, _Call] = field(default_factory=dict)
     failed_boots: int = 0  # in a row
     boot_failure: str = ""  # the last one
-    next_drain_poll: float = 0.0
+    failed_on: Counter[str] = field(default_factory=Counter)  # node id -> workers in a row that failed to start there
+    left_out: set[str] = field(default_factory=set)  # ids of nodes
+    now: Wanted = field(default_factory=lambda: Wanted(n=0, num_cpus=0))  # as last asked
+    next_look: float = 0.0
+    no_room_since: float | None = None
     last_told: WorkersReady | None = None
 
     def feed(self) -> None:
         """Give work to the workers, one shard each in turn; send home who is not needed; ask for who is missing."""
-        self._note_draining_nodes()
+        self._look()
         for _ in range(self.depth):
             for worker in self.workers:
                 if worker.ready and not worker.leaving:
@@ -242,14 +255,51 @@ class _Pool:
     def _call(self, ref: ray.ObjectRef, worker: _Worker, **more: Any) -> None:
         self.calls[ref] = _Call(worker=worker, since=time.monotonic(), **more)
 
+    def _look(self) -> None:
+        """Every few seconds: which workers there should be now, and which nodes will be taken away."""
+        if time.monotonic() < self.next_look:
+            return
+        self.next_look = time.monotonic() + LOOK_S
+        draining = draining_nodes()
+        for worker in self.workers:
+            if worker.node_id in draining:
+                self._let_go(worker, "its node will be taken away; it finishes what it has", preempted=True)
+        self.now = self.wanted(self.left_out)
+        # Workers that wait for a place ask for what is wanted now; those that have the wrong device are replaced.
+        for worker in list(self.workers):
+            if not worker.node_id and _shape(worker.asked) != _shape(self.now):
+                self._remove(worker)
+            elif worker.node_id and worker.asked.num_gpus != self.now.num_gpus:
+                self._let_go(worker, "the cluster has other machines for workers now")
+        surplus = sum(not worker.leaving for worker in self.workers) - self.now.n
+        for worker in [worker for worker in self.workers if not worker.node_id][: max(0, surplus)]:
+            self._remove(worker)
+        self._tell_no_room()
+        self._tell_ready()
+
+    def _tell_no_room(self) -> None:
+        """Say once that all wait for a machine that is not there."""
+        if self.now.n_fit != 0 or any(worker.node_id for worker in self.workers):
+            self.no_room_since = None
+        elif self.no_room_since is None:
+            self.no_room_since = time.monotonic()
+        elif time.monotonic() - self.no_room_since > NO_ROOM_S:
+            needs = f"{self.now.num_cpus:g} CPUs and {self.now.num_gpus:g} GPUs"
+            self.on_event(NoRoom(needs=needs, have=self.now.have))
+            self.no_room_since = float("inf")
+
+    @property
+    def _n_wanted(self) -> int:
+        return min(self.now.n, self.n_shards)
+
     def _start_missing(self) -> None:
         staying = sum(not worker.leaving for worker in self.workers)
-        missing = min(self.n_actors, self.ledger.n_waiting) - staying
+        missing = min(self._n_wanted, self.ledger.n_waiting) - staying
         if self.failed_boots < self.boot_tries:
             for _ in range(missing):
-                worker = self.spawn()
+                worker = self.spawn(self.now, self.left_out)
                 self.workers.append(worker)
-                self._call(worker.actor.node_id.remote(), worker)
+                self._call(worker.actor.place.remote(), worker)
                 self._tell_ready()
         elif missing > 0 and not any(worker.ready for worker in self.workers):
             raise DispatchError(
@@ -257,10 +307,10 @@ class _Pool:
                 f"{self.boot_failure}\nPut that right and run the same command again; finished shards are kept."
             )
 
-    def _boot_step(self, worker: _Worker, result: Attempt | str) -> None:
+    def _boot_step(self, worker: _Worker, result: Attempt | tuple[str, str]) -> None:
         """A worker has got its place, or has made its runner, or has failed to."""
-        if isinstance(result, str):
-            worker.node_id = result
+        if isinstance(result, tuple):
+            worker.node_id, worker.host = result
             self._call(worker.actor.setup.remote(), worker, timeout_s=self.boot_timeout_s)
         elif result.fatal:
             raise FatalError(result.cause)
@@ -268,16 +318,26 @@ class _Pool:
             self._boot_failed(worker, result.cause, result.trace)
         else:
             worker.ready, self.failed_boots = True, 0
+            self.failed_on.pop(worker.node_id, None)
             self._tell_ready()
 
     def _boot_failed(self, worker: _Worker, cause: str, trace: str = "") -> None:
         self._remove(worker)
         self.failed_boots += 1
         self.boot_failure = trace or cause
-        self.on_event(WorkerLost(worker=worker.name, cause=f"it could not start: {cause}"))
+        where = f" on {worker.host}" if worker.host else ""
+        self.on_event(WorkerLost(worker=worker.name, cause=f"it could not start{where}: {cause}"))
+        self.failed_on[worker.node_id] += 1
+        others = any(other.ready and other.node_id != worker.node_id for other in self.workers)
+        if others and self.failed_on[worker.node_id] == NODE_TRIES and worker.node_id:
+            self.left_out.add(worker.node_id)
+            self.failed_boots = 0
+            self.next_look = 0.0
+            self.on_event(NodeLeftOut(node=worker.host, cause=cause))
 
     def _lost(self, worker: _Worker, cause: str, *, preempted: bool = False) -> Iterator[Outcome]:
-        preempted = preempted or worker.node_id in _draining_nodes()
+        preempted = preempted or worker.node_id in draining_nodes()
+        self.next_look = 0.0  # its node may be gone
         if not worker.ready and not preempted:
             self._boot_failed(worker, cause)
             return
@@ -303,14 +363,6 @@ class _Pool:
         for worker, cause in overdue.items():
             yield from self._lost(worker, cause)
 
-    def _note_draining_nodes(self) -> None:
-        if time.monotonic() >= self.next_drain_poll:
-            self.next_drain_poll = time.monotonic() + DRAIN_POLL_S
-            draining = _draining_nodes()
-            for worker in self.workers:
-                if worker.node_id in draining:
-                    self._let_go(worker, "its node will be taken away; it finishes what it has", preempted=True)
-
     def _let_go(self, worker: _Worker, cause: str, *, preempted: bool = False) -> None:
         if not worker.leaving:
             worker.leaving = True
@@ -319,7 +371,7 @@ class _Pool:
 
     def _tell_ready(self) -> None:
         now = WorkersReady(
-            ready=sum(worker.ready and not worker.leaving for worker in self.workers), total=self.n_actors
+            ready=sum(worker.ready and not worker.leaving for worker in self.workers), total=self._n_wanted
         )
         if now != self.last_told:
             self.last_told = now
@@ -345,14 +397,5 @@ def _why(error: RayError) -> str:
     return text.strip()
 
 
-def _draining_nodes() -> set[str]:
-    """Ids of nodes that will soon be taken away.
-
-    A private call of Ray, right for 2.60. Where it does not work we lose the early notice and nothing else.
-    """
-    try:
-        from ray._private.state import state
-
-        return set(state.get_draining_nodes())
-    except (ImportError, AttributeError, RuntimeError, RayError):
-        return set()
+def _shape(wanted: Wanted) -> tuple[int | float, int | float]:
+    return wanted.num_cpus, wanted.num_gpus

@@ -5,7 +5,7 @@ shard that a living job has given up is given up here too.
 """
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Sequence, Set
 from contextlib import closing
 from dataclasses import replace
 
@@ -21,6 +21,7 @@ from pipeline.dispatch import (
     Outcome,
     ShardQuarantined,
     ShardRetried,
+    Wanted,
     WorkersReady,
     run_plain,
 )
@@ -31,7 +32,7 @@ from pipeline.shard import RunnerConfig, ShardElsewhere, ShardReport, resolve_de
 from pipeline.shard_writer import N_PUT_THREADS
 from pipeline.sources import ImageFolderSource, Source
 from pipeline.teacher import Teacher
-from pipeline.workers import RunConfig, actor_resources, n_actors, n_threads
+from pipeline.workers import MakeRunner, RunConfig, machines_of_ray, n_threads, wanted_workers
 from storage_schemas.commit import Commit
 from storage_schemas.reader import list_commits, load_commits
 
@@ -226,13 +227,13 @@ class Rounds:
             return
         from pipeline.dispatch_ray import run_on_ray
 
-        num_cpus, num_gpus = actor_resources(run)
+        def wanted(without: Set[str] = frozenset()) -> Wanted:
+            return wanted_workers(run, machines_of_ray(without))
+
         yield from run_on_ray(
             shards,
-            self._runner_config(num_cpus),
-            n_actors=n_actors(run),
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
+            MakeRunner(config=self._runner_config(run.cpus_per_worker)),
+            wanted=wanted,
             depth=depth,
             shard_timeout_s=run.shard_timeout_s,
             environment=worker_environment(self._job.planned.location),

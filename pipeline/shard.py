@@ -160,6 +160,23 @@ class ShardRunner:
     def spec(self) -> StoreSpec:
         return self._document.spec
 
+    def check_source(self) -> None:
+        """Read an image or two, for one machine of a cluster may lack what the others have.
+
+        Raises:
+            SourceError: Neither the first image nor the last can be read here.
+        """
+        for index in (0, len(self._samples) - 1):
+            try:
+                self._read_bytes(self._samples[index])
+            except BadImageError:
+                return  # bytes have come
+            except SourceError as error:
+                failure = error
+            else:
+                return
+        raise failure
+
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown()

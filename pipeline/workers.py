@@ -1,15 +1,23 @@
 """How the work is done: with Ray or without, how many workers, with what of the machines."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from infra.cluster import check_fits, connected
+from infra.cluster import check_fits, connected, draining_nodes
 from infra.console import UserError, say
 from infra.machine import n_cores
+from pipeline.dispatch import Wanted
+from pipeline.shard import RunnerConfig, ShardRunner
+
+MOST_CORES = 64
+"""Of a worker with a GPU: decoding 8,000 images/s takes 48 to 80 cores, and threads beyond that wait for each other."""
+
+MOST_IDLE = 0.1
+"""Share of all cores that may be left over where machines without GPUs differ in size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +27,8 @@ class RunConfig:
     Attributes:
         ray_address: Cluster to join; None is RAY_ADDRESS, or a private Ray in this machine.
         no_ray: Do everything in this process.
-        workers: Teacher actors; None is one per GPU, or one per machine without GPUs.
+        workers: Teacher actors; None is one per GPU, or one per machine without GPUs, counted again while machines
+            come and go. A cluster that makes machines on demand makes as many as are asked for here.
         cpus_per_worker: Cores of each; None shares out what there is.
         depth: Shards in flight per worker; bounds its memory. None is 3 on a GPU, else 2.
         shard_timeout_s: A shard that takes longer loses its worker, seconds.
@@ -80,30 +89,113 @@ def ray_for(run: RunConfig) -> Iterator[None]:
     """Ray, joined or started, that can hold such workers; left or ended afterwards."""
     with connected(run.ray_address, dashboard=run.dashboard, verbose=run.verbose, say=say) as connection:
         say(str(connection))
-        cpus, gpus = actor_resources(run)
-        check_fits(num_cpus=cpus, num_gpus=gpus, connection=connection)
+        wanted = wanted_workers(run, machines_of_ray())
+        check_fits(num_cpus=wanted.num_cpus, num_gpus=wanted.num_gpus, connection=connection)
         yield
 
 
-def actor_resources(run: RunConfig) -> tuple[int, float]:
-    """CPUs and GPUs of one worker: a GPU each where there are any, and a fair share of the cores. Ray is connected."""
-    n_cpus, n_gpus, n_nodes = _cluster(run)
-    if n_gpus:
-        return run.cpus_per_worker or max(1, min(16, n_cpus // n_gpus)), 1.0
-    return run.cpus_per_worker or max(1, n_cpus // (run.workers or n_nodes)), 0.0
+@dataclass(frozen=True)
+class MachineRoom:
+    """What one machine of a cluster has for workers.
+
+    Attributes:
+        cpus: Cores, as Ray counts them.
+        gpus: Whole GPUs.
+    """
+
+    cpus: int
+    gpus: int = 0
 
 
-def n_actors(run: RunConfig) -> int:
-    """Workers to ask for: as many as asked, else one per GPU, else one per node. Ray is connected."""
-    _, n_gpus, n_nodes = _cluster(run)
-    return run.workers or n_gpus or n_nodes
+def machines_of_ray(without: Set[str] = frozenset()) -> list[MachineRoom]:
+    """The machines that are there now and will stay. Ray is connected.
 
-
-def _cluster(run: RunConfig) -> tuple[int, int, int]:
-    """CPUs, GPUs that may be used, and nodes that can work."""
+    Args:
+        without: Ids of nodes to leave out.
+    """
     import ray
 
-    total = ray.cluster_resources()
-    n_gpus = 0 if run.device == "cpu" else int(total.get("GPU", 0))
-    n_nodes = sum(1 for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1)
-    return int(total.get("CPU", 1)), n_gpus, max(1, n_nodes)
+    gone = without | draining_nodes()
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in gone]
+    return [MachineRoom(int(has.get("CPU", 0)), int(has.get("GPU", 0))) for has in alive]
+
+
+def wanted_workers(run: RunConfig, machines: Sequence[MachineRoom]) -> Wanted:
+    """Workers for these machines: WORKERS of them if that was typed, else as many as there is room for now.
+
+    Each gets a GPU if there are any and DEVICE allows it, and as many cores as there are for each GPU on the machine
+    that has the fewest. Without GPUs, each gets as many cores as can be while at most a tenth of all cores are left
+    over: one worker per machine where machines are alike.
+
+    Where no machine has room yet, one worker is wanted all the same: it is what makes a cluster grow from nothing.
+    """
+    with_gpus = [machine for machine in machines if machine.gpus and machine.cpus] if run.device != "cpu" else []
+    if with_gpus or run.device.startswith("cuda"):
+        cpus = run.cpus_per_worker or min([MOST_CORES, *(max(1, one.cpus // one.gpus) for one in with_gpus)])
+        if not with_gpus:
+            cpus = run.cpus_per_worker or 1  # of machines that are still to come
+        n_fit = sum(min(one.gpus, one.cpus // cpus) for one in with_gpus)
+        return _wanted(run, machines, cpus, 1, n_fit)
+    cores = [machine.cpus for machine in machines if machine.cpus]
+    cpus = run.cpus_per_worker or _shared_cores(cores, run.workers)
+    return _wanted(run, machines, cpus, 0, sum(n // cpus for n in cores))
+
+
+def _wanted(run: RunConfig, machines: Sequence[MachineRoom], num_cpus: int, num_gpus: int, n_fit: int) -> Wanted:
+    largest = max(machines, key=lambda one: (one.gpus if num_gpus else 0, one.cpus), default=None)
+    have = "there is no machine" if largest is None else f"the largest machine has {_room(largest.cpus, largest.gpus)}"
+    n = run.workers or max(1, n_fit)
+    return Wanted(n=n, num_cpus=num_cpus, num_gpus=num_gpus, n_fit=n_fit, have=have)
+
+
+def _room(cpus: int | float, gpus: int | float) -> str:
+    return f"{cpus:g} CPUs and {gpus:g} GPUs"
+
+
+def _shared_cores(cores: Sequence[int], n_workers: int | None) -> int:
+    """Cores of each worker on machines without GPUs."""
+    if not cores:
+        return 1
+    if n_workers is not None:  # the most that lets all of them in, if they can be let in
+        return next((n for n in range(max(cores), 1, -1) if sum(one // n for one in cores) >= n_workers), 1)
+    most = sum(cores)
+    return max(n for n in cores if n * sum(one // n for one in cores) >= (1 - MOST_IDLE) * most or n == min(cores))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MakeRunner:
+    """Makes a runner where a worker has been placed, with the cores and the device that are its own there.
+
+    Attributes:
+        config: The runner's. Without n_threads it uses the cores that it was given; with a GPU, all that the machine
+            has for each of its GPUs.
+    """
+
+    config: RunnerConfig
+
+    def __call__(self) -> ShardRunner:
+        """Make it, in the worker.
+
+        Raises:
+            SourceError: No image can be read on this machine.
+        """
+        import ray
+
+        given = ray.get_runtime_context().get_assigned_resources()
+        config, on_gpu = self.config, bool(given.get("GPU", 0))
+        if config.n_threads is None:
+            config = replace(config, n_threads=max(1, int(given.get("CPU", 1)), _cores_for_each_gpu() if on_gpu else 0))
+        if config.device == "auto" and not on_gpu:
+            config = replace(config, device="cpu")  # Ray does not hide the GPUs of the machine
+        runner = config()
+        runner.check_source()
+        return runner
+
+
+def _cores_for_each_gpu() -> int:
+    """Of the machine that this worker is on."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    has = next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here)
+    return min(MOST_CORES, int(has.get("CPU", 0)) // max(1, int(has.get("GPU", 1))))

@@ -77,7 +77,7 @@ import os, signal, sys, urllib.request
 from infra.cluster import connected
 from infra.console import stop_on_signals
 from pipeline.dispatch_ray import run_on_ray
-from pipeline.dispatch import Outcome
+from pipeline.dispatch import Outcome, Wanted
 
 class Where:
     def run(self, shard):
@@ -90,7 +90,7 @@ def main():
         assert connection.dashboard_url.startswith("http://127.0.0.1:"), connection
         urllib.request.urlopen(connection.dashboard_url, timeout=30).close()
         done = []
-        for outcome in run_on_ray(range(1000), Where, n_actors=1, num_cpus=1, stop=stop):
+        for outcome in run_on_ray(range(1000), Where, wanted=lambda _: Wanted(n=1, num_cpus=1), stop=stop):
             assert outcome.ok, outcome
             done.append(outcome)
             if len(done) == 5:

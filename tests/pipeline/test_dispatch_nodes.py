@@ -2,15 +2,20 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-from pipeline.dispatch import WorkerLost, WorkersReady
+from pipeline.dispatch import Wanted, WorkerLost, WorkersReady
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+
+def two_workers(without: Set[str]) -> Wanted:
+    """Two workers of one core, whatever the cluster has."""
+    return Wanted(n=2, num_cpus=1)
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ def test_a_drained_and_lost_node_costs_no_attempt_and_its_successor_joins(nodes:
     with connected(nodes.address) as connection:
         assert not connection.embedded
         for outcome in run_on_ray(
-            range(60), Sleeper(0.5), n_actors=2, num_cpus=1, depth=2, tries=1, on_event=events.append
+            range(60), Sleeper(0.5), wanted=two_workers, depth=2, tries=1, on_event=events.append
         ):
             outcomes.append(outcome)
             if drained_at is None and {o.report for o in outcomes} == {first.node_id, second.node_id}:
@@ -85,19 +90,19 @@ def test_a_drained_and_lost_node_costs_no_attempt_and_its_successor_joins(nodes:
 
 def test_a_draining_node_is_given_nothing_more(nodes: Any) -> None:
     from infra.cluster import connected
-    from pipeline.dispatch_ray import DRAIN_POLL_S, run_on_ray
+    from pipeline.dispatch_ray import LOOK_S, run_on_ray
 
     first, second = (nodes.add_node(num_cpus=1, **nodes.small) for _ in range(2))
     drained_at, late_on_second = None, 0
     with connected(nodes.address):
         seen = set()
-        for outcome in run_on_ray(range(60), Sleeper(0.5), n_actors=2, num_cpus=1, depth=1):
+        for outcome in run_on_ray(range(60), Sleeper(0.5), wanted=two_workers, depth=1):
             seen.add(outcome.report)
             assert outcome.ok
             if drained_at is None and seen == {first.node_id, second.node_id}:
                 drain(nodes, second)
                 drained_at = time.monotonic()
-            if drained_at and time.monotonic() > drained_at + DRAIN_POLL_S + 2:
+            if drained_at and time.monotonic() > drained_at + LOOK_S + 2:
                 late_on_second += outcome.report == second.node_id
     assert drained_at
     assert late_on_second == 0

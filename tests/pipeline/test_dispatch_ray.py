@@ -16,6 +16,7 @@ from pipeline.dispatch import (
     Outcome,
     ShardRetried,
     ShardSuspected,
+    Wanted,
     WorkerLost,
     WorkersReady,
 )
@@ -94,8 +95,10 @@ def start(ray_cluster: None, tmp_path: Path) -> Iterator:
 
     def start_(shards: range, behaviour: Behaviour | None = None, **settings: object) -> Iterator[Outcome]:
         make_runner = replace(behaviour, log=tmp_path) if behaviour else Behaviour(tmp_path)
-        defaults = {"n_actors": 2, "num_cpus": 1, "on_event": events.append}
-        return run_on_ray(shards, make_runner, **(defaults | settings))
+        names = {"n_actors": "n", "num_cpus": "num_cpus", "num_gpus": "num_gpus"}
+        asked = {names[name]: settings.pop(name) for name in names if name in settings}
+        wanted = Wanted(**({"n": 2, "num_cpus": 1} | asked))
+        return run_on_ray(shards, make_runner, wanted=lambda _: wanted, **({"on_event": events.append} | settings))
 
     start_.events = events  # type: ignore[attr-defined]
     yield start_
