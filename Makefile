@@ -77,6 +77,7 @@ help: ## list targets and variables
 #: RAY_ADDRESS a Ray cluster to run on                                                     [Ray in this machine]
 #: WORKERS     teacher actors; of a training, processes that share its batches  [one per GPU, else machine; no Ray]
 #: NO_RAY=1    extract in one process                                                                      [off]
+#: WHAT        with make deploy: docker, bucket, kubernetes or vms; variables in docs/deploy.md        [must be given]
 #: ARGS        further flags, passed on as they are: ARGS="--overwrite"                                   [none]
 
 $(READY): requirements.txt pyproject.toml
@@ -88,7 +89,7 @@ $(READY): requirements.txt pyproject.toml
 	  --config-settings editable_mode=compat
 	@touch $(READY)
 
-.PHONY: help venv extract plan stores inspect copy convert verify phases train raptor import probe teacher s3 bench test test-slow check format requirements table demo
+.PHONY: help venv extract plan stores inspect copy convert verify phases train raptor import probe teacher s3 bench test test-slow check format requirements table demo deploy
 
 venv: $(READY) ## make .venv and nothing else
 
@@ -147,6 +148,13 @@ teacher: $(READY) ## train digits_vit, the small teacher that ships with the pro
 
 s3: $(READY) ## a local S3 server for trying things; prints what to export. PORT=9000, in memory
 	@$(PYTHON) -m infra s3 $(call flag,PORT) $(ARGS)
+
+DEPLOY_VARIABLES := BUCKET PREFIX IMAGES WEIGHTS BLOCKS EXTRACT_ARGS TRAIN_ARGS IMAGE NAME REGION ENDPOINT_URL NODES \
+  GPUS_PER_NODE CORES_PER_NODE MEMORY_GIB NOTICE_S HOURS NAMESPACE ROLE_ARN S3_SECRET SPOT_LABEL ON_DEMAND_LABEL \
+  INSTANCE_TYPE HEAD_INSTANCE_TYPE OUT
+
+deploy: $(READY) ## files for a cluster, and what to type with them: WHAT=docker, bucket, kubernetes or vms, IMAGE= BUCKET=
+	@$(PYTHON) -m infra deploy $(call quote,$(WHAT)) $(call flags,$(DEPLOY_VARIABLES)) $(if $(filter 0,$(SPOT)),--no-spot) $(ARGS)
 
 bench: $(READY) ## side-by-side benchmarks; results under benchmarks/results/
 	@$(PYTHON) -m benchmarks all $(ARGS)
