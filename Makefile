@@ -74,7 +74,11 @@ help: ## list targets and variables
 #: PORT        with make s3: where it listens                                                          [9000]
 #: RECOMPUTE   with make verify: so many images are made anew and compared (give IMAGES)                  [off]
 #: REPAIR=1    with make verify: mend what is wrong (give IMAGES as extracted)                             [off]
-#: RAY_ADDRESS a Ray cluster to run on                                                     [Ray in this machine]
+#: RAY_ADDRESS a Ray cluster to run on; for make submit its dashboard, http://HOST:8265    [Ray in this machine]
+#: CMD         with make submit: a target and its variables, CMD="extract STORE=s3://..."       [must be given]
+#: JOB         with make logs and make stop: as make jobs lists it                               [must be given]
+#: DETACH=1 WORKING_DIR=1   with make submit: do not follow the job; send the code of this checkout        [off]
+#: CPUS GPUS GRACE   with make submit: kept for the command itself; seconds it may take to stop   [0 or 1; 0; 600]
 #: WORKERS     teacher actors; of a training, processes that share its batches  [one per GPU, else machine; no Ray]
 #: NO_RAY=1    extract in one process                                                                      [off]
 #: WHAT        with make deploy: docker, bucket, kubernetes or vms; variables in docs/deploy.md        [must be given]
@@ -89,7 +93,7 @@ $(READY): requirements.txt pyproject.toml
 	  --config-settings editable_mode=compat
 	@touch $(READY)
 
-.PHONY: help venv extract plan stores inspect copy convert verify phases train raptor import probe teacher s3 bench test test-slow check format requirements table demo deploy
+.PHONY: help venv extract plan stores inspect copy convert verify phases train raptor import probe teacher s3 submit jobs logs stop bench test test-slow check format requirements table demo deploy
 
 venv: $(READY) ## make .venv and nothing else
 
@@ -155,6 +159,19 @@ DEPLOY_VARIABLES := BUCKET PREFIX IMAGES WEIGHTS BLOCKS EXTRACT_ARGS TRAIN_ARGS 
 
 deploy: $(READY) ## files for a cluster, and what to type with them: WHAT=docker, bucket, kubernetes or vms, IMAGE= BUCKET=
 	@$(PYTHON) -m infra deploy $(call quote,$(WHAT)) $(call flags,$(DEPLOY_VARIABLES)) $(if $(filter 0,$(SPOT)),--no-spot) $(ARGS)
+
+submit: $(READY) ## a target as a job of a Ray cluster, followed: make submit CMD="train BLOCK=all STORE=s3://..."
+	@$(PYTHON) -m infra submit $(call quote,$(CMD)) $(call flags,RAY_ADDRESS CPUS GPUS GRACE) \
+	  $(call switch,DETACH) $(call switch,WORKING_DIR) $(ARGS)
+
+jobs: $(READY) ## the jobs of a Ray cluster, newest first
+	@$(PYTHON) -m infra jobs $(call flag,RAY_ADDRESS)
+
+logs: $(READY) ## follow a job of a Ray cluster from its beginning: JOB=
+	@$(PYTHON) -m infra logs $(call quote,$(JOB)) $(call flag,RAY_ADDRESS)
+
+stop: $(READY) ## let a job of a Ray cluster finish what is in flight, and stop: JOB=
+	@$(PYTHON) -m infra stop $(call quote,$(JOB)) $(call flag,RAY_ADDRESS)
 
 bench: $(READY) ## side-by-side benchmarks; results under benchmarks/results/
 	@$(PYTHON) -m benchmarks all $(ARGS)

@@ -19,16 +19,30 @@ from tqdm import tqdm
 
 
 class ExitCode(enum.IntEnum):
-    """The exit codes of every door (`python -m <package>`). This is the only table of them."""
+    """The exit codes of every door (`python -m <package>`). `meaning` is the only table of them."""
 
     OK = 0
-    ERROR = 1  # a bug or an unforeseen failure of the outside world, with a traceback
-    BAD_INPUT = 2  # a setting, path or file must be put right first; nothing was damaged
-    PROBLEMS = (
-        3  # it ran, but something is amiss: quarantined shards, too many bad images, corrupt objects, a full disk
-    )
-    INTERRUPTED = 75  # stopped on request after finishing what was in flight; the same command resumes
-    KILLED = 130  # stopped at once by a second Ctrl-C; the same command resumes
+    ERROR = 1
+    BAD_INPUT = 2
+    PROBLEMS = 3
+    INTERRUPTED = 75
+    KILLED = 130
+
+    @property
+    def meaning(self) -> str:
+        """In words, for people."""
+        return _MEANINGS[self]
+
+
+_MEANINGS = {
+    ExitCode.OK: "done",
+    ExitCode.ERROR: "a bug, or a failure of the outside world that nobody foresaw; a traceback tells",
+    ExitCode.BAD_INPUT: "a setting, path or file must be put right first; nothing was damaged",
+    ExitCode.PROBLEMS: "it ran, but something is amiss: quarantined shards, too many bad images, corrupt objects, a "
+    "full disk",
+    ExitCode.INTERRUPTED: "stopped on request, after what was in flight was finished; the same command goes on",
+    ExitCode.KILLED: "stopped at once, by a second Ctrl-C or before work began; the same command goes on",
+}
 
 
 class UserError(Exception):

@@ -19,8 +19,13 @@ BUCKET = "demo"
 _HOST = "127.0.0.1"
 
 
-def serve(port: int) -> None:
-    """Serve S3 on loopback until Ctrl-C, with a bucket; prints what to export and what to type next.
+def serve(port: int = 9000) -> None:
+    """Start an S3 server on this machine, for trying things. What it holds is gone when it stops.
+
+    It has a bucket, and prints what to export and what to type next.
+
+    Args:
+        port: Of loopback, where it listens; 0 is any that is free.
 
     Raises:
         UserError: The port is taken.

@@ -1,0 +1,372 @@
+"""Jobs of a Ray cluster: submit one, list them, follow one, stop one.
+
+Thin over `ray.job_submission`, which speaks HTTP with the dashboard of the cluster's head. Nothing secret is sent: what
+a job is told (its command, its variables, its environment) can be read by everybody who sees the dashboard.
+"""
+
+import asyncio
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from infra.console import ExitCode, UserError, human_duration
+from infra.job_command import TARGETS, JobCommand, is_loopback
+
+KNOCK_TIMEOUT_S = 10.0
+POLL_S = 1.0
+GRACE_S = 600
+EXPECTED = "Expected RAY_ADDRESS=http://HOST:8265, the address of the cluster's dashboard"
+_STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"  # Ray's: SIGTERM, then so many seconds (3 if nobody says), then SIGKILL
+_ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+_RECONNECTS = 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """What the cluster is asked to run.
+
+    Attributes:
+        name: Its id begins with this.
+        entrypoint: A line for a shell.
+        command: The same, as typed behind make.
+        environment: Variables of the job and its workers; never keys.
+        working_dir: Zip file of the code; None: it is there already.
+        num_cpus: Cores kept for the command itself, wherever there are some free; 0 puts it on the head at once.
+        num_gpus: GPUs kept for the command itself.
+    """
+
+    name: str
+    entrypoint: str
+    command: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+    working_dir: Path | None = None
+    num_cpus: float = 0
+    num_gpus: float = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRow:
+    """A job as people ask for it.
+
+    Attributes:
+        job: Its id.
+        state: Ray's word: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED.
+        began: Seconds since 1970.
+        ended: The same; None while it runs.
+        command: As typed behind make, else the line that runs.
+        message: Why it is so, or how far it is, on one line.
+        submitted: Whether it can be followed and stopped from here.
+        exit_code: Of its command, once it has ended by itself.
+    """
+
+    job: str
+    state: str
+    began: float
+    ended: float | None
+    command: str
+    message: str
+    submitted: bool
+    exit_code: int | None = None
+
+    @property
+    def lives(self) -> bool:
+        return self.state not in _ENDED
+
+
+def dashboard_address(given: str | None = None) -> str:
+    """Where the dashboard is: as given, else RAY_ADDRESS, else of the cluster that `ray start` began on this machine.
+
+    Raises:
+        UserError: It is no such address, or there is none.
+    """
+    found = given or os.environ.get("RAY_ADDRESS") or ""
+    if not found:
+        return _dashboard_here()
+    if not found.startswith(("http://", "https://")):
+        raise UserError(f"RAY_ADDRESS={found} is where programs join a cluster; jobs go to its dashboard. {EXPECTED}")
+    parts = urlsplit(found)
+    if not parts.hostname or parts.path not in ("", "/") or parts.query or parts.username:
+        raise UserError(f"RAY_ADDRESS={found} is more than an address. {EXPECTED}")
+    return found.rstrip("/")
+
+
+def _dashboard_here() -> str:
+    """Ask the cluster that `ray start` has begun here; one inside a running job is none to send others to."""
+    from ray._common.utils import get_ray_address_file
+    from ray.dashboard.utils import get_address_for_submission_client
+    from ray.exceptions import RayError
+
+    nobody = f"no Ray cluster was started on this machine. {EXPECTED}; or start one here: .venv/bin/ray start --head"
+    file = Path(get_ray_address_file(None))
+    if not file.exists():
+        raise UserError(nobody)
+    address = file.read_text().strip()
+    try:
+        _knock(f"tcp://{address}")
+        return get_address_for_submission_client(address)
+    except (OSError, ValueError, RuntimeError, RayError) as error:
+        raise UserError(f"{nobody}. (The last one that was begun, {address}, does not answer: {error})") from error
+
+
+def _knock(url: str) -> None:
+    """Raise OSError unless somebody listens; Ray itself would try for ever."""
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    socket.create_connection((parts.hostname or "", port), timeout=KNOCK_TIMEOUT_S).close()
+
+
+def connect_jobs(address: str) -> Any:
+    """A `ray.job_submission.JobSubmissionClient` of this very address.
+
+    Raises:
+        UserError: Nobody answers there, it is no Ray, or it wants a token that we have not got.
+    """
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    os.environ["RAY_API_SERVER_ADDRESS"] = address  # or Ray would let RAY_ADDRESS win over what it is given
+    try:
+        _knock(address)
+        return JobSubmissionClient(address)
+    except AuthenticationError as error:
+        raise UserError(
+            f"{address} asks for a token, or has refused ours. Put the cluster's into a file and type: "
+            "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=<file>"
+        ) from error
+    except (OSError, ValueError, RuntimeError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"no Ray dashboard answers at {address} ({why}). {EXPECTED}") from error
+
+
+def submission_of(
+    command: JobCommand,
+    *,
+    address: str,
+    environment: Mapping[str, str],
+    python: str = "python",
+    working_dir: Path | None = None,
+    num_cpus: float | None = None,
+    num_gpus: float = 0,
+    grace_s: int = GRACE_S,
+) -> Submission:
+    """What to ask the cluster for.
+
+    Args:
+        command: As typed.
+        address: Of the dashboard.
+        environment: Of S3; see `s3_environment`.
+        python: The interpreter there.
+        working_dir: Zip file of the code.
+        num_cpus: For the command itself; None is 1 where it works itself, and 0 where it only tells workers what to do.
+        num_gpus: The same; a probe may want one.
+        grace_s: How long the job may take to finish what is in flight when it is stopped.
+    """
+    variables = {**environment, _STOP_WAIT: str(grace_s)}
+    if is_loopback(address) and python == "python":
+        # A cluster on this machine has our interpreter; at the other end of a tunnel there is no such folder, and PATH
+        # goes on to the next.
+        variables["PATH"] = f"{Path(sys.executable).parent}:${{PATH}}"
+    if num_cpus is None:
+        num_cpus = 1 if TARGETS[command.target].in_driver else 0
+    return Submission(
+        name=command.name,
+        entrypoint=command.entrypoint(python),
+        command=str(command),
+        environment=variables,
+        working_dir=working_dir,
+        num_cpus=num_cpus,
+        num_gpus=num_gpus,
+    )
+
+
+def submit(client: Any, submission: Submission, *, now: float | None = None) -> str:
+    """Send it; returns its id, such as extract-digits-1121-191502.
+
+    Raises:
+        UserError: The cluster refuses it.
+    """
+    stamp = time.strftime("%m%d-%H%M%S", time.gmtime(now))
+    runtime_env: dict[str, Any] = {"env_vars": dict(submission.environment)}
+    if submission.working_dir is not None:
+        runtime_env["working_dir"] = str(submission.working_dir)
+    attempt = 1
+    while True:
+        job = "-".join([submission.name, stamp, *([str(attempt)] if attempt > 1 else [])])
+        try:
+            return client.submit_job(
+                entrypoint=submission.entrypoint,
+                submission_id=job,
+                runtime_env=runtime_env,
+                metadata={"make": submission.command},
+                entrypoint_num_cpus=submission.num_cpus,
+                entrypoint_num_gpus=submission.num_gpus,
+            )
+        except RuntimeError as error:
+            if "already exists" not in str(error):
+                raise UserError(f"the cluster refuses the job: {error}") from error
+            attempt += 1
+
+
+def job_rows(client: Any) -> list[JobRow]:
+    """All jobs that the cluster knows, newest first."""
+    return sorted(map(_row, client.list_jobs()), key=lambda row: -row.began)
+
+
+def find_job(client: Any, job: str) -> JobRow:
+    """One job.
+
+    Raises:
+        UserError: There is none of this name; lists those there are.
+    """
+    rows = job_rows(client)
+    for row in rows:
+        if row.job == job:
+            return row
+    there = ", ".join(row.job for row in rows if row.submitted) or "none"
+    raise UserError(f"JOB={job}: the cluster knows no such job; there are: {there}")
+
+
+def _row(details: Any) -> JobRow:
+    submitted = details.submission_id is not None
+    command = (details.metadata or {}).get("make", "")
+    return JobRow(
+        job=details.submission_id or details.job_id or "",
+        state=str(details.status.value),
+        began=(details.start_time or 0) / 1000,
+        ended=details.end_time / 1000 if details.end_time else None,
+        command=command or details.entrypoint,
+        message=_message(details) if submitted else "typed elsewhere: not submitted, so it is stopped there",
+        submitted=submitted,
+        exit_code=details.driver_exit_code,
+    )
+
+
+def _message(details: Any) -> str:
+    code = details.driver_exit_code
+    if details.status.value == "FAILED" and code is not None:
+        return code_meaning(code)
+    return " ".join((details.message or "").split())
+
+
+def code_meaning(code: int) -> str:
+    """An exit code in words; negative ones are signals."""
+    known = next((found for found in ExitCode if found == code), None)
+    if known is not None:
+        return f"exit code {code}: {known.meaning}"
+    number = -code if code < 0 else code - 128 if code > 128 else 0
+    return f"exit code {code}" + (f": ended by signal {number}" if number else "")
+
+
+def follow(client: Any, job: str, write: Callable[[str], None]) -> JobRow:
+    """Write the log of a job from its beginning until it has ended; returns what became of it.
+
+    Raises:
+        UserError: The connection is lost, again and again.
+    """
+    shown = failures = 0
+    while True:
+        try:
+            asyncio.run(_tail(client, job, shown, write_counted := _Counted(write)))
+        except (RuntimeError, OSError) as error:
+            shown += write_counted.n
+            failures += 1
+            if failures > _RECONNECTS:
+                raise UserError(f"the cluster answers no more ({error}); the job may still run there") from error
+            time.sleep(POLL_S)
+            continue
+        shown += write_counted.n
+        row = _row(client.get_job_info(job))
+        if not row.lives:
+            return row
+        time.sleep(POLL_S)
+
+
+class _Counted:
+    """Counts what is written through it."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write, self.n = write, 0
+
+    def __call__(self, text: str) -> None:
+        self._write(text)
+        self.n += len(text)
+
+
+async def _tail(client: Any, job: str, skip: int, write: Callable[[str], None]) -> None:
+    async with aclosing(client.tail_job_logs(job)) as pieces:
+        async for piece in pieces:
+            if len(piece) > skip:
+                write(piece[skip:])
+            skip = max(0, skip - len(piece))
+
+
+def last_line(client: Any, job: str) -> str:
+    """The last line of a job's log: how far it is."""
+    lines = client.get_job_logs(job).splitlines()
+    return lines[-1] if lines else ""
+
+
+def stop(client: Any, job: str, tell: Callable[[str], None], *, poll_s: float = POLL_S) -> JobRow:
+    """Ask a job to stop, and wait until it has.
+
+    It gets SIGTERM, finishes and saves what is in flight, and ends; after the grace that it was submitted with (Ray's
+    own is 3 s) it is killed, and what is committed or saved by then stays valid.
+
+    Args:
+        tell: Gets every line that the job writes meanwhile.
+    """
+    row = find_job(client, job)
+    if not row.lives:
+        return row
+    if not row.submitted:
+        raise UserError(f"JOB={job} was not submitted but typed on some machine; stop it there with Ctrl-C")
+    n_before = len(client.get_job_logs(job))
+    client.stop_job(job)
+    while row.lives:
+        time.sleep(poll_s)
+        row = _row(client.get_job_info(job))
+        text = client.get_job_logs(job)
+        whole = text.rfind("\n") + 1 if row.lives else len(text)
+        for line in text[n_before:whole].splitlines():
+            tell(line)
+        n_before = max(n_before, whole)
+    return row
+
+
+def exit_code(row: JobRow) -> int:
+    """How a followed job ended, as an exit code of ours."""
+    if row.state == "SUCCEEDED":
+        return ExitCode.OK
+    if row.state == "STOPPED":
+        return ExitCode.INTERRUPTED
+    return next((code for code in ExitCode if code == row.exit_code and code), ExitCode.ERROR)
+
+
+def describe_rows(rows: list[JobRow], *, now: float, width: int) -> str:
+    """The table of `make jobs`."""
+    if not rows:
+        return "no job was submitted to this cluster yet"
+    head = ("JOB", "STATE", "SINCE", "TOOK", "COMMAND")
+    lines = []
+    for row in rows:
+        took = human_duration(max(0.0, (row.ended or now) - row.began))
+        lines.append((row.job, row.state, time.strftime("%m-%d %H:%M", time.localtime(row.began)), took, row.command))
+    sizes = [max(len(line[column]) for line in (head, *lines)) for column in range(4)]
+    said = []
+    for line, message in zip([head, *lines], ["", *(row.message for row in rows)]):
+        text = "  ".join([*(word.ljust(size) for word, size in zip(line, sizes)), line[4]])
+        said.append(_cut(text, width))
+        if message:
+            said.append(_cut(f"    {message}", width))
+    return "\n".join(said)
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: max(1, width - 3)] + "..."
