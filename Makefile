@@ -49,7 +49,7 @@ help: ## list targets and variables
 #: K           number of spans to cut the depth into                                           [must be given]
 #: EPSILON     with make phases: threshold of the max-cut recursion, 0 to 1 of the total distance         [none]
 #: OBJECTIVE   normalised_association, cut, cut_per_layer or mean_distance              [normalised_association]
-#: OUT         where make phases saves matrix, figure and JSON                             [data/phases/<store>]
+#: OUT         where make phases and make report save      [data/phases/<store>, data/reports/<store>]
 #: BLOCK       a-b: the block takes state a and produces a+1..b                                 [must be given]
 #: RUN         folder of a training run                            [data/runs/<store>/<BLOCK>-seed<SEED>]
 #: STEPS SEED  length and seed of a training                                                   [the recipe's; 0]
@@ -93,7 +93,7 @@ $(READY): requirements.txt pyproject.toml
 	  --config-settings editable_mode=compat
 	@touch $(READY)
 
-.PHONY: help venv extract plan stores inspect copy convert verify phases train raptor import probe teacher s3 submit jobs logs stop bench test test-slow check format requirements table demo deploy
+.PHONY: help venv extract plan stores inspect copy convert verify phases report train raptor import probe teacher s3 submit jobs logs stop bench test test-slow check format requirements table demo deploy
 
 venv: $(READY) ## make .venv and nothing else
 
@@ -122,6 +122,9 @@ verify: $(READY) ## re-read and check every object of a store; REPAIR=1 mends, R
 
 phases: $(READY) ## cut the depth into spans, with heat map and controls: make phases K=3
 	@$(PYTHON) -m analysis phases $(call flags,K STORE EPSILON OBJECTIVE OUT LIMIT ENDPOINT_URL) $(ARGS)
+
+report: $(READY) ## phases, similarity, dynamics and spectra of a store as one HTML page with figures, in OUT=
+	@$(PYTHON) -m analysis report $(call flags,STORE K OUT LIMIT ENDPOINT_URL) $(ARGS)
 
 TRAIN_VARIABLES := STORE BLOCKS RUN STEPS SEED REPLICA HEAD DEVICE RECIPE MICRO_BATCH WORKERS RAY_ADDRESS ENDPOINT_URL
 TRAIN_FLAGS = $(call flags,$(TRAIN_VARIABLES)) $(call switch,PARTIAL) $(ARGS)

@@ -1,0 +1,164 @@
+"""Figures of a report as SVG, from arrays alone. Matplotlib is imported when one is drawn, without pyplot."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4c566a")
+_CUT = "#d55e00"
+
+Curve = tuple[Float[np.ndarray, " point"], Float[np.ndarray, " point"], Float[np.ndarray, " point"] | None]
+"""x, y and half the height of a band about y, or None."""
+
+
+def heat_maps(
+    matrices: Mapping[str, Float[np.ndarray, "row column"]],
+    *,
+    rows: Sequence[int],
+    columns: Sequence[int],
+    unit: str,
+    limits: tuple[float, float],
+    cuts: Sequence[float] = (),
+    axis_names: tuple[str, str] = ("layer", "layer"),
+) -> bytes:
+    """Matrices over layers side by side, on one scale of colours.
+
+    Args:
+        matrices: By the title of each.
+        rows: Layer numbers.
+        columns: Layer numbers.
+        unit: Name and unit of the values.
+        limits: Values of the first and the last colour.
+        cuts: Where lines are drawn, between layers.
+        axis_names: Of columns and rows.
+    """
+    figure, axes = _canvas(len(matrices), width=5.2 * len(matrices) + 0.8, height=4.9, columns=len(matrices))
+    extent = (columns[0] - 0.5, columns[-1] + 0.5, rows[-1] + 0.5, rows[0] - 0.5)
+    for one, (title, matrix) in zip(axes, matrices.items()):
+        image = one.imshow(matrix, cmap="viridis", vmin=limits[0], vmax=limits[1], extent=extent)
+        one.set(xlabel=axis_names[0], ylabel=axis_names[1], title=title, xticks=_ticks(columns), yticks=_ticks(rows))
+        for cut in cuts:
+            one.axvline(cut, color="white", linewidth=1.2)
+            one.axhline(cut, color="white", linewidth=1.2)
+    figure.colorbar(image, ax=axes, label=unit, fraction=0.046, pad=0.03)
+    return _svg(figure)
+
+
+def curves(
+    lines: Mapping[str, Curve],
+    *,
+    x_name: str,
+    y_name: str,
+    cuts: Sequence[float] = (),
+    log_y: bool = False,
+    log_x: bool = False,
+) -> bytes:
+    """Lines with bands over one axis; `cuts` are dotted verticals."""
+    figure, (axes,) = _canvas(1, width=8, height=4.2)
+    _draw_curves(axes, lines, cuts)
+    axes.set(xlabel=x_name, ylabel=y_name)
+    if log_y:
+        axes.set_yscale("log")
+    if log_x:
+        axes.set_xscale("log")
+    return _svg(figure)
+
+
+def depth_overview(
+    distance: Float[np.ndarray, "layer layer"],
+    cka: Float[np.ndarray, "state state"],
+    speeds: Mapping[str, Curve],
+    *,
+    layers: Sequence[int],
+    states: Sequence[int],
+    cuts: Sequence[float],
+    jumps: Mapping[str, Sequence[float]],
+) -> bytes:
+    """Phases, jumps of the angular speed and CKA, one above the other on one axis of layers.
+
+    Args:
+        distance: Between layers.
+        cka: Between states.
+        speeds: By token kind, radians per layer; x is between the two layers of a step.
+        layers: Rows of `distance`.
+        states: Rows of `cka`.
+        cuts: Between the phases.
+        jumps: Where the speeds of each kind are cut.
+    """
+    figure, axes = _canvas(3, width=7.2, height=14, ratios=(2.2, 1.3, 2.2), share_x=True)
+    panels = [
+        (axes[0], distance, layers, "distance: mean of 1 - cosine", (0, None)),
+        (axes[2], cka, states, "linear CKA, unbiased", (0, 1)),
+    ]
+    for one, matrix, names, unit, (low, high) in panels:
+        extent = (names[0] - 0.5, names[-1] + 0.5, names[-1] + 0.5, names[0] - 0.5)
+        image = one.imshow(matrix, cmap="viridis", vmin=low, vmax=high, extent=extent, aspect="auto")
+        for cut in cuts:
+            one.axvline(cut, color=_CUT, linewidth=1.4)
+            one.axhline(cut, color=_CUT, linewidth=1.4)
+        one.set(ylabel="layer", yticks=_ticks(names))
+        figure.colorbar(image, ax=one, label=unit, location="top", fraction=0.05, pad=0.02, shrink=0.7)
+    _draw_curves(axes[1], speeds, cuts)
+    for i, (kind, places) in enumerate(jumps.items()):
+        colour = _COLOURS[list(speeds).index(kind) % len(_COLOURS)]
+        axes[1].plot(
+            places,
+            [1.02 + 0.045 * i] * len(places),
+            "v",
+            color=colour,
+            markersize=7,
+            clip_on=False,
+            transform=axes[1].get_xaxis_transform(),
+        )
+    axes[1].set_ylabel("angular speed, rad per layer")
+    axes[2].set(xlabel="layer", xlim=(states[0] - 0.5, states[-1] + 0.5), xticks=_ticks(states))
+    return _svg(figure)
+
+
+def _draw_curves(axes: Any, lines: Mapping[str, Curve], cuts: Sequence[float]) -> None:
+    for i, (name, (x, y, band)) in enumerate(lines.items()):
+        colour = _COLOURS[i % len(_COLOURS)]
+        axes.plot(x, y, marker="o", markersize=3.5, linewidth=1.6, color=colour, label=name)
+        if band is not None and np.isfinite(band).all():
+            axes.fill_between(x, y - band, y + band, color=colour, alpha=0.15, linewidth=0)
+    for cut in cuts:
+        axes.axvline(cut, color=_CUT, linewidth=1.2, linestyle=":")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    if len(lines) > 1:
+        axes.legend(fontsize=9, frameon=False)
+
+
+def _ticks(layers: Sequence[int]) -> Sequence[int]:
+    return layers[:: max(1, -(-len(layers) // 16))]
+
+
+def _canvas(
+    n: int,
+    *,
+    width: float,
+    height: float,
+    columns: int = 1,
+    ratios: Sequence[float] | None = None,
+    share_x: bool = False,
+) -> tuple[Any, Sequence[Any]]:
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08))
+    FigureCanvasSVG(figure)
+    axes = figure.subplots(n // columns, columns, squeeze=False, sharex=share_x, height_ratios=ratios)
+    return figure, list(axes.flat)
+
+
+def _svg(figure: Any) -> bytes:
+    import matplotlib
+
+    out = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "figure"}):  # or identifiers in the file would be drawn at random
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    return out.getvalue()

@@ -1,0 +1,171 @@
+"""`make report`: one HTML page of everything that is asked of a store, and its tables as CSV."""
+
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import PurePath
+
+from analysis.measure import measure_store
+from analysis.page import Origin, Section, Table, page_html, table_csv
+from analysis.partitions import MIN_SIZE
+from analysis.pass_over import pass_nbytes
+from analysis.phase_report import find_phases
+from analysis.phases import DEFAULT_OBJECTIVE
+from analysis.report import dynamics_section, overview_section, similarity_section, spectra_section
+from infra.console import Progress, UserError, human_bytes, say
+from infra.objects import ObjectError, Objects, open_objects
+from infra.s3_settings import use_endpoint
+from storage_schemas import Store, open_store
+from storage_schemas.errors import StoreError
+from storage_schemas.find import find_stores
+
+DEFAULT_STORE = "data/stores/digits"
+DEFAULT_OUT = "data/reports"
+LIMIT = 10_240  # ten batches of CKA
+WIDE_LIMIT = 1_000
+PAGE = "report.html"
+
+
+def report_command(
+    *,
+    store: str = DEFAULT_STORE,
+    out: str = "",
+    k: int = 3,
+    limit: int = LIMIT,
+    wide_limit: int = WIDE_LIMIT,
+    endpoint_url: str | None = None,
+) -> int:
+    """Similarity, phases, dynamics and spectra of a store's layers, as one HTML page with figures and tables.
+
+    Reads each chunk that it needs once; from patches and registers only the first WIDE_LIMIT images.
+
+    Args:
+        store: A store, or a folder with the stores train and val, of which train is read; local or s3://bucket/prefix.
+        out: Folder or s3://bucket/prefix for report.html and tables/*.csv; empty: data/reports/<store>.
+        k: Number of phases.
+        limit: Only the first so many images of the store's shuffled order, of CLS and patch means.
+        wide_limit: The same of registers and patches.
+        endpoint_url: S3 endpoint, such as http://127.0.0.1:9000; None is AWS_ENDPOINT_URL, else Amazon's.
+    """
+    use_endpoint(endpoint_url)
+    place = out or f"{DEFAULT_OUT}/{_name(store)}"
+    problems = _setting_problems(k, limit, wide_limit)
+    saved = _open_out(place, problems)
+    source = _open_train(store, problems)
+    if source is not None:
+        problems += _store_problems(source, k)
+    if problems or source is None or saved is None:
+        raise UserError("\n  ".join(["make report cannot start:", *problems]))
+    typed = {
+        "STORE": store if store != DEFAULT_STORE else None,
+        "OUT": out or None,
+        "K": k if k != 3 else None,
+        "LIMIT": limit if limit != LIMIT else None,
+    }
+    command = make_command("report", typed)
+    sections, facts = _sections(source, k, limit, wide_limit, command)
+    _save(saved, f"{source.spec.teacher} on {source.location}", facts, sections)
+    n_figures = sum(not isinstance(part, Table) for section in sections for part in section.parts)
+    n_tables = sum(isinstance(part, Table) for section in sections for part in section.parts)
+    print(f"saved  {place}/{PAGE}: {n_figures} figures; {n_tables} tables, also as {place}/tables/*.csv")
+    return 0
+
+
+def _sections(store: Store, k: int, limit: int, wide_limit: int, command: str) -> tuple[list[Section], dict[str, str]]:
+    n_images = min(limit, store.n_valid)
+    states = pass_nbytes(store.spec, store.spec.token_kinds)
+    say(f"one pass over {store.location}: {human_bytes(states)} of states at a time")
+    with Progress(total=n_images, unit="images", label="analyses") as progress:
+        found = measure_store(store, limit=limit, wide_limit=wide_limit, progress=progress.advance)
+    try:
+        phases = find_phases(found.distance[1:, 1:], k, None, DEFAULT_OBJECTIVE)
+    except ValueError as error:  # an objective that is not defined on these distances
+        raise UserError(str(error)) from error
+    data = f"{store.location} ({store.spec.teacher})"
+    origin = Origin(data=data, n_images=found.n_images, seed=None, command=command)
+    wide = f"{found.n_images_wide:,} for registers and patches"
+    origin_all = Origin(data=f"{data}, {wide}", n_images=found.n_images, seed=None, command=command)
+    sections = [
+        overview_section(found, phases, origin_all),
+        similarity_section(found, phases, origin_all),
+        dynamics_section(found, phases, origin_all),
+        spectra_section(found, phases, origin_all),
+    ]
+    facts = {
+        "store": store.location,
+        "teacher": store.spec.teacher,
+        "layers": f"{found.layers[0]} to {found.layers[-1]}; 0 is what enters the first block, no final norm",
+        "images": f"{found.n_images:,} of {store.n_valid:,}; {wide}",
+        "tokens": ", ".join(store.spec.token_kinds),
+        "precision of patches": store.spec.precision,
+        "store digest": store.document.digest[:16],
+        "command": origin.command,
+    }
+    return sections, facts
+
+
+def _save(out: Objects, title: str, facts: Mapping[str, str], sections: list[Section]) -> None:
+    for section in sections:
+        for part in section.parts:
+            if isinstance(part, Table):
+                out.put(f"tables/{part.name}.csv", table_csv(part).encode())
+    out.put(PAGE, page_html(title, facts, sections).encode())
+
+
+def make_command(target: str, variables: Mapping[str, object]) -> str:
+    """What to type for it: `make target NAME=value`, without those that are None."""
+    typed = [f"{name}={shlex.quote(str(value))}" for name, value in variables.items() if value is not None]
+    return " ".join(["make", target, *typed])
+
+
+def _name(store: str) -> str:
+    path = PurePath(os.path.normpath(store))
+    return f"{path.parent.name}-{path.name}" if path.name in ("train", "val") and path.parent.name else path.name
+
+
+def _setting_problems(k: int, limit: int, wide_limit: int) -> list[str]:
+    problems = []
+    if k < 1:
+        problems.append(f"K={k}: expected 1 or more phases")
+    for name, value in (("LIMIT", limit), ("WIDE_LIMIT", wide_limit)):
+        if value < 4:
+            problems.append(f"{name}={value}: expected 4 or more images, as the unbiased HSIC needs them")
+    return problems
+
+
+def _store_problems(store: Store, k: int) -> list[str]:
+    problems = []
+    if store.damaged_commits:
+        problems.append(f"{store.location} has {len(store.damaged_commits)} damaged commits: make verify says which")
+    if store.n_valid < 4:
+        problems.append(f"{store.location} has {store.n_valid} valid images, expected 4 or more: make extract")
+    if store.layers != tuple(range(len(store.layers))) or len(store.layers) < 2:
+        listed = ", ".join(map(str, store.layers))
+        problems.append(f"{store.location} holds layers {listed}; a report needs all from 0 on: make extract")
+    elif (len(store.layers) - 1) // MIN_SIZE < k:
+        most = (len(store.layers) - 1) // MIN_SIZE
+        problems.append(f"K={k}: layers 1 to {store.layers[-1]} are cut into at most {most} phases of {MIN_SIZE}")
+    return problems
+
+
+def _open_train(location: str, problems: list[str]) -> Store | None:
+    try:
+        found = find_stores(location)
+        place = found.get("", found.get("train"))
+        if place is None:
+            problems.append(f"STORE={location} has a store val but none called train: make extract")
+            return None
+        return open_store(place)
+    except (StoreError, ObjectError, UserError) as error:
+        problems.append(f"STORE={location}: {error}")
+        return None
+
+
+def _open_out(place: str, problems: list[str]) -> Objects | None:
+    try:
+        objects = open_objects(place)
+        objects.check_writable()
+        return objects
+    except (ObjectError, UserError) as error:
+        problems.append(f"OUT={place}: {error}")
+        return None
