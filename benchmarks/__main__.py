@@ -7,14 +7,14 @@ from typing import Annotated, Literal
 
 import tyro
 
-from benchmarks import clients, codecs, extraction, fidelity, ladder, precision, step, stream, stream_s3
+from benchmarks import cka, clients, codecs, extraction, fidelity, ladder, precision, step, stream, stream_s3
 from benchmarks.report import RESULTS, Result
 from infra.console import UserError, run_door
 
 Name = Literal[
-    "extraction", "stream", "stream-s3", "clients", "step", "codecs", "precision", "fidelity", "ladder", "all"
+    "extraction", "stream", "stream-s3", "clients", "step", "codecs", "precision", "fidelity", "ladder", "cka", "all"
 ]
-ALL = ("extraction", "stream", "stream-s3", "clients", "step", "codecs", "precision")
+ALL = ("extraction", "stream", "stream-s3", "clients", "step", "codecs", "precision", "cka")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +55,8 @@ def _run(name: str, options: Options) -> Result:
         return stream.run(stream.QUICK if options.quick else stream.StreamBenchmark(), options.dir)
     if name == "stream-s3":
         return stream_s3.run(stream_s3.QUICK if options.quick else stream_s3.StreamS3Benchmark())
+    if name == "cka":
+        return cka.run(cka.QUICK if options.quick else cka.CkaBenchmark())
     if name == "clients":
         return clients.run(clients.QUICK if options.quick else clients.ClientsBenchmark())
     if name == "step":
