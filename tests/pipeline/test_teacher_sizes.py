@@ -9,7 +9,7 @@ from torch.nn.functional import interpolate
 from torch.testing import assert_close
 
 from infra.console import UserError
-from pipeline import teacher as module
+from pipeline import vit_models as module
 from pipeline.positions import positions_before
 from pipeline.settings import ExtractConfig, plan_stores
 from pipeline.teacher import POSITIONS_FILE, Teacher, TeacherError, load_teacher, teacher_from_files
