@@ -12,7 +12,6 @@ from infra.console import UserError
 
 What = Literal["docker", "bucket", "kubernetes", "vms"]
 
-MOST_CPUS_PER_WORKER = 16  # more decode threads do not make one GPU faster
 STOPPING_S = 15  # of the grace period, for what Ray does after it has waited for the work in flight
 LEAST_NOTICE_S = 30
 HEAD_CORES, HEAD_MEMORY_GIB = 2, 8  # with less the head runs out of memory while the driver reads commits
@@ -205,7 +204,7 @@ class Deployment:
     @property
     def cpus_per_worker(self) -> int:
         """Such that as many actors as there are GPUs fit one pod."""
-        return min(MOST_CPUS_PER_WORKER, self.cores_per_node // self.gpus_per_node)
+        return self.cores_per_node // self.gpus_per_node
 
     @property
     def drain_s(self) -> int:

@@ -188,12 +188,15 @@ def _kubernetes(d: Deployment) -> dict[str, str]:
         "memory": f"{d.memory_gib}Gi",
         "gpus": str(d.gpus_per_node),
     }
-    jobs = {"extract": d.extract_command(), "train": d.train_command()}
+    jobs = {
+        "extract": {"command": d.extract_command(), "least": 0},
+        "train": {"command": d.train_command(), "least": 1},
+    }
     return {
         "base.yaml": _filled("kubernetes/base.yaml", values),
         **{
-            f"{kind}.yaml": _filled("kubernetes/rayjob.yaml", values | {"job": f"{d.name}-{kind}", "command": command})
-            for kind, command in jobs.items()
+            f"{kind}.yaml": _filled("kubernetes/rayjob.yaml", values | {"job": f"{d.name}-{kind}"} | own)
+            for kind, own in jobs.items()
         },
     }
 
