@@ -9,8 +9,10 @@ the working directory and start every worker through uv), and, for an embedded c
 
 import logging
 import os
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,6 +79,7 @@ def connect(
     """
     import ray
 
+    handler = signal.getsignal(signal.SIGTERM)
     if ray.is_initialized():
         here = ray.get_runtime_context().gcs_address
         return Connection(address=here, embedded=False, owned=False, dashboard_url="", needs_token=False)
@@ -96,6 +99,8 @@ def connect(
         context = _start_embedded(settings, say)
     else:
         context = _join(found, common)
+    if callable(handler) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # Ray has set one that exits at once, with a code of its own
     url = context.dashboard_url or ""
     return Connection(
         address=context.address_info["address"],

@@ -25,6 +25,7 @@ class ExitCode(enum.IntEnum):
     ERROR = 1
     BAD_INPUT = 2
     PROBLEMS = 3
+    WOULD_COME_AGAIN = 4
     INTERRUPTED = 75
     KILLED = 130
 
@@ -40,6 +41,7 @@ _MEANINGS = {
     ExitCode.BAD_INPUT: "a setting, path or file must be put right first; nothing was damaged",
     ExitCode.PROBLEMS: "it ran, but something is amiss: quarantined shards, too many bad images, corrupt objects, a "
     "full disk",
+    ExitCode.WOULD_COME_AGAIN: "it had to stop, and the same command would stop there again: a loss that became NaN",
     ExitCode.INTERRUPTED: "stopped on request, after what was in flight was finished; the same command goes on",
     ExitCode.KILLED: "stopped at once, by a second Ctrl-C or before work began; the same command goes on",
 }
@@ -65,16 +67,32 @@ def say(message: str) -> None:
 def run_door(main: Callable[[], int | None]) -> int:
     """Run a command and return its exit code as `ExitCode` lists them.
 
-    An unforeseen exception is not caught: Python prints its traceback and exits with 1.
+    SIGTERM ends it as Ctrl-C does: what was begun is taken back (heartbeats, locks, a Ray of our own). Where there is
+    work to finish first, `stop_on_signals` takes over. An unforeseen exception is not caught: Python prints its
+    traceback and exits with 1.
     """
     try:
-        return int(main() or ExitCode.OK)
+        with interrupted_by_sigterm():
+            return int(main() or ExitCode.OK)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return int(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return int(ExitCode.KILLED)
+
+
+@contextmanager
+def interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM raises KeyboardInterrupt in the main thread; elsewhere Python sets no handlers, and nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 class StopFlag:

@@ -5,6 +5,7 @@ a job is told (its command, its variables, its environment) can be read by every
 """
 
 import asyncio
+import logging
 import os
 import socket
 import sys
@@ -131,6 +132,7 @@ def connect_jobs(address: str) -> Any:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # or Ray would let RAY_ADDRESS win over what it is given
     try:
         _knock(address)
@@ -252,6 +254,8 @@ def _message(details: Any) -> str:
     code = details.driver_exit_code
     if details.status.value == "FAILED" and code is not None:
         return code_meaning(code)
+    if details.status.value in ("SUCCEEDED", "STOPPED", "RUNNING"):
+        return ""  # Ray says the same once more
     return " ".join((details.message or "").split())
 
 

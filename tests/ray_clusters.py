@@ -1,0 +1,138 @@
+"""A Ray cluster of a test's own, as `ray start` makes it: its ports, its folder, its dashboard, nobody else's."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tests.marked import end_marked, new_mark
+
+START_S = 180.0
+OBJECT_STORE_NBYTES = 100 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayCluster:
+    """A running head.
+
+    Attributes:
+        dashboard: http://127.0.0.1:PORT, where jobs go.
+        address: 127.0.0.1:PORT, where programs join.
+        mark: Of all its processes, in their environment; of the jobs that it runs too.
+        folder: Its sessions and logs.
+    """
+
+    dashboard: str
+    address: str
+    mark: dict[str, str]
+    folder: Path
+
+
+def free_ports(n: int) -> list[int]:
+    """Ports that nobody has now, all different."""
+    taken = [socket.socket() for _ in range(n)]
+    try:
+        for one in taken:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in taken]
+    finally:
+        for one in taken:
+            one.close()
+
+
+@contextmanager
+def ray_head(*, n_cpus: int, environment: Mapping[str, str] | None = None) -> Iterator[RayCluster]:
+    """Start a head, and end it and all that it has started.
+
+    Args:
+        n_cpus: Logical ones.
+        environment: Added to this process's for the cluster and its jobs; keys of S3, for instance.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="rj", dir="/tmp"))  # short: sockets lie in it
+    gcs, dashboard, client, agent = free_ports(4)
+    mark = new_mark()
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    settings = {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_TMPDIR": str(folder),
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    }
+    flags = {
+        "port": gcs,
+        "node-ip-address": "127.0.0.1",
+        "dashboard-host": "127.0.0.1",
+        "dashboard-port": dashboard,
+        "ray-client-server-port": client,
+        "dashboard-agent-listen-port": agent,
+        "min-worker-port": 0,
+        "max-worker-port": 0,
+        "num-cpus": n_cpus,
+        "object-store-memory": OBJECT_STORE_NBYTES,
+        "temp-dir": folder,
+    }
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    log = folder / "ray-start.log"
+    with log.open("wb") as told:
+        process = subprocess.Popen(
+            [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--disable-usage-stats", *words],
+            env={**inherited, **settings, **(environment or {}), **mark},
+            cwd=folder,
+            stdout=told,
+            stderr=told,
+            start_new_session=True,
+        )
+    cluster = RayCluster(
+        dashboard=f"http://127.0.0.1:{dashboard}", address=f"127.0.0.1:{gcs}", mark=mark, folder=folder
+    )
+    try:
+        _await_dashboard(cluster.dashboard, process, log)
+        yield cluster
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        end_marked(mark)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _await_dashboard(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()
+        try:
+            # The agent answers for the jobs; until it does, a submission is refused.
+            with urllib.request.urlopen(f"{url}/api/jobs/", timeout=10):
+                return
+        except (OSError, urllib.error.URLError):
+            time.sleep(0.5)
+    raise AssertionError(f"the dashboard did not answer within {START_S:g} s: {log.read_text()}")
+
+
+def actor_processes(mark: Mapping[str, str]) -> list[psutil.Process]:
+    """Workers of the dispatcher on this cluster."""
+    from tests.marked import marked
+
+    found = []
+    for process in marked(dict(mark)):
+        try:
+            if "ray::extract" in " ".join(process.cmdline()) or "ray::ShardActor" in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
