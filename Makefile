@@ -93,7 +93,7 @@ $(READY): requirements.txt pyproject.toml
 	  --config-settings editable_mode=compat
 	@touch $(READY)
 
-.PHONY: help venv extract plan stores inspect copy convert verify phases report train raptor import probe teacher s3 submit jobs logs stop bench test test-slow check format requirements table demo deploy
+.PHONY: help venv extract plan stores inspect copy convert verify phases report train raptor import probe teacher s3 submit jobs logs stop bench test test-slow check format requirements table demo deploy dashboard watch
 
 venv: $(READY) ## make .venv and nothing else
 
@@ -175,6 +175,12 @@ logs: $(READY) ## follow a job of a Ray cluster from its beginning: JOB=
 
 stop: $(READY) ## let a job of a Ray cluster finish what is in flight, and stop: JOB=
 	@$(PYTHON) -m infra stop $(call quote,$(JOB)) $(call flag,RAY_ADDRESS)
+
+dashboard: $(READY) ## Prometheus, and Grafana where installed, beside the running Ray, until Ctrl-C; RAY_ADDRESS= for a cluster
+	@$(PYTHON) -m infra dashboard $(call flag,RAY_ADDRESS) $(ARGS)
+
+watch: $(READY) ## a run as it is now, in the terminal: STORE=, RUN= or RAY_ADDRESS=; ONCE=1 shows one picture
+	@$(PYTHON) -m infra watch $(call flags,STORE RUN RAY_ADDRESS ENDPOINT_URL) $(call switch,ONCE) $(ARGS)
 
 bench: $(READY) ## side-by-side benchmarks; results under benchmarks/results/
 	@$(PYTHON) -m benchmarks all $(ARGS)

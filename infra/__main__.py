@@ -18,6 +18,7 @@ COMMANDS = {
     "logs": "infra.job_doors:logs_command",
     "stop": "infra.job_doors:stop_command",
     "deploy": "infra.manifests:deploy",
+    "watch": "infra.watch:watch",
 }
 
 
