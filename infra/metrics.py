@@ -1,8 +1,11 @@
-"""Numbers about a running job: counters for Prometheus through Ray, seconds per stage, and what limits the run.
+"""Numbers about a running job, for Prometheus through Ray; and seconds per stage.
 
 Counters do something only in a process that is connected to Ray; elsewhere they cost one dictionary look-up. Ray's
 metric objects are made at first use, never on import. Ray exports `activations_images` as
 `ray_activations_images_total`, with the node, the worker and our tags.
+
+A process sends Ray what is new every ten seconds, and once more when it ends in good order; what a process that is
+killed has not sent is lost. So what has to be exact is counted by the driver, from what the workers report.
 """
 
 import sys
@@ -10,10 +13,11 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 NAMESPACE = "activations"
+PREFIX = f"ray_{NAMESPACE}_"  # of the series, as Prometheus sees them
 STAGES = ("decode", "waiting", "device", "copy", "encode", "write", "commit")
 
 
@@ -108,6 +112,12 @@ class Metrics:
         if metric is not None and amount > 0:  # Ray refuses to count zero
             metric.inc(amount, tags=self._tags | tags)
 
+    def expect(self, name: str, **tags: str) -> None:
+        """Have a counter begin at zero, so that its first amount is seen to be a rise, and its absence is none."""
+        metric = self._metric(name, "counter")
+        if metric is not None:
+            metric._record(0, tags=self._tags | tags)  # `inc` refuses zero; what it calls does not
+
     def set(self, name: str, value: float, **tags: str) -> None:
         """Set a gauge."""
         metric = self._metric(name, "gauge")
@@ -186,60 +196,6 @@ def sum_stages(parts: Iterable[Mapping[str, float]]) -> dict[str, float]:
     return total
 
 
-ADVICE: Mapping[str, str] = {
-    "decode": "give each worker more cores",
-    "device": "a faster device or more workers would help",
-    "copy": "fewer LAYERS, or fewer bytes a value (PRECISION), would help",
-    "encode": "more cores, or a lighter CODEC, would help",
-    "write": "a faster store, fewer LAYERS, or fewer bytes a value (PRECISION, CODEC) would help",
-    "commit": "the store answers small writes slowly; larger shards need fewer",
-}
-BUSY = 0.6  # a stage that is in use for less than this share of the time limits nothing by itself
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """What limits a run.
-
-    Attributes:
-        limit: A stage, or "" when none was busy enough.
-        busy: Share of the time that each stage's lanes were in use, 0 to 1.
-    """
-
-    limit: str
-    busy: Mapping[str, float] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        shares = ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in self.busy.items())
-        if not self.limit:
-            return f"nothing was busy all the time ({shares}): short run, or workers that waited for each other"
-        rest = ", ".join(f"{s} {100 * share:.0f} %" for s, share in self.busy.items() if s != self.limit)
-        head = f"limited by {self.limit}, busy {100 * self.busy[self.limit]:.0f} % of the time"
-        return f"{head} ({rest}); {ADVICE[self.limit]}"
-
-
-def verdict(
-    stage_seconds: Mapping[str, float], *, wall_s: float, n_workers: int, lanes: Mapping[str, int] | int = 1
-) -> Verdict:
-    """Say which stage limits a run, from how busy the lanes of each were.
-
-    Args:
-        stage_seconds: Summed over all shards and workers; "waiting" (for the device) is nobody's work and is left out.
-        wall_s: Seconds during which shards were being done, start-up of the workers not included.
-        n_workers: Workers that took part.
-        lanes: How many threads of one worker can be in a stage at once; the device has one lane. One number stands for
-            all stages but the device.
-
-    Returns:
-        The busiest stage with its share, or none if all stayed under 60 %.
-    """
-    if isinstance(lanes, int):
-        lanes = {stage: 1 if stage == "device" else lanes for stage in STAGES}
-    capacity_s = max(wall_s, 1e-9) * max(n_workers, 1)
-    busy = {
-        stage: min(stage_seconds[stage] / (capacity_s * lanes.get(stage, 1)), 1.0)
-        for stage in STAGES
-        if stage != "waiting" and stage_seconds.get(stage, 0.0) > 0
-    }
-    limit = max(busy, key=lambda stage: busy[stage], default="")
-    return Verdict(limit=limit if limit and busy[limit] >= BUSY else "", busy=busy)
+def place_label(location: str) -> str:
+    """A short name of a store or run for labels: the last two parts of its place, such as digits/train."""
+    return "/".join(location.rstrip("/").rsplit("/", 2)[-2:])

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from infra.console import human_duration, say
+from infra.faults import FAULTS, Kind
 
 _LOOK_S = 1.0
 SILENT_S = 20.0  # a request that takes longer is said, and again after as long
@@ -20,7 +21,11 @@ _local = threading.local()
 
 
 class TransientError(Exception):
-    """An attempt failed in a way that may pass; the message is the cause."""
+    """An attempt failed in a way that may pass; the message is the cause, `kind` the same in a word."""
+
+    def __init__(self, cause: str, kind: Kind = "other") -> None:
+        super().__init__(cause)
+        self.kind = kind
 
 
 class DeadlineError(Exception):
@@ -65,6 +70,7 @@ def persist(
             with watched(what, end):
                 return attempt(end - time.monotonic())
         except TransientError as error:
+            FAULTS.note(error.kind)
             wait = random.uniform(0.5, 1) * min(patience.longest_wait_s, patience.first_wait_s * 2 ** (n - 1))
             left = end - time.monotonic() - wait
             if left < least_s or _is_pointless():

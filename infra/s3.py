@@ -151,7 +151,7 @@ class S3Objects:
                 return reply.meta["size"]
             data = memoryview(reply.bytes())
             if data.nbytes != nbytes:
-                raise TransientError(f"{data.nbytes:,} of {nbytes:,} bytes came")
+                raise TransientError(f"{data.nbytes:,} of {nbytes:,} bytes came", "cut_off")
             return data
 
         found = self._connection.send("get", key, fetch, nbytes=nbytes)

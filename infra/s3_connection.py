@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 from obstore.store import S3Store
 
 from infra.console import human_bytes
+from infra.faults import FAULTS
 from infra.object_verbs import (
     ObjectAccessError,
     ObjectError,
@@ -77,7 +78,7 @@ class S3Connection:
             with self._slots:
                 left_s = end - time.monotonic()
                 if left_s <= 0:
-                    raise TransientError("the other requests in flight left it no time")
+                    raise TransientError("the other requests in flight left it no time", "timeout")
                 wanted_s = left_s if nbytes is None else nbytes / SLOWEST_BYTES_PER_S
                 self.count(verb)
                 store = self._store(wanted_s, left_s, reading=verb in ("get", "head"))
@@ -117,7 +118,7 @@ class S3Connection:
                 raise
             self._was_reached = self._was_reached or failure.status > 0
             if failure.passes:
-                raise TransientError(failure.cause) from error
+                raise TransientError(failure.cause, failure.kind) from error
             raise self._error(verb, key, failure) from error
         self._was_reached = True
         return result
@@ -130,6 +131,7 @@ class S3Connection:
             return ObjectMissingError(key, f"{self._location}/{key} is missing")
         cause = failure.cause
         if failure.status in (401, 403):
+            FAULTS.note("denied")
             if self._settings.anonymous:
                 cause += "; the request was anonymous: no AWS credentials were found, or they are switched off"
             elif verb in ("get", "head"):

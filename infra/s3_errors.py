@@ -1,11 +1,14 @@
 """What the S3 clients' exceptions mean: whether it may pass, and the cause in a few words."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from botocore.exceptions import BotoCoreError, ClientError
 from botocore.parsers import ResponseParserError
 from obstore.exceptions import BaseError
+
+from infra.faults import Kind
 
 _STATUS = re.compile(r"status code: (\d{3})")
 _CODE = re.compile(r"<Code>\s*(\w+)\s*</Code>")
@@ -30,6 +33,15 @@ _SIGNS = {
     "the reply is no listing": ("ResponseParserError", "Unable to parse response"),
     "the server's certificate is not accepted": ("certificate", "CERTIFICATE_VERIFY_FAILED"),
 }
+_KINDS: Mapping[str, Kind] = {
+    "the server could not be found": "unreachable",
+    "no connection to the server": "unreachable",
+    "connection refused": "refused",
+    "timed out": "timeout",
+    "connection reset": "reset",
+    "the reply was cut off": "cut_off",
+}
+_THROTTLES = (429, 503)  # S3 says SlowDown by 503
 _FINAL_SIGNS = ("the server's certificate is not accepted",)
 
 
@@ -41,6 +53,17 @@ class Failure:
     code: str
     cause: str
     passes: bool
+
+    @property
+    def kind(self) -> Kind:
+        """The cause in one word of a short list, to be counted by."""
+        if not self.status:
+            return _KINDS.get(self.cause, "other")
+        if self.status in (401, 403):
+            return "denied"
+        if self.status in _THROTTLES or (self.code in _PASSING_CODES and self.code != "RequestTimeout"):
+            return "throttled"
+        return "timeout" if self.status == 408 or self.code == "RequestTimeout" else "server"
 
 
 def failure_of(error: Exception) -> Failure | None:

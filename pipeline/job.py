@@ -40,6 +40,7 @@ class ExtractResult:
         interrupted: Whether a stop request ended it early.
         verdict: What limited the run, one line; empty if nothing ran.
         requests: To a remote store, by verb, of all processes of this run; also bytes_out and bytes_in.
+        faults: Requests that failed and were made again, of all processes of this run, by "where kind".
     """
 
     planned: PlannedStore
@@ -56,6 +57,7 @@ class ExtractResult:
     interrupted: bool = False
     verdict: str = ""
     requests: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
 
     @property
     def complete(self) -> bool:

@@ -12,15 +12,12 @@ from dataclasses import replace
 import torch
 
 from infra.console import JobError, Progress, StopFlag
-from infra.metrics import STAGES, Metrics, sum_stages, verdict
 from pipeline.claims import Claim, Claims
 from pipeline.dispatch import (
     DispatchError,
     Event,
     FatalError,
     Outcome,
-    ShardQuarantined,
-    ShardRetried,
     Wanted,
     WorkersReady,
     run_plain,
@@ -28,11 +25,11 @@ from pipeline.dispatch import (
 from pipeline.job import ExtractResult, Job, bad_image_limit, too_many_bad
 from pipeline.locations import full_location, is_remote
 from pipeline.run_log import AtWork
-from pipeline.shard import RunnerConfig, ShardElsewhere, ShardReport, resolve_device
-from pipeline.shard_writer import N_PUT_THREADS
+from pipeline.run_metrics import RunMetrics
+from pipeline.shard import RunnerConfig, ShardElsewhere, ShardReport, commit_nbytes
 from pipeline.sources import ImageFolderSource, Source
 from pipeline.teacher import Teacher
-from pipeline.workers import MakeRunner, RunConfig, machines_of_ray, n_threads, wanted_workers
+from pipeline.workers import MakeRunner, RunConfig, machines_of_ray, wanted_workers
 from storage_schemas.commit import Commit
 from storage_schemas.reader import list_commits, load_commits
 
@@ -67,7 +64,12 @@ class Rounds:
         self._result, self._at_work, self._log = result, at_work, at_work.log
         self._claims = Claims(job.objects, at_work.presence.run_id)
         self._elsewhere: dict[int, str] = {}  # shards that another run has
-        self._metrics = Metrics({"store": "/".join(job.planned.location.rsplit("/", 2)[-2:])})
+        self._metrics = RunMetrics(
+            job.planned.location,
+            n_planned=job.planned.spec.n_samples,
+            n_committed=result.n_before,
+            faults_here=not run.no_ray,
+        )
         self._began = self._looked = time.monotonic()
 
     def run(self) -> None:
@@ -79,7 +81,11 @@ class Rounds:
         result, planned = self._result, self._job.planned
         label = f"extract {planned.split}".strip()
         self._log.status(state="running", images_total=planned.spec.n_samples, images_done=result.n_before)
-        with Progress(total=planned.spec.n_samples, unit="images", label=label, done=result.n_before) as progress:
+        with (
+            self._metrics.begun(),
+            self._log.following(self._metrics.status),
+            Progress(total=planned.spec.n_samples, unit="images", label=label, done=result.n_before) as progress,
+        ):
             self._progress = progress
             shards = self._job.shards if self._at_work.presence.leads else self._job.shards[::-1]  # meet in the middle
             try:
@@ -92,7 +98,9 @@ class Rounds:
                 result.wall_s = time.monotonic() - self._began
         result.interrupted = self._stop()
         result.bad_images.sort()
-        result.verdict = self._verdict()
+        result.faults = self._metrics.faults()
+        if result.reports:
+            result.verdict = str(self._metrics.verdict())
 
     def _round(self, shards: Sequence[int]) -> None:
         with closing(self._dispatch(shards)) as outcomes:
@@ -106,6 +114,7 @@ class Rounds:
                     self._done(outcome.report, outcome.attempts)
                 else:
                     self._left(outcome.report)
+        self._metrics.idle()
 
     def _tell_of_others(self) -> None:
         """Now and then, how far all jobs are together; the bar counts what this one knows to be done."""
@@ -125,6 +134,7 @@ class Rounds:
         result.nbytes += report.nbytes
         result.requests.update(report.requests)
         self._log.shard(report, attempts)
+        self._metrics.shard(report)
         self._count(report.n_samples, report.nbytes, report.bad_images)
 
     def _left(self, report: ShardElsewhere) -> None:
@@ -134,12 +144,15 @@ class Rounds:
             self._elsewhere[report.shard] = report.run_id
             return
         n_samples = len(self._job.planned.spec.shard_samples(report.shard))
-        if report.run_id == self._at_work.presence.run_id:
+        ours = report.run_id == self._at_work.presence.run_id
+        self._metrics.elsewhere(report, n_samples, ours=ours)
+        if ours:
             self._result.n_done += n_samples
+            self._result.nbytes += report.nbytes
         else:
             self._result.n_by_others += n_samples
             self._result.n_shards_by_others += 1
-        self._count(n_samples, 0, report.bad_images)
+        self._count(n_samples, report.nbytes if ours else 0, report.bad_images)
 
     def _count(self, n_samples: int, nbytes: int, bad_images: Sequence[tuple[int, str, str]]) -> None:
         result = self._result
@@ -201,19 +214,27 @@ class Rounds:
             if isinstance(commit, Commit):  # a damaged one is done again when its job has ended
                 run_id, samples = self._elsewhere.pop(shard), job.planned.samples
                 bad = tuple((index, samples[index].sample_id, code) for index, code in commit.bad_images)
-                self._left(ShardElsewhere(shard=shard, run_id=run_id, committed=True, bad_images=bad, requests={}))
+                self._left(
+                    ShardElsewhere(
+                        shard=shard,
+                        run_id=run_id,
+                        committed=True,
+                        bad_images=bad,
+                        nbytes=commit_nbytes(commit),
+                        requests={},
+                        faults={},
+                    )
+                )
 
     def _on_event(self, event: Event) -> None:
         self._log.event(event)
+        self._metrics.event(event)
         if isinstance(event, WorkersReady):
             if not self._result.reports:
                 self._began = time.monotonic()  # the time that workers take to start is not the stages'
             self._progress.status(str(event) if event.ready < event.total else "")
-            self._metrics.set("workers_ready", event.ready)
             return
         self._progress.say(f"  {event}")
-        if isinstance(event, ShardRetried | ShardQuarantined):
-            self._metrics.add("shards", result="retried" if isinstance(event, ShardRetried) else "quarantined")
 
     def _dispatch(self, shards: Sequence[int]) -> Generator[Outcome, None, None]:
         run, depth = self._run, self._job.depth
@@ -252,19 +273,6 @@ class Rounds:
             run_id=self._at_work.presence.run_id,
             max_error=self._run.max_error,
         )
-
-    def _verdict(self) -> str:
-        reports = self._result.reports
-        if not reports:
-            return ""
-        by_stage = dict.fromkeys(STAGES, n_threads(self._run))
-        if resolve_device(self._run.device) == "cuda":
-            by_stage["device"] = 1
-        if is_remote(self._job.planned.location):
-            by_stage["write"] = N_PUT_THREADS
-        n_workers = len({report.worker for report in reports})
-        stage_seconds = sum_stages([report.seconds for report in reports])
-        return str(verdict(stage_seconds, wall_s=self._result.wall_s, n_workers=n_workers, lanes=by_stage))
 
 
 def worker_environment(location: str) -> dict[str, str]:

@@ -34,11 +34,17 @@ class RunLog:
         self._shards: list[dict[str, Any]] = []
         self._messages: list[str] = []
         self._n_written = 0
+        self._live: Callable[[], dict[str, Any]] = dict
 
     def write(self) -> None:
         """Put the documents that have changed."""
         now = time.time()
-        numbers = {**self._status, "seconds": round(now - self._began, 1), "messages": self._messages[-20:]}
+        numbers = {
+            **self._status,
+            **self._live(),
+            "seconds": round(now - self._began, 1),
+            "messages": self._messages[-20:],
+        }
         self._objects.put(self._key("status.json"), status_document(run_id=self.run_id, now=now, **numbers))
         if len(self._shards) != self._n_written:
             lines = "".join(json.dumps(shard) + "\n" for shard in self._shards)
@@ -60,6 +66,16 @@ class RunLog:
         """Set fields of status.json."""
         self._status |= numbers
 
+    @contextmanager
+    def following(self, live: Callable[[], dict[str, Any]]) -> Iterator[None]:
+        """While this lasts, status.json also has what `live` says at the moment; afterwards what it said last."""
+        self._live = live
+        try:
+            yield
+        finally:
+            self._status |= live()
+            self._live = dict
+
     def event(self, event: Event) -> None:
         """Note something that happened to workers or shards."""
         if isinstance(event, WorkersReady):
@@ -70,7 +86,8 @@ class RunLog:
     def shard(self, report: ShardReport, attempts: int) -> None:
         """Note a finished shard."""
         seconds = {stage: round(s, 4) for stage, s in report.seconds.items()}
-        self._shards.append({**asdict(report), "seconds": seconds, "attempts": attempts})
+        found = {name: value for name, value in asdict(report).items() if name != "pools"}
+        self._shards.append({**found, "seconds": seconds, "attempts": attempts})
 
     def _key(self, name: str) -> str:
         return f"{LOG_PREFIX}{self.run_id}/{name}"

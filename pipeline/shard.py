@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from queue import LifoQueue
 from typing import Protocol, runtime_checkable
@@ -19,11 +19,14 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 
+from infra.faults import FAULTS, Kind, Where
 from infra.machine import n_cores
-from infra.metrics import Metrics, StageClock
+from infra.metrics import Metrics, StageClock, place_label
 from infra.objects import Objects, open_objects
+from infra.verdict import Pool
+from pipeline.locations import is_remote
 from pipeline.preprocess import BadImageError, Preprocessing, decode_image, normalise
-from pipeline.shard_writer import ShardWriter, check_fidelity
+from pipeline.shard_writer import N_PUT_THREADS, ShardWriter, Since, check_fidelity
 from pipeline.source_errors import MAX_IMAGE_NBYTES, SourceError
 from pipeline.states import Reduced, check_head_input, merge_reduced, reduce_micro_batch
 from pipeline.teacher import Teacher, teacher_from_files
@@ -59,6 +62,8 @@ class ShardReport:
         wall_s: From the first image to the commit.
         worker: Host and process.
         requests: Of this worker to a remote store, by verb, since its last report; also bytes_out and bytes_in.
+        faults: Of this worker since its last report, by "where kind" (`infra.faults`).
+        pools: Of this worker's threads.
     """
 
     shard: int
@@ -69,6 +74,8 @@ class ShardReport:
     wall_s: float
     worker: str
     requests: dict[str, int]
+    faults: dict[str, int]
+    pools: tuple[Pool, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +86,18 @@ class ShardElsewhere:
         run_id: The run that claims it.
         committed: Whether it is done; if not, nothing is known of its images yet.
         bad_images: As in `ShardReport`.
+        nbytes: Bytes of its objects, the commit included; 0 if it is not committed.
         requests: As in `ShardReport`.
+        faults: As in `ShardReport`.
     """
 
     shard: int
     run_id: str
     committed: bool
     bad_images: tuple[tuple[int, str, str], ...]
+    nbytes: int
     requests: dict[str, int]
+    faults: dict[str, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,11 +158,16 @@ class ShardRunner:
             torch.set_num_threads(1)  # each micro-batch has a thread of ours; see the head of this file
         self._teacher = config.make_teacher(device) if config.make_teacher else self._stored_teacher(device)
         self._preprocessing = Preprocessing.from_dict(dict(self.spec.preprocessing))
-        self._metrics = Metrics({"store": "/".join(objects.location.rsplit("/", 2)[-2:])})
+        self._open = ExitStack()
+        self._open.enter_context(FAULTS.told_to(_tell_ray(place_label(objects.location))))
+        self._faults = Since(FAULTS.counts, FAULTS.counts())
         self._device_turn = threading.Lock()
         self._pool = ThreadPoolExecutor(self._n_threads, thread_name_prefix="micro-batch")
         self._writer = ShardWriter(objects, self._document, self._pool, config.run_id)
         self._max_error = config.max_error
+        self._pools = _thread_pools(
+            self._n_threads, depth=config.n_buffers, on_gpu=self._on_gpu, remote=is_remote(objects.location)
+        )
         self._buffers: LifoQueue[ShardBuffers] = LifoQueue()
         for _ in range(config.n_buffers):
             self._buffers.put(ShardBuffers(self.spec, _pinned if self._on_gpu else None))
@@ -181,6 +197,7 @@ class ShardRunner:
         """End the threads."""
         self._pool.shutdown()
         self._writer.close()
+        self._open.close()
 
     def run(self, shard: int) -> ShardReport | ShardElsewhere:
         """Do one shard from images to commit, unless another job has it. May be called from several threads.
@@ -214,7 +231,7 @@ class ShardRunner:
             ).to_bytes()
             # a plain put: whoever else commits this shard has the same bytes, and a damaged commit has to go
             self._writer.put(commit_key(shard), document)
-        report = ShardReport(
+        return ShardReport(
             shard=shard,
             n_samples=len(self.spec.shard_samples(shard)),
             bad_images=self._named(bad),
@@ -223,9 +240,9 @@ class ShardRunner:
             wall_s=time.monotonic() - began,
             worker=f"{socket.gethostname()}:{os.getpid()}",
             requests=self._writer.new_requests(),
+            faults=self._faults.new(),
+            pools=self._pools,
         )
-        self._count(report)
-        return report
 
     def _elsewhere(self, shard: int, holder: str, commit: Commit | None) -> ShardElsewhere:
         return ShardElsewhere(
@@ -233,20 +250,13 @@ class ShardRunner:
             run_id=holder,
             committed=commit is not None,
             bad_images=self._named(commit.bad_images if commit else ()),
+            nbytes=commit_nbytes(commit) if commit else 0,
             requests=self._writer.new_requests(),
+            faults=self._faults.new(),
         )
 
     def _named(self, bad: Sequence[tuple[int, str]]) -> tuple[tuple[int, str, str], ...]:
         return tuple((index, self._samples[index].sample_id, code) for index, code in bad)
-
-    def _count(self, report: ShardReport) -> None:
-        self._metrics.add("images", report.n_samples - len(report.bad_images))
-        self._metrics.add("bad_images", len(report.bad_images))
-        self._metrics.add("written_bytes", report.nbytes)
-        self._metrics.add("shards", result="done")
-        self._metrics.observe("shard_duration_seconds", report.wall_s)
-        for stage, seconds in report.seconds.items():
-            self._metrics.add("stage_seconds", seconds, stage=stage)
 
     @contextmanager
     def _borrow(self, clock: StageClock) -> Iterator[ShardBuffers]:
@@ -307,8 +317,12 @@ class ShardRunner:
             raise BadImageError("too_large", f"{sample.nbytes:,} bytes; at most {MAX_IMAGE_NBYTES:,} are read")
         for attempt in range(1, READ_TRIES + 1):
             try:
-                return self._source.read(sample)
+                with FAULTS.at_source():
+                    return self._source.read(sample)
             except SourceError as error:
+                if not error.tried_again:  # else each try was counted where it was made
+                    with FAULTS.at_source():
+                        FAULTS.note("io")
                 if error.tried_again or attempt == READ_TRIES:
                     raise
                 time.sleep(READ_BACKOFF_S * 2 ** (attempt - 1))
@@ -334,15 +348,29 @@ class ShardRunner:
             if spec.has_head_input:
                 head_input = teacher.head_input(teacher.final_norm(states[-1]))[:n_rows].float()
                 check_head_input(head_input, index)
-        with clock("copy"):
-            for layer, kinds in zip(spec.layers, layers):
-                for kind, values in kinds.items():
-                    _copy(buffers, array_path(layer, kind), place, values)
-            if spec.has_head_input:
-                _copy(buffers, HEAD_INPUT, place, head_input)
-            if self._on_gpu:
-                torch.cuda.current_stream().synchronize()  # nothing of the buffers is read before this returns
+        began, computed = time.perf_counter(), self._moment()
+        for layer, kinds in zip(spec.layers, layers):
+            for kind, values in kinds.items():
+                _copy(buffers, array_path(layer, kind), place, values)
+        if spec.has_head_input:
+            _copy(buffers, HEAD_INPUT, place, head_input)
+        copied = self._moment()
+        if computed is not None and copied is not None:
+            torch.cuda.current_stream().synchronize()  # nothing of the buffers is read before this returns
+        spent = time.perf_counter() - began
+        # A GPU is still computing when it is told to copy, and the wait at the end is for both.
+        copying = spent if computed is None or copied is None else min(computed.elapsed_time(copied) / 1000, spent)
+        clock.add("copy", copying)
+        clock.add("device", spent - copying)
         return reduced
+
+    def _moment(self) -> torch.cuda.Event | None:
+        """A mark in what the GPU has been told to do; None on a CPU, which does it at once."""
+        if not self._on_gpu:
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def _stored_teacher(self, device: str) -> Teacher:
         files = {
@@ -351,6 +379,30 @@ class ShardRunner:
             if key.startswith(TEACHER_PREFIX)
         }
         return teacher_from_files(files, device=device, compute=self.spec.compute)
+
+
+def commit_nbytes(commit: Commit) -> int:
+    """Bytes of a shard's objects and of its commit."""
+    return len(commit.to_bytes()) + sum(record.nbytes for record in commit.objects.values())
+
+
+def _thread_pools(n_threads: int, *, depth: int, on_gpu: bool, remote: bool) -> tuple[Pool, ...]:
+    """Which threads of a worker do what; the device is one more, as micro-batches take turns on it."""
+    on_device = ("device", "copy")
+    writing = () if remote else ("write",)
+    micro_batches = ("decode", "encode", *writing) if on_gpu else ("decode", *on_device, "encode", *writing)
+    pools = [Pool(stages=micro_batches, lanes=n_threads), Pool(stages=("commit",), lanes=depth)]
+    if on_gpu:
+        pools.append(Pool(stages=on_device, lanes=1))
+    if remote:
+        pools.append(Pool(stages=("write",), lanes=N_PUT_THREADS))
+    return tuple(pools)
+
+
+def _tell_ray(store: str) -> Callable[[Where, Kind], None]:
+    """At once, and not with the next report: while a store is away there is none."""
+    metrics = Metrics({"store": store})
+    return lambda where, kind: metrics.add("errors", where=where, kind=kind)
 
 
 def _copy(buffers: ShardBuffers, path: str, place: int, values: torch.Tensor) -> None:

@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -42,8 +42,7 @@ class ShardWriter:
         self._claims = Claims(objects, run_id) if run_id else None
         self._run_id = run_id or ""
         self._putters = ThreadPoolExecutor(N_PUT_THREADS, "put") if is_remote(objects.location) else None
-        self._told: Counter[str] = Counter()
-        self._lock = threading.Lock()
+        self._requests = Since(lambda: counted_requests(objects))
 
     def close(self) -> None:
         """End the threads."""
@@ -106,11 +105,7 @@ class ShardWriter:
 
     def new_requests(self) -> dict[str, int]:
         """Requests, and bytes, to a remote store since this was last asked; empty for a local one."""
-        with self._lock:
-            new = counted_requests(self._objects)
-            new.subtract(self._told)
-            self._told.update(new)
-        return {name: n for name, n in new.items() if n}
+        return self._requests.new()
 
     def _commit(self, shard: int) -> Commit | None:
         spec, digest = self._document.spec, self._document.digest
@@ -119,6 +114,26 @@ class ShardWriter:
             return read_commit(spec, digest, shard, data)
         except (ObjectMissingError, SchemaError):  # a damaged one is done again
             return None
+
+
+class Since:
+    """What has been counted since this was last asked. Threads may share it.
+
+    Args:
+        count: All counts so far.
+        told: Those that are no news.
+    """
+
+    def __init__(self, count: Callable[[], Counter[str]], told: Counter[str] | None = None) -> None:
+        self._count, self._told, self._lock = count, Counter(told or {}), threading.Lock()
+
+    def new(self) -> dict[str, int]:
+        """The news, by name; none of them is zero."""
+        with self._lock:
+            new = self._count()
+            new.subtract(self._told)
+            self._told.update(new)
+        return {name: n for name, n in new.items() if n}
 
 
 def counted_requests(objects: object) -> Counter[str]:

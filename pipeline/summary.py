@@ -71,6 +71,7 @@ def _store_lines(result: ExtractResult, store: Store | None) -> list[str]:
     lines += _accuracy_lines(store)
     lines += _bad_image_lines(result)
     lines += [f"  shard {outcome.shard} was given up: {outcome.cause}" for outcome in result.quarantined]
+    lines += _fault_lines(result.faults)
     lines += _request_lines(result.requests + counted_requests(store.objects))
     if not result.complete:
         lines.append(f"  {spec.n_samples - store.n_committed:,} images are still to do")
@@ -84,6 +85,13 @@ def _request_lines(n: Counter[str]) -> list[str]:
         f"  S3: {n['put']:,} PUT, {n['get'] + n['head']:,} GET and HEAD, {n['list']:,} LIST, {n['delete']:,} DELETE; "
         f"{human_bytes(n['bytes_out'])} out, {human_bytes(n['bytes_in'])} in"
     ]
+
+
+def _fault_lines(faults: Counter[str]) -> list[str]:
+    if not faults:
+        return []
+    found = ", ".join(f"{n:,} {name}" for name, n in faults.most_common())
+    return [f"  requests that failed and were made again: {found}"]
 
 
 def _bad_image_lines(result: ExtractResult) -> list[str]:
