@@ -35,7 +35,9 @@ def heat_maps(
         cuts: Where lines are drawn, between layers.
         axis_names: Of columns and rows.
     """
-    figure, axes = _canvas(len(matrices), width=5.2 * len(matrices) + 0.8, height=4.9, columns=len(matrices))
+    columns_of_axes = min(2, len(matrices))
+    n_rows = -(-len(matrices) // 2)
+    figure, axes = _canvas(n_rows * columns_of_axes, width=9.6, height=4.6 * n_rows, columns=columns_of_axes)
     extent = (columns[0] - 0.5, columns[-1] + 0.5, rows[-1] + 0.5, rows[0] - 0.5)
     for one, (title, matrix) in zip(axes, matrices.items()):
         image = one.imshow(matrix, cmap="viridis", vmin=limits[0], vmax=limits[1], extent=extent)
@@ -43,6 +45,8 @@ def heat_maps(
         for cut in cuts:
             one.axvline(cut, color="white", linewidth=1.2)
             one.axhline(cut, color="white", linewidth=1.2)
+    for one in axes[len(matrices) :]:
+        one.set_axis_off()
     figure.colorbar(image, ax=axes, label=unit, fraction=0.046, pad=0.03)
     return _svg(figure)
 

@@ -25,14 +25,15 @@ def phase_cuts(phases: Phases) -> list[float]:
 
 
 def speed_jumps(findings: Findings, n_phases: int) -> dict[str, list[float]]:
-    """For each kind, where its angular speed is best cut into so many phases, on the axis of layers."""
-    middles = step_middles(findings.layers)
-    found = {}
-    for kind, dynamics in findings.dynamics.items():
-        if n_phases <= len(middles):
-            starts = speed_phases(dynamics.speed.mean, n_phases)
-            found[kind] = [float(middles[i] + middles[i - 1]) / 2 for i in starts]
-    return found
+    """For each kind, where its angular speed is best cut into so many phases: the layers that these steps start from.
+
+    As in the phases, layer 0 is left out: the first block's step from the embedding is many times the others.
+    """
+    inner = findings.layers[1:]
+    if n_phases >= len(inner):
+        return {}
+    speeds = {kind: dynamics.speed.mean[1:] for kind, dynamics in findings.dynamics.items()}
+    return {kind: [float(inner[i]) for i in speed_phases(speed, n_phases)] for kind, speed in speeds.items()}
 
 
 def overview_section(findings: Findings, phases: Phases, origin: Origin) -> Section:
@@ -63,6 +64,7 @@ def overview_section(findings: Findings, phases: Phases, origin: Origin) -> Sect
             f"Angular speed is best cut into as many phases: {listed}. {hits} of {total} phase boundaries have "
             "such a cut within half a layer."
         )
+    text += _crossing_statement(findings, cuts)
     return Section(
         title="Phases, angular speed and CKA",
         text=text,
@@ -296,6 +298,20 @@ def spectra_section(findings: Findings, phases: Phases, origin: Origin) -> Secti
         ],
         parts=parts,
     )
+
+
+def _crossing_statement(findings: Findings, cuts: Sequence[float]) -> list[str]:
+    crossing = np.isin(step_middles(findings.layers)[1:], cuts)
+    if not crossing.any() or crossing.all():
+        return []
+    speeds = {kind: found.speed.mean[1:] for kind, found in findings.dynamics.items()}
+    listed = "; ".join(
+        f"{kind} {speed[crossing].mean():.3g} against {speed[~crossing].mean():.3g}" for kind, speed in speeds.items()
+    )
+    return [
+        f"Mean angular speed of the steps into a new phase against those within one, radians: {listed}. The Raptor "
+        "paper reports jumps at the boundaries of its phases. Both leave out the step from layer 0."
+    ]
 
 
 def _rank_statement(kind: str, stable: Sequence[float], layers: Sequence[int]) -> str:
