@@ -19,6 +19,7 @@ COMMANDS = {
     "stop": "infra.job_doors:stop_command",
     "deploy": "infra.manifests:deploy",
     "watch": "infra.watch:watch",
+    "dashboard": "infra.dashboard:dashboard",
 }
 
 

@@ -49,9 +49,10 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Prometheus:
-    """A Prometheus that answers at `url`."""
+    """A Prometheus that answers at `url`, and its process."""
 
     url: str
+    process: subprocess.Popen[bytes]
 
     def query(self, expression: str) -> list[Sample]:
         """Ask for the value of an expression now; an empty list when no series matches.
@@ -177,7 +178,7 @@ def serving(
         with running(command, log=work / "prometheus.log") as process:
             url = f"http://{_HOST}:{port}"
             wait_until_ready(f"{url}/-/ready", process, log=work / "prometheus.log", name="Prometheus")
-            yield Prometheus(url=url)
+            yield Prometheus(url=url, process=process)
 
 
 @contextmanager
@@ -228,13 +229,15 @@ def running(
             process.wait()
 
 
-def wait_until_ready(url: str, process: subprocess.Popen[bytes], *, log: Path, name: str) -> None:
+def wait_until_ready(
+    url: str, process: subprocess.Popen[bytes], *, log: Path, name: str, timeout_s: float = READY_TIMEOUT_S
+) -> None:
     """Return when a URL answers with success.
 
     Raises:
-        PrometheusError: The program has ended, or is silent for 30 s; with the end of its log.
+        PrometheusError: The program has ended, or is silent for `timeout_s`; with the end of its log.
     """
-    until = time.monotonic() + READY_TIMEOUT_S
+    until = time.monotonic() + timeout_s
     while True:
         try:
             with urllib.request.urlopen(url, timeout=5):
