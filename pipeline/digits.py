@@ -6,7 +6,10 @@ normalised. PGM is not compressed, so the bytes depend on no library version.
 """
 
 import functools
+import gzip
+import importlib.util
 import random
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,9 +58,14 @@ def digits_split(split: str) -> list[int]:
 @functools.cache
 def load_digit_arrays() -> tuple[UInt8[np.ndarray, "image 8 8"], UInt8[np.ndarray, "image"]]:
     """All digits as (levels 0 to 16, labels), in `load_digits` order; read once per process, from the package."""
-    from sklearn.datasets import load_digits  # a second of import that an ImageFolder job need not pay
-
-    levels, labels = load_digits(return_X_y=True)
+    # The file of `sklearn.datasets.load_digits`; importing that takes seconds, which every worker would pay.
+    package = importlib.util.find_spec("sklearn")
+    assert package is not None
+    assert package.submodule_search_locations, "scikit-learn is installed with its data"
+    folder = Path(package.submodule_search_locations[0])
+    with gzip.open(folder / "datasets" / "data" / "digits.csv.gz") as file:
+        table = np.loadtxt(file, delimiter=",", dtype=np.float64)
+    levels, labels = table[:, :-1], table[:, -1]
     assert levels.shape == (N_DIGITS, _SIDE * _SIDE)
     assert levels.min() >= 0
     assert levels.max() <= _LEVELS
