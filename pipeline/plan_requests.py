@@ -172,18 +172,18 @@ def identity_nbytes(spec: StoreSpec, teacher_files: Mapping[str, int]) -> int:
 
 def commit_nbytes(spec: StoreSpec) -> int:
     """About the size of a full shard's commit."""
-    return len(_commit(spec, 0).to_bytes())
+    return len(expected_commit(spec, 0).to_bytes())
 
 
 def index_nbytes(spec: StoreSpec) -> int:
     """About the size of index.parquet."""
     n = min(spec.n_shards, _N_INDEXED)
     few = replace(spec, n_samples=min(spec.n_samples, n * spec.samples_per_shard))
-    data = index_to_bytes(few, "0" * 64, [_commit(few, shard) for shard in range(n)])
+    data = index_to_bytes(few, "0" * 64, [expected_commit(few, shard) for shard in range(n)])
     return len(data) * spec.n_shards // n
 
 
-def _commit(spec: StoreSpec, shard: int) -> Commit:
+def expected_commit(spec: StoreSpec, shard: int) -> Commit:
     """One with sizes as they will be, and numbers of the usual length."""
     rng = np.random.default_rng(shard)
     objects = {
