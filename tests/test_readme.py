@@ -24,7 +24,7 @@ def test_every_target_named_exists(target: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "variable", sorted(set(re.findall(r"\b([A-Z][A-Z_]{2,})=", README)) - {"RAY_ADDRESS", "BLOCKS"})
+    "variable", sorted(set(re.findall(r"\b([A-Z][A-Z_]{2,})=", README)) - {"RAY_ADDRESS", "BLOCKS", "CMD", "JOB"})
 )
 def test_every_variable_named_is_passed_on(variable: str) -> None:
     value = "1" if variable in ("NO_RAY", "REPAIR", "PARTIAL", "JOIN", "COMPAT") else "7"
