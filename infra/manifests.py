@@ -224,7 +224,11 @@ _PARTS = ("subnet", "security-group", "network-interface", "volume", "key-pair")
 
 def _vms(d: Deployment) -> dict[str, str]:
     ec2 = f"{_arn(d, 'ec2')}:{d.region}:*"
-    variables = _variables(d) | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": _TOKEN_PATH}
+    variables = _variables(d) | {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": _TOKEN_PATH,
+        "RAY_JOB_START_TIMEOUT_SECONDS": "86400",  # a job may wait a day for its machine; Ray's own is 15 minutes
+    }
     values: dict[str, Any] = {
         "name": d.name,
         "region": d.region,
