@@ -20,6 +20,7 @@ COMMANDS = {
     "deploy": "infra.manifests:deploy",
     "watch": "infra.watch:watch",
     "dashboard": "infra.dashboard:dashboard",
+    "monitoring": "infra.monitoring:monitoring",
 }
 
 

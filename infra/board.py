@@ -3,7 +3,7 @@
 Ray drops a gauge from /metrics some 10 s after it was set, and a scrape may miss it; so gauges are read as their last
 value over two minutes. Rates are over Grafana's own interval, which fits how often is scraped.
 
-    python -m infra.board   # writes the file anew; a test holds it to this list
+A test holds the file to this list, and says how to write it anew.
 """
 
 import json
@@ -309,7 +309,3 @@ def queries(rate_interval: str = "1m") -> list[tuple[Panel, str]]:
 def board_text() -> str:
     """The file's text."""
     return json.dumps(make_board(), indent=1) + "\n"
-
-
-if __name__ == "__main__":
-    BOARD_PATH.write_text(board_text())

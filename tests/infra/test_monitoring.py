@@ -11,6 +11,7 @@ import yaml
 
 from infra import board
 from infra.metrics import NAMESPACE, SERIES
+from infra.monitoring import manifests, monitoring
 from infra.prometheus import MONITORING, scrape_settings
 from tests.infra.exported import label_names, series_names
 
@@ -97,7 +98,9 @@ def test_every_series_of_ours_is_on_the_board_or_told_why_not():
 
 
 def test_the_kept_board_is_the_one_of_the_list():
-    assert board.BOARD_PATH.read_text() == board.board_text(), "run python -m infra.board"
+    assert board.BOARD_PATH.read_text() == board.board_text(), (
+        'to write it anew: python -c "from infra.board import *; BOARD_PATH.write_text(board_text())"'
+    )
 
 
 def test_the_board_is_one_that_grafana_can_show():
@@ -170,6 +173,27 @@ def test_what_ray_declares_for_gpus_is_what_we_ask_for():
     for name, labels in declared.items():
         gauge = METRICS_GAUGES[name.removeprefix("ray_")]
         assert set(labels) == set(gauge.view.columns), name
+
+
+def test_on_kubernetes_the_same_rules_and_board_are_applied():
+    pods, rules, shown = manifests("research", "stack")
+    assert all(one["metadata"]["namespace"] == "research" for one in (pods, rules, shown))
+    assert pods["metadata"]["labels"] == rules["metadata"]["labels"] == {"release": "stack"}
+    assert rules["spec"] == RULES
+    assert shown["data"] == {"activations.json": board.board_text()}
+    assert shown["metadata"]["labels"] == {"grafana_dashboard": "1"}
+    (endpoint,) = pods["spec"]["podMetricsEndpoints"]
+    rayjob = (MONITORING.parent / "kubernetes" / "rayjob.yaml").read_text()
+    assert rayjob.count(f"{{name: {endpoint['port']}, containerPort: 8080}}") == 2  # of the head, of the workers
+    assert endpoint["relabelings"] == [{"targetLabel": "job", "replacement": "ray"}]
+    assert 'up{job="ray"' in (MONITORING / "alerts.yml").read_text()
+
+
+def test_the_manifests_are_written(tmp_path, capsys):
+    monitoring(out=tmp_path / "new")
+    kinds = [one["kind"] for one in yaml.safe_load_all((tmp_path / "new" / "monitoring.yaml").read_text())]
+    assert kinds == ["PodMonitor", "PrometheusRule", "ConfigMap"]
+    assert f"kubectl apply -f {tmp_path}/new/monitoring.yaml" in capsys.readouterr().out
 
 
 @promtool
