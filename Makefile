@@ -124,7 +124,7 @@ phases: $(READY) ## cut the depth into spans, with heat map and controls: make p
 	@$(PYTHON) -m analysis phases $(call flags,K STORE EPSILON OBJECTIVE OUT LIMIT ENDPOINT_URL) $(ARGS)
 
 report: $(READY) ## phases, similarity, dynamics and spectra of a store as one HTML page with figures, in OUT=
-	@$(PYTHON) -m analysis report $(call flags,STORE K OUT LIMIT ENDPOINT_URL) $(ARGS)
+	@$(PYTHON) -m analysis report $(call flags,STORE RUN K OUT LIMIT SEED DEVICE ENDPOINT_URL) $(ARGS)
 
 TRAIN_VARIABLES := STORE BLOCKS RUN STEPS SEED REPLICA HEAD DEVICE RECIPE MICRO_BATCH WORKERS RAY_ADDRESS ENDPOINT_URL
 TRAIN_FLAGS = $(call flags,$(TRAIN_VARIABLES)) $(call switch,PARTIAL) $(ARGS)

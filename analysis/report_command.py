@@ -5,65 +5,97 @@ import shlex
 from collections.abc import Mapping
 from pathlib import PurePath
 
+import numpy as np
+import torch
+
+from analysis.compare import compare_with_store
 from analysis.measure import measure_store
+from analysis.model_report import (
+    N_DRAWS,
+    N_SWAPPED,
+    raptor_section,
+    self_correction,
+    self_correction_section,
+    swap_accuracies,
+    swap_section,
+)
 from analysis.page import Origin, Section, Table, page_html, table_csv
 from analysis.partitions import MIN_SIZE
 from analysis.pass_over import pass_nbytes
-from analysis.phase_report import find_phases
+from analysis.phase_report import Phases, find_phases
 from analysis.phases import DEFAULT_OBJECTIVE
 from analysis.report import dynamics_section, overview_section, similarity_section, spectra_section
+from analysis.similarity import LEAST_ROWS
 from infra.console import Progress, UserError, human_bytes, say
 from infra.objects import ObjectError, Objects, open_objects
 from infra.s3_settings import use_endpoint
+from pipeline.teacher import Teacher, teacher_from_files
 from storage_schemas import Store, open_store
 from storage_schemas.errors import StoreError
 from storage_schemas.find import find_stores
+from trainer.raptor_teacher import RaptorTeacher, raptor_teacher
 
 DEFAULT_STORE = "data/stores/digits"
 DEFAULT_OUT = "data/reports"
 LIMIT = 10_240  # ten batches of CKA
 WIDE_LIMIT = 1_000
+MODEL_LIMIT = 64
+COMPARE_LIMIT = 1_024
+TEACHER, RAPTOR = "teacher", "Raptor"
 PAGE = "report.html"
 
 
 def report_command(
     *,
     store: str = DEFAULT_STORE,
+    run: str = "",
     out: str = "",
     k: int = 3,
     limit: int = LIMIT,
     wide_limit: int = WIDE_LIMIT,
+    model_limit: int = MODEL_LIMIT,
+    seed: int = 0,
+    device: str = "cpu",
     endpoint_url: str | None = None,
 ) -> int:
-    """Similarity, phases, dynamics and spectra of a store's layers, as one HTML page with figures and tables.
+    """Phases, similarity, dynamics and spectra of a store's layers, as one HTML page with figures and tables.
+
+    Where the store holds its teacher, also its self-correction and layer swaps; with RUN a Raptor beside it.
 
     Reads each chunk that it needs once; from patches and registers only the first WIDE_LIMIT images.
 
     Args:
         store: A store, or a folder with the stores train and val, of which train is read; local or s3://bucket/prefix.
+        run: A finished RUN of a Raptor of the whole depth, trained on this store's teacher.
         out: Folder or s3://bucket/prefix for report.html and tables/*.csv; empty: data/reports/<store>.
         k: Number of phases.
         limit: Only the first so many images of the store's shuffled order, of CLS and patch means.
         wide_limit: The same of registers and patches.
+        model_limit: The same where the teacher or the Raptor runs.
+        seed: Of pushes and swaps.
+        device: Where they run: cpu, cuda or cuda:0.
         endpoint_url: S3 endpoint, such as http://127.0.0.1:9000; None is AWS_ENDPOINT_URL, else Amazon's.
     """
     use_endpoint(endpoint_url)
     place = out or f"{DEFAULT_OUT}/{_name(store)}"
-    problems = _setting_problems(k, limit, wide_limit)
+    problems = _setting_problems(k, limit, wide_limit, model_limit)
     saved = _open_out(place, problems)
     source = _open_train(store, problems)
     if source is not None:
         problems += _store_problems(source, k)
+    models = {} if source is None else _models(source, run, device, problems)
     if problems or source is None or saved is None:
         raise UserError("\n  ".join(["make report cannot start:", *problems]))
     typed = {
         "STORE": store if store != DEFAULT_STORE else None,
+        "RUN": run or None,
         "OUT": out or None,
         "K": k if k != 3 else None,
         "LIMIT": limit if limit != LIMIT else None,
     }
     command = make_command("report", typed)
-    sections, facts = _sections(source, k, limit, wide_limit, command)
+    sections, facts, phases = _store_sections(source, k, limit, wide_limit, command)
+    sections += _model_sections(source, models, phases, model_limit, seed, command)
     _save(saved, f"{source.spec.teacher} on {source.location}", facts, sections)
     n_figures = sum(not isinstance(part, Table) for section in sections for part in section.parts)
     n_tables = sum(isinstance(part, Table) for section in sections for part in section.parts)
@@ -71,7 +103,9 @@ def report_command(
     return 0
 
 
-def _sections(store: Store, k: int, limit: int, wide_limit: int, command: str) -> tuple[list[Section], dict[str, str]]:
+def _store_sections(
+    store: Store, k: int, limit: int, wide_limit: int, command: str
+) -> tuple[list[Section], dict[str, str], Phases]:
     n_images = min(limit, store.n_valid)
     states = pass_nbytes(store.spec, store.spec.token_kinds)
     say(f"one pass over {store.location}: {human_bytes(states)} of states at a time")
@@ -101,7 +135,71 @@ def _sections(store: Store, k: int, limit: int, wide_limit: int, command: str) -
         "store digest": store.document.digest[:16],
         "command": origin.command,
     }
-    return sections, facts
+    return sections, facts, phases
+
+
+def _model_sections(
+    store: Store, models: Mapping[str, Teacher], phases: Phases, limit: int, seed: int, command: str
+) -> list[Section]:
+    """Of the teacher, and of a Raptor if there is one, on the first images of the store."""
+    if not models:
+        say(f"{store.location} holds no teacher: no self-correction, layer swap or Raptor")
+        return []
+    rows = np.flatnonzero(store.valid)[:limit]
+    x = torch.from_numpy(store.read([0], rows, "all")[:, 0])
+    origin = Origin(data=f"{store.location} ({', '.join(models)})", n_images=len(rows), seed=seed, command=command)
+    sections = []
+    if RAPTOR in models:
+        total = min(COMPARE_LIMIT, store.n_valid)
+        raptor = models[RAPTOR]
+        with Progress(total=total, unit="images", label="Raptor") as progress:
+            compared = compare_with_store(
+                raptor, store, limit=COMPARE_LIMIT, device=raptor.device, progress=progress.advance
+            )
+        beside = Origin(data=f"{store.location} and {raptor.name}", n_images=total, seed=None, command=command)
+        sections.append(raptor_section(raptor.name, compared, beside))
+    depth = store.layers[-1]
+    with Progress(total=depth * len(models), unit="layers", label="self-correction") as progress:
+        tracked = {
+            name: self_correction(model, x.to(model.device), seed=seed, progress=progress.advance)
+            for name, model in models.items()
+        }
+    sections.append(self_correction_section(tracked, origin))
+    teacher = models[TEACHER]
+    labels = np.array([-1 if one is None else one for one in store.samples["label"].to_pylist()])[rows]
+    if teacher.head is None or (labels < 0).all():
+        say("no layer swap: the teacher has no head, or the images no labels")
+        return sections
+    n_swaps = len(N_SWAPPED) * N_DRAWS * 2 + 1
+    with Progress(total=n_swaps, unit="models", label="layer swap") as progress:
+        swaps = swap_accuracies(
+            teacher, x.to(teacher.device), labels, phases.chosen.groups, seed=seed, progress=progress.advance
+        )
+    return [*sections, swap_section(swaps, origin)]
+
+
+def _models(store: Store, run: str, device: str, problems: list[str]) -> dict[str, Teacher]:
+    """The store's teacher, and the Raptor of a RUN; none where the store has no teacher."""
+    models: dict[str, Teacher] = {}
+    try:
+        files = store.read_teacher_files()
+        if files:
+            models[TEACHER] = teacher_from_files(files, device=device)
+        if run:
+            models[RAPTOR] = raptor_teacher(run, device=device)
+    except (StoreError, ObjectError, UserError) as error:
+        problems.append(str(error))
+        return {}
+    if RAPTOR in models and TEACHER not in models:
+        problems.append(f"RUN={run}: {store.location} holds no teacher to compare a Raptor with")
+    elif isinstance(raptor := models.get(RAPTOR), RaptorTeacher):
+        taught_by = raptor.taught_by
+        if taught_by != models[TEACHER].core_digest:
+            problems.append(
+                f"RUN={run} was trained on a teacher with digest {taught_by[:16]}, {store.location} was made by one "
+                f"with {models[TEACHER].core_digest[:16]}: give the store that it was trained on"
+            )
+    return models
 
 
 def _save(out: Objects, title: str, facts: Mapping[str, str], sections: list[Section]) -> None:
@@ -123,13 +221,13 @@ def _name(store: str) -> str:
     return f"{path.parent.name}-{path.name}" if path.name in ("train", "val") and path.parent.name else path.name
 
 
-def _setting_problems(k: int, limit: int, wide_limit: int) -> list[str]:
+def _setting_problems(k: int, limit: int, wide_limit: int, model_limit: int) -> list[str]:
     problems = []
     if k < 1:
         problems.append(f"K={k}: expected 1 or more phases")
-    for name, value in (("LIMIT", limit), ("WIDE_LIMIT", wide_limit)):
-        if value < 4:
-            problems.append(f"{name}={value}: expected 4 or more images, as the unbiased HSIC needs them")
+    for name, value in (("LIMIT", limit), ("--wide-limit", wide_limit), ("--model-limit", model_limit)):
+        if value < LEAST_ROWS:
+            problems.append(f"{name}={value}: expected {LEAST_ROWS} or more images, as the unbiased HSIC needs them")
     return problems
 
 

@@ -1,0 +1,229 @@
+"""What a report shows of models that run: self-correction, layer swaps, a Raptor beside its teacher."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int64
+
+from analysis.compare import Comparison
+from analysis.interventions import Tracked, run_order, swapped_orders, token_kinds, track_perturbation
+from analysis.page import Cell, Figure, Origin, Section, Table
+from analysis.partitions import Groups
+from analysis.plots import Curve, curves, heat_maps
+from pipeline.teacher import Teacher
+
+EPSILONS = (0.01, 0.05, 0.1, 0.2)
+N_DRAWS = 4
+N_SWAPPED = (1, 2, 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Swaps:
+    """Accuracy with blocks in the place of others: one number for each draw; NaN draws where there is no such swap."""
+
+    clean: float
+    by_kind: Mapping[tuple[str, int], Sequence[float]]
+
+
+def self_correction(
+    model: Teacher,
+    x: Float32[torch.Tensor, "row token dim"],
+    *,
+    seed: int,
+    progress: Callable[[int], None] | None = None,
+) -> list[Tracked]:
+    """Pushes of every size at every state of one model's own path from x, which is state 0."""
+    kinds = token_kinds(has_cls=model.has_cls, n_registers=model.n_registers, n_patches=model.n_patches)
+    found = []
+    for start in range(model.n_layers - 1):
+        for epsilon in EPSILONS:
+            found.append(track_perturbation(model, x, start, epsilon=epsilon, kinds=kinds, seed=seed))
+        with torch.no_grad():
+            x = model.run_blocks(x, start, start + 1)
+        if progress is not None:
+            progress(1)
+    return found
+
+
+def swap_accuracies(
+    model: Teacher,
+    x: Float32[torch.Tensor, "row token dim"],
+    labels: Int64[np.ndarray, " row"],
+    groups: Groups,
+    *,
+    seed: int,
+    progress: Callable[[int], None] | None = None,
+) -> Swaps:
+    """Accuracy of the model's own head after swaps within and across the phases.
+
+    Raises:
+        ValueError: The model has no head.
+    """
+
+    def accuracy(order: tuple[int, ...]) -> float:
+        with torch.no_grad():
+            named = model.logits(run_order(model, x, order)).argmax(dim=1).cpu().numpy()
+        if progress is not None:
+            progress(1)
+        return float((named == labels).mean())
+
+    by_kind = {}
+    for where in ("intra", "inter"):
+        for n in N_SWAPPED:
+            orders = _orders(groups, n, where, seed)
+            by_kind[where, n] = [accuracy(order) for order in orders]
+    return Swaps(clean=accuracy(tuple(range(model.n_layers - 1))), by_kind=by_kind)
+
+
+def _orders(groups: Groups, n: int, where: str, seed: int) -> list[tuple[int, ...]]:
+    try:
+        return list(swapped_orders(groups, n, "intra" if where == "intra" else "inter", n_draws=N_DRAWS, seed=seed))
+    except ValueError:  # one phase has no other, phases of one block have no second block
+        return []
+
+
+def self_correction_section(found: Mapping[str, Sequence[Tracked]], origin: Origin) -> Section:
+    """Ratios of angles, by model."""
+    parts: list[Figure | Table] = []
+    text, rows = [], list[list[Cell]]()
+    for name, tracked in found.items():
+        starts = sorted({one.start for one in tracked})
+        for kind in tracked[0].angles:
+            lines: dict[str, Curve] = {}
+            for epsilon in EPSILONS:
+                ratios = np.array([one.ratio(kind) for one in tracked if one.epsilon == epsilon])
+                lines[f"push of {epsilon:g} |x|"] = (np.array(starts, float), ratios, None)
+                rows += [[name, kind, start, epsilon, float(r)] for start, r in zip(starts, ratios)]
+            parts.append(
+                Figure(
+                    title=f"Self-correction of {name}, {kind}",
+                    svg=curves(lines, x_name="layer of the push", y_name="angle at the end over angle at the push"),
+                    caption="Every token is pushed by a Gaussian vector of so many lengths of its own; below 1 the "
+                    "model bends the path back, above 1 it drives it away.",
+                    origin=origin,
+                )
+            )
+        small = [one.ratio(kind) for one in tracked for kind in one.angles if one.epsilon == EPSILONS[0]]
+        text.append(
+            f"{name}: of pushes of {EPSILONS[0]:g} |x|, {sum(r < 1 for r in small)} of {len(small)} (states, kinds) "
+            "end at a smaller angle than they began. The Raptor paper reports weak contraction."
+        )
+    parts.append(
+        Table(
+            name="self_correction",
+            title="Self-correction",
+            caption="Angle at the end over angle at the push.",
+            columns=["model", "kind", "start", "epsilon", "ratio"],
+            rows=rows,
+            origin=origin,
+        )
+    )
+    return Section(title="Self-correction", text=text, parts=parts)
+
+
+def swap_section(swaps: Swaps, origin: Origin) -> Section:
+    """Accuracy after swaps, within phases and across."""
+    lines: dict[str, Curve] = {"no swap": (np.array(N_SWAPPED, float), np.full(len(N_SWAPPED), swaps.clean), None)}
+    rows: list[list[Cell]] = [["none", 0, 0, swaps.clean]]
+    text = []
+    for where, name in (("intra", "within a phase"), ("inter", "across phases")):
+        means = np.array([np.mean(one) if len(one := swaps.by_kind[where, n]) else np.nan for n in N_SWAPPED])
+        spread = np.array([np.std(one) if len(one := swaps.by_kind[where, n]) else np.nan for n in N_SWAPPED])
+        lines[name] = (np.array(N_SWAPPED, float), means, spread)
+        rows += [[where, n, i, one] for n in N_SWAPPED for i, one in enumerate(swaps.by_kind[where, n])]
+        text.append(
+            f"{name}: accuracy {', '.join(f'{one:.3f}' for one in means)} with {', '.join(map(str, N_SWAPPED))} "
+            f"layers swapped, {swaps.clean:.3f} without."
+        )
+    text.append("The Raptor paper reports that swaps within a phase keep the accuracy and swaps across collapse it.")
+    return Section(
+        title="Layer swap",
+        text=text,
+        parts=[
+            Figure(
+                title="Accuracy after a layer swap",
+                svg=curves(lines, x_name="layers replaced by another of the model's blocks", y_name="accuracy"),
+                caption=f"Mean of {N_DRAWS} draws, band one standard deviation; no retraining, the teacher's own head.",
+                origin=origin,
+            ),
+            Table(
+                name="layer_swap",
+                title="Layer swap",
+                caption="One row for each draw.",
+                columns=["where", "layers swapped", "draw", "accuracy"],
+                rows=rows,
+                origin=origin,
+            ),
+        ],
+    )
+
+
+def raptor_section(name: str, found: Comparison, origin: Origin) -> Section:
+    """A Raptor's own path beside its teacher's."""
+    x = np.array(found.layers, dtype=np.float64)
+    cosines: dict[str, Curve] = {kind: (x, one.mean, one.std) for kind, one in found.cosines.items()}
+    speeds: dict[str, Curve] = {
+        kind: ((x[1:] + x[:-1]) / 2, one.speed.mean, one.speed.std) for kind, one in found.dynamics.items()
+    }
+    last = ", ".join(f"{kind} {one.mean[-1]:.3f}" for kind, one in found.cosines.items())
+    best = found.cka[1:].argmax(axis=1)
+    diagonal = int((best == np.arange(1, len(found.layers))).sum())
+    kinds = ", ".join(found.cosines)
+    return Section(
+        title=f"Raptor beside teacher: {name}",
+        text=[
+            f"Cosine of its last state to the teacher's: {last}.",
+            f"For {diagonal} of {len(found.layers) - 1} layers of the teacher the most similar layer of the Raptor, by "
+            "CKA, is the one of the same number.",
+        ],
+        parts=[
+            Figure(
+                title="Linear CKA, teacher and Raptor",
+                svg=heat_maps(
+                    {kinds.replace(", ", "+"): found.cka},
+                    rows=found.layers,
+                    columns=found.layers,
+                    unit="linear CKA, unbiased",
+                    limits=(0, 1),
+                    axis_names=("layer of the Raptor", "layer of the teacher"),
+                ),
+                caption="Minibatch CKA with the unbiased HSIC; the Raptor is rolled out from the teacher's state 0.",
+                origin=origin,
+            ),
+            Figure(
+                title="Cosine to the teacher's state",
+                svg=curves(cosines, x_name="layer", y_name="cosine"),
+                caption="Same image, same layer; patch means are those of the model's own patches. Bands: one "
+                "standard deviation over images.",
+                origin=origin,
+            ),
+            Figure(
+                title="Angular speed of the Raptor",
+                svg=curves(speeds, x_name="layer", y_name="radians per layer"),
+                caption="As for the teacher. Bands: one standard deviation over images.",
+                origin=origin,
+            ),
+            Table(
+                name="raptor_cka",
+                title="CKA, teacher and Raptor",
+                caption="Rows: teacher's layers.",
+                columns=["layer", *map(str, found.layers)],
+                rows=[[layer, *map(float, row)] for layer, row in zip(found.layers, found.cka)],
+                origin=origin,
+            ),
+            Table(
+                name="raptor_cosine",
+                title="Cosine to the teacher's state",
+                caption="Mean and deviation over images.",
+                columns=["kind", "layer", "mean", "std"],
+                rows=[
+                    [kind, layer, float(one.mean[i]), float(one.std[i])]
+                    for kind, one in found.cosines.items()
+                    for i, layer in enumerate(found.layers)
+                ],
+                origin=origin,
+            ),
+        ],
+    )
