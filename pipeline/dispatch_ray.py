@@ -49,8 +49,9 @@ SOUR_AFTER = 3  # raises in a row, on a worker that worked before, after which i
 class ShardActor:
     """One worker process: a runner, and `depth` threads that run shards on it."""
 
-    def __init__(self, name: str, make_runner: Callable[[], Runner]) -> None:
-        self._name, self._make_runner = name, make_runner
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._runner: Runner | None = None
 
     def __repr__(self) -> str:
         return self._name
@@ -59,14 +60,16 @@ class ShardActor:
         """Node id and host, answered as soon as the actor has a place to run, before any weights are loaded."""
         return ray.get_runtime_context().get_node_id(), ray.util.get_node_ip_address()
 
-    def setup(self) -> Attempt:
-        """Make the runner."""
-        made = attempt(self._make_runner)
+    def setup(self, make_runner: Callable[[], Runner]) -> Attempt:
+        """Make the runner; a former one goes first, with its memory."""
+        self._runner = None
+        made = attempt(make_runner)
         self._runner = made.report
         return Attempt(cause=made.cause, trace=made.trace, fatal=made.fatal)
 
     def run(self, shard: int) -> Attempt:
         """Run one shard."""
+        assert self._runner is not None
         return attempt(partial(self._runner.run, shard))
 
 
@@ -94,6 +97,37 @@ class _Worker:
         return self.n_done > 0 and self.n_raised_in_a_row >= SOUR_AFTER
 
 
+class Spares:
+    """Idle workers that one call of `run_on_ray` leaves to the next: their processes have all libraries loaded.
+
+    For calls of one depth and environment. Whoever makes it closes it.
+    """
+
+    def __init__(self) -> None:
+        self.keeps = True  # False: there will be no next call, so GPUs are handed back at once
+        self._workers: list[_Worker] = []
+
+    def give(self, worker: _Worker) -> bool:
+        """Keep a worker, if it is a sound one; whether it is kept."""
+        if self.keeps and worker.ready and not worker.leaving:
+            self._workers.append(worker)
+            return True
+        return False
+
+    def take(self, asked: Wanted, without: Set[str]) -> _Worker | None:
+        """A worker as asked for, outside these nodes, that is to be set up anew; None if there is none."""
+        for worker in self._workers:
+            if _shape(worker.asked) == _shape(asked) and worker.node_id not in without | draining_nodes():
+                self._workers.remove(worker)
+                return _Worker(name=worker.name, actor=worker.actor, asked=asked)
+        return None
+
+    def close(self) -> None:
+        """Leave no actor behind."""
+        while self._workers and ray.is_initialized():
+            ray.kill(self._workers.pop().actor)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Call:
     """A method call in flight; shard is None for the two calls that bring a worker up."""
@@ -118,6 +152,7 @@ def run_on_ray(
     stop: Callable[[], bool] = never,
     on_event: OnEvent = ignore,
     name: str = "extract",
+    spares: Spares | None = None,
 ) -> Iterator[Outcome]:
     """Run all shards on a pool of Ray actors. Ray must be connected (`infra.cluster`).
 
@@ -136,9 +171,10 @@ def run_on_ray(
         environment: Variables that actors on a cluster started by others do not have of themselves.
         stop: As in `run_plain`; noticed within a second.
         name: Actors are named `<name>-<i>` on the dashboard, and their calls `<name>:shard`.
+        spares: Where workers come from, and go to when they have nothing to do any more.
 
     Yields:
-        Outcomes as they come. However the iteration ends, no actor outlives it.
+        Outcomes as they come. However the iteration ends, no actor outlives it but those in `spares`.
 
     Raises:
         FatalError: As raised by a runner.
@@ -149,6 +185,9 @@ def run_on_ray(
     numbers = itertools.count()
 
     def spawn(asked: Wanted, without: Set[str]) -> _Worker:
+        spare = spares.take(asked, without) if spares is not None else None
+        if spare is not None:
+            return spare
         elsewhere = {"ray.io/node-id": f"!in({','.join(sorted(without))})"} if without else None
         while True:
             worker_name = f"{name}-{next(numbers)}"
@@ -163,13 +202,14 @@ def run_on_ray(
                     max_task_retries=0,
                     scheduling_strategy="SPREAD",
                     runtime_env={"env_vars": dict(environment)} if environment else None,
-                ).remote(worker_name, make_runner)
+                ).remote(worker_name)
             except ActorAlreadyExistsError:  # one of an earlier run, just killed, whose name Ray has not yet let go
                 continue
             return _Worker(name=worker_name, actor=actor, asked=asked)
 
     pool = _Pool(
-        ledger=ledger, spawn=spawn, wanted=wanted, n_shards=ledger.n_waiting, depth=depth, boot_tries=boot_tries,
+        ledger=ledger, spawn=spawn, make_runner=make_runner, spares=spares, wanted=wanted,
+        n_shards=ledger.n_waiting, depth=depth, boot_tries=boot_tries,
         shard_timeout_s=shard_timeout_s, boot_timeout_s=boot_timeout_s, on_event=on_event, call_name=f"{name}:shard",
     )  # fmt: skip
     try:
@@ -190,6 +230,8 @@ class _Pool:
 
     ledger: Ledger
     spawn: Callable[[Wanted, Set[str]], _Worker]
+    make_runner: Callable[[], Runner]
+    spares: Spares | None
     wanted: Callable[[Set[str]], Wanted]
     n_shards: int
     depth: int
@@ -221,7 +263,10 @@ class _Pool:
                         self._call(ref, worker, shard=shard, timeout_s=self.shard_timeout_s)
         for worker in list(self.workers):
             if not self.ledger.load(worker.name) and (worker.leaving or not self.ledger.n_waiting):
-                self._remove(worker)  # hands its GPU back
+                if self.spares is not None and self.spares.give(worker):
+                    self._forget(worker)
+                else:
+                    self._remove(worker)  # hands its GPU back
         self._start_missing()
 
     def collect(self) -> Iterator[Outcome]:
@@ -311,7 +356,7 @@ class _Pool:
         """A worker has got its place, or has made its runner, or has failed to."""
         if isinstance(result, tuple):
             worker.node_id, worker.host = result
-            self._call(worker.actor.setup.remote(), worker, timeout_s=self.boot_timeout_s)
+            self._call(worker.actor.setup.remote(self.make_runner), worker, timeout_s=self.boot_timeout_s)
         elif result.fatal:
             raise FatalError(result.cause)
         elif result.cause:
@@ -349,6 +394,9 @@ class _Pool:
     def _remove(self, worker: _Worker) -> None:
         """Kill the actor, so that it cannot write any more, and forget it and its calls."""
         ray.kill(worker.actor)
+        self._forget(worker)
+
+    def _forget(self, worker: _Worker) -> None:
         self.workers.remove(worker)
         self.calls = {ref: call for ref, call in self.calls.items() if call.worker is not worker}
 

@@ -3,9 +3,10 @@
 Doing it again is the normal way to go on after anything: shards that are committed are left alone.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, replace
+from typing import Any
 
 from infra.console import ExitCode, JobError, StopFlag, UserError, say, stop_on_signals
 from infra.objects import ObjectError
@@ -95,14 +96,32 @@ def extract_planned(
         jobs = [prepare(store, overwrite, run) for store in planned]
         check_disk((job.planned.location, job.nbytes_left) for job in jobs)
         missing = any(job.shards for job in jobs)
-        with ray_for(run) if missing and not run.no_ray else nullcontext(), stop_on_signals() as stop:
-            return [_extract_store(job, run, stop, teacher_factory) for job in jobs]
+        on_ray = missing and not run.no_ray
+        with ray_for(run) if on_ray else nullcontext(), _spares(on_ray) as spares, stop_on_signals() as stop:
+            results = []
+            for n_left, job in zip(range(len(jobs) - 1, -1, -1), jobs):
+                if spares is not None:
+                    spares.keeps = n_left > 0
+                results.append(_extract_store(job, run, stop, teacher_factory, spares))
+            return results
     except ObjectError as error:
         raise JobError(f"{error}. What is committed stays valid; the same command goes on from there") from error
 
 
+@contextmanager
+def _spares(on_ray: bool) -> Iterator[Any]:
+    """Where the workers of one store wait for the next; nothing without Ray."""
+    if not on_ray:
+        yield None
+        return
+    from pipeline.dispatch_ray import Spares
+
+    with closing(Spares()) as spares:
+        yield spares
+
+
 def _extract_store(
-    job: Job, run: RunConfig, stop: StopFlag, teacher_factory: Callable[[str], Teacher] | None
+    job: Job, run: RunConfig, stop: StopFlag, teacher_factory: Callable[[str], Teacher] | None, spares: Any
 ) -> ExtractResult:
     result = _result_of(job)
     if (job.shards or not was_left_in_order(job.objects)) and not stop():
@@ -112,7 +131,7 @@ def _extract_store(
             job = _begin(job, working)
             working.log.write_provenance({"spec": job.planned.spec.to_json(), "run": asdict(run)})
             if job.shards:
-                Rounds(job, run, stop, teacher_factory, result, working).run()
+                Rounds(job, run, stop, teacher_factory, result, working, spares).run()
             _end(job, result, working)
     result.interrupted = result.interrupted or (stop() and not result.complete)
     result.requests.update(counted_requests(job.objects))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Generator, Sequence, Set
 from contextlib import closing
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -49,6 +50,7 @@ class Rounds:
         make_teacher: Makes the teacher in a worker; None takes the one in the store.
         result: Brought up to date.
         at_work: Of this job.
+        spares: Workers of other stores of this extraction, a `dispatch_ray.Spares`; None shares none.
     """
 
     def __init__(
@@ -59,7 +61,9 @@ class Rounds:
         make_teacher: MakeTeacher,
         result: ExtractResult,
         at_work: AtWork,
+        spares: Any = None,
     ) -> None:
+        self._spares = spares
         self._job, self._run, self._stop, self._make_teacher = job, run, stop, make_teacher
         self._result, self._at_work, self._log = result, at_work, at_work.log
         self._claims = Claims(job.objects, at_work.presence.run_id)
@@ -260,6 +264,7 @@ class Rounds:
             environment=worker_environment(self._job.planned.location),
             stop=self._stop,
             on_event=self._on_event,
+            spares=self._spares,
         )
 
     def _runner_config(self, n_threads: int | None) -> RunnerConfig:
