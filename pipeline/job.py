@@ -16,6 +16,9 @@ from storage_schemas.commit import Commit
 from storage_schemas.create import StoreDocument
 from storage_schemas.reader import read_commits
 
+#: Shards in flight per worker where DEPTH is not given: one is read, one is on the device, one is written.
+DEPTH_ON_GPU = 3
+DEPTH_ON_CPU = 2
 MIN_BAD_IMAGES = 10
 BAD_IMAGE_SHARE = 0.001
 _N_NAMED = 20
@@ -102,7 +105,7 @@ class Job:
 
 def depth_of(run: RunConfig) -> int:
     """Shards in flight per worker."""
-    return run.depth or (3 if resolve_device(run.device) == "cuda" else 2)
+    return run.depth or (DEPTH_ON_GPU if resolve_device(run.device) == "cuda" else DEPTH_ON_CPU)
 
 
 def plan_of(planned: PlannedStore, run: RunConfig) -> StorePlan:

@@ -23,12 +23,12 @@ from pipeline.dispatch import (
     WorkersReady,
     run_plain,
 )
-from pipeline.job import ExtractResult, Job, bad_image_limit, too_many_bad
+from pipeline.job import DEPTH_ON_CPU, DEPTH_ON_GPU, ExtractResult, Job, bad_image_limit, too_many_bad
 from pipeline.locations import full_location, is_remote
 from pipeline.run_log import AtWork
 from pipeline.run_metrics import RunMetrics
 from pipeline.shard import RunnerConfig, ShardElsewhere, ShardReport, commit_nbytes
-from pipeline.sources import ImageFolderSource, Source
+from pipeline.sources import DigitsSource, Source
 from pipeline.teacher import Teacher
 from pipeline.workers import MakeRunner, RunConfig, machines_of_ray, wanted_workers
 from storage_schemas.commit import Commit
@@ -255,13 +255,16 @@ class Rounds:
         def wanted(without: Set[str] = frozenset()) -> Wanted:
             return wanted_workers(run, machines_of_ray(without))
 
+        if run.depth is None:
+            depth = DEPTH_ON_GPU if wanted().num_gpus else DEPTH_ON_CPU  # the GPUs are the workers', not ours
+        config = replace(self._runner_config(run.cpus_per_worker), n_buffers=depth)
         yield from run_on_ray(
             shards,
-            MakeRunner(config=self._runner_config(run.cpus_per_worker)),
+            MakeRunner(config=config),
             wanted=wanted,
             depth=depth,
             shard_timeout_s=run.shard_timeout_s,
-            environment=worker_environment(self._job.planned.location),
+            environment=worker_environment(self._job.planned.location, str(getattr(config.source, "root", ""))),
             stop=self._stop,
             on_event=self._on_event,
             spares=self._spares,
@@ -280,9 +283,9 @@ class Rounds:
         )
 
 
-def worker_environment(location: str) -> dict[str, str]:
-    """Settings that worker processes on other machines need to reach a store; never keys."""
-    if not is_remote(location):
+def worker_environment(*locations: str) -> dict[str, str]:
+    """Settings that worker processes on other machines need to reach these places; never keys."""
+    if not any(is_remote(location) for location in locations):
         return {}
     from infra.s3_settings import shared_environment
 
@@ -291,7 +294,9 @@ def worker_environment(location: str) -> dict[str, str]:
 
 def _anywhere(source: Source) -> Source:
     """The source by its full path: a worker may have another working folder."""
-    return replace(source, root=full_location(str(source.root))) if isinstance(source, ImageFolderSource) else source
+    if isinstance(source, DigitsSource):
+        return source
+    return replace(source, root=full_location(str(source.root)))
 
 
 def _few(shards: Sequence[int]) -> str:

@@ -42,10 +42,12 @@ def ray_cluster(_ray_ends: None) -> None:
     import ray
 
     from infra.cluster import connect
+    from tests.ray_nodes import patient_raylets
 
     os.environ["RAY_AUTH_MODE"] = "disabled"  # the default would write a token into the home of whoever runs the tests
     if not ray.is_initialized():
-        connect("local", n_cpus=4, dashboard=False)
+        with patient_raylets():
+            connect("local", n_cpus=4, dashboard=False)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

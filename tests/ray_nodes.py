@@ -1,5 +1,6 @@
 """A cluster of pretended machines: Ray nodes with a working directory, a home and an environment of their own each."""
 
+import inspect
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -50,8 +51,11 @@ class Nodes:
             (home / ".aws").mkdir()
             text = f"[default]\naws_access_key_id = {ACCESS_KEY}\naws_secret_access_key = {SECRET_KEY}\n"
             (home / ".aws" / "credentials").write_text(text)
-        with _elsewhere(work, {"HOME": str(home), "PYTHONPATH": str(REPO), **(environment or {})}):
-            return _tried(lambda: self.cluster.add_node(**{"num_cpus": 1, **SMALL, **_ports(), **settings}))
+        with (
+            _elsewhere(work, {"HOME": str(home), "PYTHONPATH": str(REPO), **(environment or {})}),
+            patient_raylets(),
+        ):
+            return _tried(lambda: self.cluster.add_node(**{"num_cpus": 1, **SMALL, **settings}))
 
     def remove(self, node: Any) -> None:
         """Kill it, without a word."""
@@ -67,10 +71,32 @@ class Nodes:
         gcs.drain_node(node.node_id, reason, "spot", int((time.time() + in_s) * 1000))
 
 
-def _ports() -> dict[str, int]:
-    """Ports for a node's agents: where none is given, its raylet waits for at most 15 s for them to choose."""
-    names = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
-    return {name: free_port() for name in names}
+_AGENT_PORTS = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port", "runtime_env_agent_port")
+
+
+@contextmanager
+def patient_raylets() -> Iterator[None]:
+    """Nodes that are started in the body come up on a busy machine too.
+
+    A raylet ends itself if its agents, which are programs in Python, have not chosen their ports within 15 s. Here they
+    are told which, and the files by which they would tell are there before they are.
+    """
+    from ray._private import services
+
+    original = services.start_raylet
+
+    def start_raylet(*arguments: Any, **named: Any) -> Any:
+        given = inspect.signature(original).bind(*arguments, **named).arguments
+        for name in _AGENT_PORTS:
+            given[name] = given.get(name) or free_port()
+            Path(given["session_dir"], f"{name}_{given['node_id']}").write_text(str(given[name]))
+        return original(**given)
+
+    services.start_raylet = start_raylet
+    try:
+        yield
+    finally:
+        services.start_raylet = original
 
 
 def _tried(start: Callable[[], Any]) -> Any:
@@ -108,9 +134,9 @@ def ray_nodes(folder: Path, **head: Any) -> Iterator[Nodes]:
 
     ray.shutdown()  # the embedded cluster that other tests share; the next one that needs it starts it again
     (folder / "head").mkdir(parents=True)
-    with _elsewhere(folder / "head", {"HOME": str(folder / "head"), "PYTHONPATH": str(REPO)}):
+    with _elsewhere(folder / "head", {"HOME": str(folder / "head"), "PYTHONPATH": str(REPO)}), patient_raylets():
         settings = {"num_cpus": 0, "include_dashboard": False, **SMALL, **head}
-        cluster = _tried(lambda: Cluster(initialize_head=True, head_node_args={**settings, **_ports()}))
+        cluster = _tried(lambda: Cluster(initialize_head=True, head_node_args=settings))
     try:
         yield Nodes(cluster, folder)
     finally:

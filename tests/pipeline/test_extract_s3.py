@@ -70,8 +70,9 @@ def test_through_ray_it_is_the_same_and_workers_are_told_the_endpoint(
     assert told["AWS_ENDPOINT_URL"] == moto.endpoint
     assert not {name for name in told if "KEY" in name or "SECRET" in name}
     assert pipeline.rounds.worker_environment("/data") == {}
+    assert pipeline.rounds.worker_environment("/data", bucket) == told, "images may lie there, and the store here"
     # a cluster's machines have a role; the workers here have to be given keys
-    monkeypatch.setattr(pipeline.rounds, "worker_environment", lambda location: moto.environment)
+    monkeypatch.setattr(pipeline.rounds, "worker_environment", lambda *locations: moto.environment)
     config = fake_config(images, f"{bucket}/x")
     result = run_job(config, ON_RAY)
     assert result.complete
