@@ -45,12 +45,12 @@ class Deployment:
         bucket: S3 bucket of store and runs.
         prefix: Within it; the store is <prefix>/store, runs are <prefix>/runs.
         images: Of an extraction: digits, or a URL that all machines can read, as s3://other-bucket/imagenet.
-        weights: Of the teacher, a URL; empty for timm's own, which every worker then fetches.
+        weights: Of the teacher, a URL; empty for timm's own, from its hub.
         blocks: Spans of a training, such as 0-7,7-10,10-12; empty for the saved phases of the store.
         extract_args: Further flags of an extraction, such as "--compute bfloat16 --precision int8".
         train_args: Further flags of a training.
         image: Of the container, with a tag or digest; empty is the one that `docker` builds here.
-        name: What everything made is called.
+        cluster: What everything made is called.
         region: Of bucket and machines.
         endpoint_url: Of an S3 server that is not Amazon's.
         nodes: GPU machines, at most.
@@ -77,7 +77,7 @@ class Deployment:
     extract_args: str = ""
     train_args: str = ""
     image: str = ""
-    name: str = "raptor"
+    cluster: str = "raptor"
     region: str = "us-east-1"
     endpoint_url: str = ""
     nodes: int = 4
@@ -131,7 +131,7 @@ class Deployment:
             ("WEIGHTS", self.weights, _is(_LOCATION, self.weights), _URL),
             ("BLOCKS", self.blocks, _is(_SPANS, self.blocks), "spans such as 0-7,7-10,10-12"),
             ("IMAGE", self.image, _is_image(self.image), "a name with a tag that stays, not latest, or with a digest"),
-            ("NAME", self.name, _is(_DNS_LABEL, self.name) and 0 < len(self.name) <= _LONGEST_NAME, named),
+            ("CLUSTER", self.cluster, _is(_DNS_LABEL, self.cluster) and len(self.cluster) <= _LONGEST_NAME, named),
             ("REGION", self.region, _is(_REGION, self.region), "a region such as us-east-1"),
             ("ENDPOINT_URL", self.endpoint_url, _is(_ENDPOINT, self.endpoint_url), "such as http://host:9000"),
             ("NAMESPACE", self.namespace, _is(_DNS_LABEL, self.namespace), "a label such as raptor"),
@@ -142,7 +142,7 @@ class Deployment:
             ("INSTANCE_TYPE", self.instance_type, _is(_INSTANCE, self.instance_type), "such as g5.4xlarge"),
             ("HEAD_INSTANCE_TYPE", self.head_instance_type, _is(_INSTANCE, self.head_instance_type), "as m5.xlarge"),
         )
-        required = {"NAME": self.name, "REGION": self.region, "NAMESPACE": self.namespace, "IMAGES": self.images}
+        required = {"CLUSTER": self.cluster, "REGION": self.region, "NAMESPACE": self.namespace, "IMAGES": self.images}
         if what == "vms":
             required |= {"INSTANCE_TYPE": self.instance_type, "HEAD_INSTANCE_TYPE": self.head_instance_type}
         for variable, value, good, expected in checks:
@@ -235,14 +235,6 @@ class Deployment:
             ]
         )
 
-    def images_on_s3(self) -> tuple[str, str] | None:
-        """Bucket and fixed beginning of the images' keys, if they lie on S3."""
-        return split_s3(self.images)
-
-    def weights_on_s3(self) -> tuple[str, str] | None:
-        """The same of the teacher's weights."""
-        return split_s3(self.weights)
-
 
 _URL = "a URL that every machine can read, such as s3://bucket/imagenet, without quotes, $ and spaces"
 
@@ -256,12 +248,18 @@ def is_bucket(name: str) -> bool:
         return _is(_BUCKET, name) and ".." not in name
 
 
-def split_s3(location: str) -> tuple[str, str] | None:
-    """Bucket and key of s3://bucket/key, the key up to the first character of a pattern; None for other places."""
+def keys_below(location: str) -> tuple[str, list[str]] | None:
+    """Bucket and patterns of the keys that s3://bucket/key means; None for other places.
+
+    A key may be an object or a folder: itself and what lies below it. Of a pattern it is all that begins alike.
+    """
     if not location.startswith("s3://"):
         return None
     bucket, _, key = location.removeprefix("s3://").partition("/")
-    return bucket, re.split(r"[*?\[{]", key, maxsplit=1)[0].rstrip("/")
+    fixed = re.split(r"[*?\[{]", key, maxsplit=1)[0]
+    if fixed != key or not key:
+        return bucket, [f"{fixed}*"]
+    return bucket, [fixed.rstrip("/"), f"{fixed.rstrip('/')}/*"]
 
 
 def _is(pattern: re.Pattern[str], text: str) -> bool:

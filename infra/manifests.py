@@ -23,6 +23,7 @@ from infra.deployment import (
     OBJECT_STORE_GIB,
     Deployment,
     What,
+    keys_below,
 )
 
 TEMPLATES = Path(__file__).with_name("deploy")
@@ -87,14 +88,14 @@ def next_commands(what: What, d: Deployment, folder: Path) -> list[str]:
             f"aws s3api put-bucket-policy --bucket {d.bucket} --policy file://{at['bucket-policy.json']}",
             f"aws s3api put-bucket-lifecycle-configuration --bucket {d.bucket} "
             f"--lifecycle-configuration file://{at['lifecycle.json']}",
-            f"aws iam create-policy --policy-name {d.name}-writer --policy-document file://{at['writer.json']}",
-            f"aws iam create-policy --policy-name {d.name}-reader --policy-document file://{at['reader.json']}",
+            f"aws iam create-policy --policy-name {d.cluster}-writer --policy-document file://{at['writer.json']}",
+            f"aws iam create-policy --policy-name {d.cluster}-reader --policy-document file://{at['reader.json']}",
         ]
     if what == "kubernetes":
         return [
             f"kubectl apply -f {at['base.yaml']}",
             f"kubectl apply -f {at['extract.yaml']}",
-            f"kubectl -n {d.namespace} get rayjob {d.name}-extract -w",
+            f"kubectl -n {d.namespace} get rayjob {d.cluster}-extract -w",
         ]
     return ["ray get-auth-token --generate", f"ray up {at['cluster.yaml']}", f"ray dashboard {at['cluster.yaml']}"]
 
@@ -118,11 +119,10 @@ def _bucket(d: Deployment) -> dict[str, str]:
     own = f"{_arn(d, 's3')}:::{d.bucket}"
     readable = [f"{own}/{d.prefix}/*"]
     lists = {d.bucket: [d.prefix, f"{d.prefix}/*"]}
-    for place in (d.images_on_s3(), d.weights_on_s3()):
-        if place is not None:
-            bucket, key = place
-            readable.append(f"{_arn(d, 's3')}:::{bucket}/{key}*")
-            lists.setdefault(bucket, []).append(f"{key}*")
+    for place in filter(None, map(keys_below, (d.images, d.weights))):
+        bucket, keys = place
+        readable += [f"{_arn(d, 's3')}:::{bucket}/{key}" for key in keys]
+        lists.setdefault(bucket, []).extend(keys)
     values = {
         "readable": sorted(set(readable)),
         "writable": f"{own}/{d.prefix}/*",
@@ -166,7 +166,7 @@ def _kubernetes(d: Deployment) -> dict[str, str]:
     draining = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(d.drain_s)}
     values: dict[str, Any] = {
         "namespace": d.namespace,
-        "name": d.name,
+        "name": d.cluster,
         "role": {"eks.amazonaws.com/role-arn": d.role_arn} if d.role_arn else {},
         "image": d.image,
         "ray_version": d.ray_version,
@@ -195,7 +195,7 @@ def _kubernetes(d: Deployment) -> dict[str, str]:
     return {
         "base.yaml": _filled("kubernetes/base.yaml", values),
         **{
-            f"{kind}.yaml": _filled("kubernetes/rayjob.yaml", values | {"job": f"{d.name}-{kind}"} | own)
+            f"{kind}.yaml": _filled("kubernetes/rayjob.yaml", values | {"job": f"{d.cluster}-{kind}"} | own)
             for kind, own in jobs.items()
         },
     }
@@ -230,7 +230,7 @@ def _vms(d: Deployment) -> dict[str, str]:
         "RAY_JOB_START_TIMEOUT_SECONDS": "86400",  # a job may wait a day for its machine; Ray's own is 15 minutes
     }
     values: dict[str, Any] = {
-        "name": d.name,
+        "name": d.cluster,
         "region": d.region,
         "nodes": d.nodes,
         "image": d.image,
@@ -242,8 +242,8 @@ def _vms(d: Deployment) -> dict[str, str]:
         "token_path": _TOKEN_PATH,
         "head_instance_type": d.head_instance_type,
         "instance_type": d.instance_type,
-        "head_profile": f"{d.name}-head",
-        "worker_profile": f"{d.name}-worker",
+        "head_profile": f"{d.cluster}-head",
+        "worker_profile": f"{d.cluster}-worker",
         "cores": d.cores_per_node,
         "gpus": d.gpus_per_node,
         "cpus_per_worker": d.cpus_per_worker,
@@ -251,7 +251,7 @@ def _vms(d: Deployment) -> dict[str, str]:
         "instances": f"{ec2}:instance/*",
         # What an instance is started from and with; Amazon's images belong to no account of the person's.
         "parts": [f"{_arn(d, 'ec2')}:{d.region}::image/*", *(f"{ec2}:{part}/*" for part in _PARTS)],
-        "worker_role": f"{_arn(d, 'iam')}::*:role/{d.name}-worker",
+        "worker_role": f"{_arn(d, 'iam')}::*:role/{d.cluster}-worker",
         "ec2": "ec2.amazonaws.com.cn" if d.partition == "aws-cn" else "ec2.amazonaws.com",
     }
     market = "\n      InstanceMarketOptions: {MarketType: spot}" if d.spot else ""

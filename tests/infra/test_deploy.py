@@ -52,7 +52,7 @@ def test_every_kind_can_be_rendered_and_is_what_it_says(what: What):
             "bucket",
             "prefix",
             "image",
-            "name",
+            "cluster",
             "region",
             "endpoint_url",
             "namespace",
@@ -87,7 +87,14 @@ def test_no_text_of_the_person_changes_the_shape_of_a_file(text: str):
 def test_all_that_is_wrong_is_said_at_once():
     wrong: dict[str, Any] = {
         **{"bucket": "A", "prefix": "a//b", "images": "/data/imagenet", "blocks": "0..7", "image": "raptor:latest"},
-        **{"name": "N", "region": "here", "endpoint_url": "host", "nodes": 0, "gpus_per_node": 8, "cores_per_node": 4},
+        **{
+            "cluster": "N",
+            "region": "here",
+            "endpoint_url": "host",
+            "nodes": 0,
+            "gpus_per_node": 8,
+            "cores_per_node": 4,
+        },
         **{"memory_gib": 16, "notice_s": 10, "hours": 0, "role_arn": "x", "s3_secret": "y", "extract_args": "'"},
     }
     with pytest.raises(UserError) as caught:

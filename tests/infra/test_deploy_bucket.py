@@ -1,5 +1,6 @@
 """The bucket's policies, lived under by our own commands on a server that obeys them."""
 
+import io
 import json
 import os
 import secrets
@@ -124,6 +125,29 @@ def test_a_training_lives_under_the_policies(moto: S3Server, type_in, monkeypatc
         assert code == ExitCode.OK, said
 
 
+@pytest.mark.slow
+def test_images_may_lie_in_another_bucket(moto: S3Server, type_in, monkeypatch):
+    """With what only reads them: the listing and reading of images goes through another library."""
+    from PIL import Image
+
+    pictures = moto.make_bucket()
+    deployment = Deployment(bucket=moto.make_bucket(), prefix="p", images=f"s3://{pictures}/digits/small")
+    become(moto.endpoint, monkeypatch)
+    for i in range(8):
+        picture = io.BytesIO()
+        Image.new("L", (28, 28), 30 * i).save(picture, "PNG")
+        open_objects(deployment.images).put(f"class{i % 2}/{i}.png", picture.getvalue())
+    writer = policies(deployment)["writer.json"]
+    with policy_server(moto.direct, writer) as server:
+        become(server.endpoint, monkeypatch)
+        code, said = type_in(
+            f"{EXTRACT} --images {deployment.images} --teacher digits_vit --image-size 32 --store {deployment.store}"
+        )
+        assert code == ExitCode.OK, said
+        assert any(pictures in one.resource for one in server.allowed)
+        assert server.denied == []
+
+
 def test_a_missing_object_is_missing_and_not_forbidden(moto: S3Server, monkeypatch):
     """S3 says 404 only to those who may list; a policy without the right to list makes new stores impossible."""
     deployment = Deployment(bucket=moto.make_bucket(), prefix="a")
@@ -156,6 +180,8 @@ def test_a_missing_object_is_missing_and_not_forbidden(moto: S3Server, monkeypat
         ("GET", "/pictures/imagenet/train/cat/1.jpg", True, True),
         ("GET", "/pictures?list-type=2&prefix=imagenet/", True, True),
         ("GET", "/pictures?list-type=2&prefix=private/", False, False),
+        ("GET", "/pictures/imagenet-private/1.jpg", False, False),
+        ("GET", "/weights/dino.pth.old", False, False),
         ("PUT", "/pictures/imagenet/train/cat/1.jpg", False, False),
         ("DELETE", "/pictures/imagenet/train/cat/1.jpg", False, False),
         ("GET", "/weights/dino.pth", True, True),
