@@ -1,10 +1,12 @@
 """How fast a block learns: our training step for one span against a step in the published style."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -12,13 +14,18 @@ from benchmarks.machine import PeakMemory, bfloat16_instructions, this_machine
 from benchmarks.reference_step import ReferenceBlock, make_reference_optimizer, reference_loss, reference_step
 from benchmarks.report import Cell, Goal, Result
 from benchmarks.rounds import Rates, measure, run_rounds
+from benchmarks.stream_data import make_spec
 from storage_schemas.spec import Span
 from trainer.block import Block
 from trainer.checkpoint import import_reference
+from trainer.config import Precision
+from trainer.feed import Share
+from trainer.gradient import Gradient, take_step
 from trainer.losses import mse
 from trainer.machine import Machine
-from trainer.objectives import annealed_loss
-from trainer.optimizer import clip_and_step, make_optimizer
+from trainer.optimizer import make_optimizer
+from trainer.recipes import imagenet_stage1
+from trainer.workers import Workers
 
 SPAN = Span(0, 7)
 REFERENCE = "reference style, float32"
@@ -27,10 +34,10 @@ MODES = {"roll-out": 0.0, "half way": 0.5}  # three quarters of a published run 
 PEAK_FLOP_PER_S = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
 
 NOTES = (
-    "One step: loss over the whole span, gradients, clipping to norm 1, AdamW. States are on the device already, "
-    "random, float32. `half way` weighs teacher forcing and roll-out by one half each, `roll-out` is the second part "
-    "of a run alone. Ours computes the first transition once for both, so half way it calls the block 13 times where "
-    "the reference does 14 transitions.",
+    "One step: loss over the whole span, gradients, clipping to norm 1, AdamW; ours is the function of the training "
+    "loop. States are on the device already, random, float32. `half way` weighs teacher forcing and roll-out by one "
+    "half each, `roll-out` is the second part of a run alone. Ours computes the first transition once for both, so "
+    "half way it calls the block 13 times where the reference does 14 transitions.",
     "Before timing, every variant's first loss is held against the reference style's with the same weights.",
     "TFLOP/s counts the products of the block's linear layers and attention, forward once and backward twice, for the "
     "calls that the variant makes. MFU is that over the GPU's dense bfloat16 peak as its vendor states it; on a CPU, "
@@ -125,13 +132,13 @@ def make_variants(config: StepBenchmark, machine: Machine, reference: ReferenceB
         Variant(
             name=REFERENCE,
             n_calls=lambda forcing: 2 * n_steps if forcing else n_steps,
-            loss=lambda forcing: reference_loss(reference, states, start, forcing),
+            loss=lambda forcing: reference_loss(reference, states, start, forcing).detach(),
             step=lambda forcing: reference_step(reference, optimizer, states, start, forcing),
             tolerance=0.0,
         )
     ]
     weights = import_reference(reference.state_dict())
-    for precision in ("float32", "bfloat16"):
+    for precision in get_args(Precision):
         for compiled in (False, True) if machine.device.type == "cuda" else (False,):
             block = Block(config.dim, config.n_heads).to(machine.device)
             block.load_state_dict(weights)
@@ -146,21 +153,27 @@ def _ours(
     states: Tensor,
     config: StepBenchmark,
     machine: Machine,
-    precision: str,
+    precision: Precision,
     compiled: bool,
 ) -> Variant:
     optimizer = make_optimizer(block)
-    model = torch.compile(block) if compiled else block
+    recipe = dataclasses.replace(
+        imagenet_stage1(config.span, make_spec(len(states), config.span), last_layer=12),
+        batch_size=len(states),
+        precision=precision,
+    )
+    alone = Workers.alone()
+    gradient = Gradient(block, recipe, mse, dataclasses.replace(machine, compile=compiled), alone)
+    share = Share(states=states, sample_index=np.arange(len(states)), n_batch=len(states))
     n_steps = config.span.n_states - 1
 
     def loss(forcing: float) -> Tensor:
-        with machine.autocast(precision):
-            return annealed_loss(model, states, config.span.start, mse, forcing)
+        found = gradient.add(share, forcing, noise_key=0)
+        optimizer.zero_grad(set_to_none=True)
+        return found
 
     def step(forcing: float) -> None:
-        loss(forcing).backward()
-        clip_and_step(optimizer, 1.0)
-        optimizer.zero_grad(set_to_none=True)
+        take_step(gradient, optimizer, share, forcing, noise_key=0)
 
     tolerance = 1e-4 if precision == "float32" else 2e-2
     return Variant(
@@ -179,8 +192,7 @@ def check_losses(variants: list[Variant], forcing: float) -> dict[str, float]:
     Raises:
         AssertionError: One differs from the reference style's by more than its arithmetic explains.
     """
-    with torch.no_grad():
-        losses = {variant.name: float(variant.loss(forcing)) for variant in variants}
+    losses = {variant.name: float(variant.loss(forcing)) for variant in variants}
     expected = losses[variants[0].name]
     for variant in variants:
         difference = abs(losses[variant.name] - expected) / expected

@@ -1,7 +1,7 @@
 """Several trainings side by side, each in a process of its own, so that they share neither random numbers nor files.
 
 One that fails begins again from its last checkpoint. It is given up once several attempts in a row have saved nothing
-new, or at once where its own words are that something must be put right first.
+new, or at once where its own exit code says that something must be put right first, or that it would come to the same.
 """
 
 import os
@@ -101,6 +101,7 @@ class _Waiting:
     job: SpanRun
     n_attempts: int = 0
     n_vain: int = 0
+    saved: int = 0  # the step that is known to be saved
     not_before: float = 0.0
 
 
@@ -169,7 +170,7 @@ def _start_due(
         waiting.remove(waits)
         waits.n_attempts += 1
         slot = next(slot for slot in range(at_once) if slot not in {one.slot for one in running})
-        at = waits.job.run.saved_step()
+        at = waits.saved = _saved_step(waits.job.run, waits.saved, progress)
         attempt = launch(waits.job, slot)
         running.append(_Running(waits.job, slot, attempt, at))
         again = f", attempt {waits.n_attempts}, from step {at:,}" if waits.n_attempts > 1 else ""
@@ -186,15 +187,26 @@ def _settle(one: _Running, waits: _Waiting, stopping: bool, progress: Progress, 
         return Outcome(name=name, ended="finished", n_attempts=n_attempts)
     if stopping:
         return Outcome(name=name, ended="stopped", n_attempts=n_attempts)
-    words, saved = one.attempt.words(), one.job.run.saved_step()
+    words = one.attempt.words()
+    saved = waits.saved = _saved_step(one.job.run, one.began_at, progress)
     waits.n_vain = 1 if saved > one.began_at else waits.n_vain + 1
     # What was good input at first is refused later where the process of a killed attempt is still saving.
-    hopeless = (code == ExitCode.BAD_INPUT and waits.n_attempts == 1) or waits.n_vain == TRIES
+    refused = code == ExitCode.BAD_INPUT and waits.n_attempts == 1
+    hopeless = refused or code == ExitCode.WOULD_COME_AGAIN or waits.n_vain == TRIES
     pause = 0.0 if hopeless else pause_s * 2 ** (waits.n_vain - 1)
     waits.not_before = time.monotonic() + pause
     then = "given up" if hopeless else f"it goes on from step {saved:,} in {pause:.0f} s"
     progress.say(f"block {name} {_ending(code)}; {then}{_indented(words)}")
     return Outcome(name=name, ended="failed", n_attempts=n_attempts, words=words) if hopeless else None
+
+
+def _saved_step(run: RunFiles, known: int, progress: Progress) -> int:
+    """The step of its newest checkpoint; `known` if the place of the runs cannot be asked: the others train on."""
+    try:
+        return run.saved_step()
+    except ObjectError as error:
+        progress.say(f"how far {run.location} is cannot be seen now: {error}")
+        return known
 
 
 def _ending(code: int) -> str:
@@ -216,7 +228,7 @@ class _Watch:
 
     def __init__(self, jobs: Sequence[SpanRun], progress: Progress) -> None:
         self._jobs, self._progress = jobs, progress
-        self._steps = {job.name: job.run.saved_step() for job in jobs}
+        self._steps = {job.name: _saved_step(job.run, 0, progress) for job in jobs}
         self._due = 0.0
         local = all(job.run.local_folder is not None for job in jobs)
         self._every_s = _LOCAL_LOOK_S if local else _REMOTE_LOOK_S

@@ -65,6 +65,7 @@ def open_training_data(
     partial: bool = False,
     frozen: Mapping[str, Sequence[int]] | None = None,
     device: torch.device | str = "cpu",
+    known_problems: Sequence[str] = (),
 ) -> TrainingData:
     """Open STORE and check that a block, or several together, can be trained on it.
 
@@ -77,11 +78,12 @@ def open_training_data(
         partial: Train on an unfinished store, with the shards that are there.
         frozen: With partial, exactly these shards of train and val, by split: those that the run began with.
         device: Of the teacher.
+        known_problems: What is wrong with the command already, to be listed with what is found here.
 
     Raises:
         UserError: Lists every problem, each with the valid range or the next step.
     """
-    problems: list[str] = []
+    problems = list(known_problems)
     train, val = _open_stores(location, problems)
     teacher = _load_teacher(train, head, device, problems) if train else None
     target = "raptor" if variable == "BLOCKS" and joined else "train"

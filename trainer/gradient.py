@@ -16,6 +16,7 @@ from trainer.config import TrainConfig
 from trainer.feed import Share
 from trainer.machine import Machine
 from trainer.objectives import annealed_loss
+from trainer.optimizer import clip_and_step
 from trainer.order import random64
 from trainer.raptor import Raptor
 from trainer.workers import Workers
@@ -36,6 +37,7 @@ class Gradient:
     ) -> None:
         """Connect the model's parameters; those of the first worker become those of all."""
         self._config, self._machine, self._workers = config, machine, workers
+        self.clip_norm = config.clip_norm
         self._objective: nn.Module = _Objective(_compiled(model) if machine.compile else model, config, loss)
         if not workers.is_alone:
             if machine.compile:
@@ -92,6 +94,27 @@ class Gradient:
             return []
         seeds = random64(key, sample_index) & np.uint64(_INT64_MAX)
         return [torch.Generator(self._machine.device).manual_seed(int(seed)) for seed in seeds]
+
+
+def take_step(
+    gradient: Gradient, optimizer: torch.optim.Optimizer, share: Share, forcing: float, noise_key: int
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """One step of training: gradient of the batch, clipping, AdamW. For all workers together.
+
+    Args:
+        gradient: Of the model that is trained.
+        optimizer: Of its parameters, at the learning rate of this step.
+        share: This worker's samples.
+        forcing: Weight of the teacher-forced loss.
+        noise_key: Of this step's noise, the same on all workers.
+
+    Returns:
+        This share's part of the batch's mean loss, and the norm of the whole gradient before clipping. On the device.
+    """
+    loss = gradient.add(share, forcing, noise_key)
+    norm = clip_and_step(optimizer, gradient.clip_norm)
+    optimizer.zero_grad(set_to_none=True)
+    return loss, norm
 
 
 class _Objective(nn.Module):

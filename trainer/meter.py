@@ -8,9 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from infra.console import JobError
+from infra.console import ExitCode, JobError
 from trainer.feed import Feed
 from trainer.workers import Workers
+
+
+class DivergedError(JobError):
+    """The loss became infinite or NaN. The same steps from the last checkpoint would come to the same."""
+
+    exit_code = ExitCode.WOULD_COME_AGAIN
 
 
 class Meter:
@@ -83,7 +89,7 @@ class Meter:
         """Losses and norms on the host.
 
         Raises:
-            JobError: One is infinite or NaN: what follows from it must reach neither metrics nor checkpoint.
+            DivergedError: One is infinite or NaN: what follows from it must reach neither metrics nor checkpoint.
         """
         losses, norms = self._restored_losses, self._restored_norms
         if self._losses:
@@ -92,7 +98,7 @@ class Meter:
             losses, norms = losses + new_losses, norms + new_norms
         bad = [value for value in (*losses, *norms) if not math.isfinite(value)]
         if bad:
-            raise JobError(
+            raise DivergedError(
                 f"by step {self._step:,} the loss has become {bad[0]}; training stopped, and the last checkpoint is "
                 "from before. Try a smaller learning rate, or float32, in another RUN"
             )

@@ -24,6 +24,7 @@ from storage_schemas.errors import StoreError
 from trainer.config import TrainConfig
 from trainer.data import TrainingData
 from trainer.machine import Machine, torch_threads
+from trainer.meter import DivergedError
 from trainer.run_files import RunFiles
 from trainer.train import train
 from trainer.workers import TIMEOUT, Workers, backend_for
@@ -77,7 +78,8 @@ def train_on_ray(
 
     Raises:
         UserError: The cluster cannot hold so many workers.
-        JobError: A worker's error, which trying again would not mend; or workers died too often.
+        JobError: A worker's error, which trying again would not mend, a DivergedError if it was that; or workers died
+            too often.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -105,7 +107,7 @@ def train_on_ray(
     if found is None:
         return False
     if found["error"]:
-        raise JobError(found["error"])
+        raise (DivergedError if found["diverged"] else JobError)(found["error"])
     return found["finished"]
 
 
@@ -270,9 +272,9 @@ def _work(task: _Task) -> dict[str, Any]:
     workers = Workers.found()
     with redirect_stderr(_Tee(task.desk)) if workers.is_first else nullcontext():
         try:
-            return {"finished": _train(task, workers), "error": ""}
+            return {"finished": _train(task, workers), "error": "", "diverged": False}
         except (UserError, StoreError, ObjectError) as error:
-            return {"finished": False, "error": str(error)}
+            return {"finished": False, "error": str(error), "diverged": isinstance(error, DivergedError)}
 
 
 def _train(task: _Task, workers: Workers) -> bool:

@@ -22,10 +22,10 @@ from trainer.block import Block
 from trainer.config import TokenWeights, TrainConfig
 from trainer.data import TrainingData
 from trainer.feed import Feed, Share
-from trainer.gradient import Gradient
+from trainer.gradient import Gradient, take_step
 from trainer.machine import Machine
 from trainer.meter import Meter
-from trainer.optimizer import clip_and_step, make_optimizer, set_learning_rate
+from trainer.optimizer import make_optimizer, set_learning_rate
 from trainer.raptor import Raptor
 from trainer.record import Record, TrainResult
 from trainer.run_files import RunFiles
@@ -81,7 +81,8 @@ def train(
 
     Raises:
         UserError: There are more workers than the store can feed.
-        JobError: The loss became infinite or NaN; the last checkpoint is from before. Or another worker failed.
+        DivergedError: The loss became infinite or NaN; the last checkpoint is from before.
+        JobError: Another worker failed.
         StoreError, ObjectError: The store could not be read; the last checkpoint stays valid.
     """
     workers = workers or Workers.alone()
@@ -116,10 +117,8 @@ def train(
                     step, anneal_steps=config.teacher_forcing_steps, minimum=config.teacher_forcing_minimum
                 )
                 noise_key = int(torch.randint(_KEY_BOUND, (), generator=random))
-                loss = gradient.add(share, forcing, noise_key)
                 set_learning_rate(optimizer, learning_rate_at(config, step))
-                norm = clip_and_step(optimizer, config.clip_norm)
-                optimizer.zero_grad(set_to_none=True)
+                loss, norm = take_step(gradient, optimizer, share, forcing, noise_key)
                 stopping = _agree(workers, stop, error)
 
                 done = step + 1
@@ -202,6 +201,9 @@ def describe_model(model: Block | Raptor, config: TrainConfig) -> dict[str, Any]
 
 
 def describe_teacher(data: TrainingData) -> dict[str, Any]:
-    """What a result says of the teacher: its name and its last layer, which tells whether a span is the whole depth."""
+    """What a result says of the teacher: its name, its core digest, by which tables and probes know it again, and its
+    last layer, which tells whether a span is the whole depth.
+    """
     last_layer = data.teacher.n_layers - 1 if data.teacher is not None else data.train.layers[-1]
-    return {"teacher": data.train.spec.teacher, "last_layer": last_layer}
+    digest = "" if data.teacher is None else data.teacher.core_digest
+    return {"teacher": data.train.spec.teacher, "teacher_weights": digest, "last_layer": last_layer}

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from infra.console import ExitCode, Progress
-from infra.objects import MemoryObjects
+from infra.objects import MemoryObjects, ObjectError, ObjectInfo
 from tests.trainer.tiny import CPU, write_tiny_pair
 from trainer.all_spans import TRIES, Outcome, Process, SpanRun, process_environment, train_side_by_side
 from trainer.data import open_training_data
@@ -124,6 +124,43 @@ def test_it_is_given_up_after_attempts_in_a_row_that_saved_nothing_new() -> None
 def test_bad_input_is_not_tried_again() -> None:
     outcomes, _, _ = play({"0-7": Script([ExitCode.BAD_INPUT])})
     assert (outcomes[0].ended, outcomes[0].n_attempts) == ("failed", 1)
+
+
+def test_a_loss_that_became_nan_is_not_tried_again_even_after_a_checkpoint() -> None:
+    outcomes, _, said = play({"0-7": Script([-9, ExitCode.WOULD_COME_AGAIN], steps=[10, 20]), "7-12": Script([0])})
+    assert outcomes[0] == Outcome(name="0-7", ended="failed", n_attempts=2, words="last words of 0-7")
+    assert outcomes[1].ended == "finished"
+    assert "block 0-7 ended with exit code 4; given up" in said
+
+
+class Unseen(MemoryObjects):
+    """A place that cannot be listed for a while, as S3 is now and then."""
+
+    blind = False
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        if self.blind:
+            raise ObjectError(prefix, "503 SlowDown")
+        return super().list(prefix)
+
+
+def test_where_the_place_of_the_runs_cannot_be_seen_all_is_trained_on() -> None:
+    """What is saved is asked as an attempt begins and once it has ended: an error there must end no other training."""
+    said, places = io.StringIO(), {"0-7": Unseen(), "7-12": Unseen()}
+    stage = Stage({"0-7": Script([-9, 0]), "7-12": Script([0])})
+    jobs = [SpanRun(name=name, run=RunFiles(place), n_steps=100, arguments=()) for name, place in places.items()]
+
+    def launch(job: SpanRun, slot: int) -> Played:
+        for place in places.values():
+            place.blind = True
+        return stage.launch(job, slot)
+
+    with Progress(total=200, unit="steps", label="test", stream=said, every_s=60.0) as progress:
+        outcomes = train_side_by_side(
+            jobs, launch, at_once=2, progress=progress, stop=lambda: False, poll_s=0.0, pause_s=0.0
+        )
+    assert [(outcome.ended, outcome.n_attempts) for outcome in outcomes] == [("finished", 2), ("finished", 1)]
+    assert "cannot be seen now: 503 SlowDown" in said.getvalue()
 
 
 def test_a_stop_reaches_all_that_run_and_begins_no_more() -> None:

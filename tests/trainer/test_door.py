@@ -71,6 +71,9 @@ def test_whole_run_and_again(door: Door, store: str, tmp_path: Path) -> None:
         *(f"make train BLOCK=2-3 STORE={store} DEVICE=cpu\n", f"tensorboard --logdir {tmp_path}\n"),
     ):
         assert part in out, part
+    result = RunFiles(FolderObjects(run)).read_result()
+    assert result is not None
+    assert result["teacher_weights"] == tiny_teacher().core_digest  # by which probes name their teacher too
     before = snapshot(run)
     assert {"config.json", "metrics.jsonl", "block.safetensors", "result.json"} <= set(before)
     code, again, _ = door(store=store, block="0-2", run=run, steps=30)
@@ -204,6 +207,29 @@ def test_unknown_recipe_and_remote_run(door: Door, store: str, tmp_path: Path) -
     assert (code, "for stage 1 there are digits_stage1, imagenet_stage1" in err) == (ExitCode.BAD_INPUT, True)
     code, _, err = door(store=store, block="0-2", run="gopher://run")
     assert (code, "gopher://run" in err) == (ExitCode.BAD_INPUT, True)
+
+
+def test_all_that_is_typed_wrong_is_listed_at_once(door: Door, store: str, tmp_path: Path) -> None:
+    wrong = {"recipe": "cifar", "steps": 0, "seed": -1, "head": tmp_path / "no.pth", "device": "abacus"}
+    (tmp_path / "file").write_text("")
+    code, _, err = door(store=store, block="0-9", blocks="0-2", at_once=2, **wrong, run="gopher://run")
+    assert code == ExitCode.BAD_INPUT
+    expected = (
+        "RECIPE=cifar is unknown; for stage 1 there are digits_stage1, imagenet_stage1",
+        "STEPS=0: expected 1 or more",
+        "SEED=-1: expected 0 or more",
+        "BLOCKS=0-2 is for BLOCK=all",
+        "AT_ONCE=2 is for BLOCK=all",
+        "BLOCK=0-9: expected a-b with 0 <= a < b <= 3",
+        "DEVICE=abacus is not a device",
+        "gopher://run",
+        "no.pth",
+    )
+    assert [words for words in expected if words not in err] == []
+    code, _, err = door(store=store, block="all", blocks="0-9", at_once=0, recipe="cifar", steps=0)
+    assert code == ExitCode.BAD_INPUT
+    expected = ("AT_ONCE=0: expected 1 or more", "RECIPE=cifar", "STEPS=0", "BLOCKS=0-9: expected a-b")
+    assert [words for words in expected if words not in err] == []
 
 
 def test_run_that_cannot_be_a_folder(door: Door, store: str, tmp_path: Path) -> None:

@@ -77,13 +77,15 @@ def test_layer_per_sample_runs_each_sample_through_its_own_block(layers, dtype):
 
 
 def test_mixed_layers_give_every_block_its_gradient():
-    raptor, x = make_raptor(), seeded(1, 4, 9, 32)
+    raptor, x = make_raptor(), seeded(1, 4, 9, 32).requires_grad_()
     raptor(x, torch.tensor([8, 1, 12, 2])).square().mean().backward()
-    mixed = {name: p.grad for name, p in raptor.named_parameters()}
+    mixed, mixed_input = {name: p.grad for name, p in raptor.named_parameters()}, x.grad
     raptor.zero_grad()
+    x.grad = None
     (sum(raptor(x[i : i + 1], layer).square().mean() for i, layer in enumerate((8, 1, 12, 2))) / 4).backward()
     for name, p in raptor.named_parameters():
         torch.testing.assert_close(mixed[name], p.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mixed_input, x.grad, rtol=1e-4, atol=1e-5)
 
 
 def test_gradient_of_a_rollout_is_the_sum_over_untied_copies():  # C7

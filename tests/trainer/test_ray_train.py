@@ -17,6 +17,7 @@ from tests.trainer.tiny import tiny_config, write_tiny_pair
 from trainer.config import TrainConfig
 from trainer.data import TrainingData, open_training_data
 from trainer.feed import Feed, Share
+from trainer.meter import DivergedError
 from trainer.ray_train import _resources, train_on_ray
 from trainer.run_files import RunFiles
 
@@ -111,7 +112,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(
 def test_an_error_that_would_come_again_ends_it_at_once(quick_ray: None, store: str, tmp_path: Path) -> None:
     config = tiny_config(log_every=1, peak_learning_rate=1e30)
     run, watched = claimed_run(store, tmp_path / "run", config), Watched(store, str(tmp_path))
-    with pytest.raises(JobError, match="the loss has become"):
+    with pytest.raises(DivergedError, match="the loss has become"):
         train_on_ray(config, watched, run.location, n_workers=2, device="cpu")
     assert watched.samples(0)
     assert not watched.samples(1)

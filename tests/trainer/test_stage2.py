@@ -12,7 +12,7 @@ from infra.objects import FolderObjects, MemoryObjects
 from tests.trainer.tiny import CPU, tiny_config, tiny_data, tiny_teacher, write_tiny, write_tiny_pair
 from trainer.__main__ import main
 from trainer.commands.blocks import find_blocks
-from trainer.commands.raptor import find_sources
+from trainer.commands.raptor import find_sources, source_problems
 from trainer.commands.start import default_run, make_config, raptor_name
 from trainer.config import TokenWeights
 from trainer.data import TrainingData, open_training_data
@@ -279,10 +279,27 @@ def test_names_and_neighbours() -> None:
     ]
     remote = find_sources(spans, "s3://bucket/runs/raptor", "0", "", "s3://bucket/digits", own_place=True)
     assert [source.location for source in remote] == ["s3://bucket/runs/0-7-seed0", "s3://bucket/runs/7-12-seed0"]
-    with pytest.raises(UserError, match=r"BLOCK_SEEDS=1,2,3: expected one number for all blocks, or 2"):
-        find_sources(spans, place, "1,2,3", "", "store", own_place=False)
-    with pytest.raises(UserError, match=r"RUNS names 1 runs, expected one for each of the 2 blocks"):
-        find_sources(spans, place, "0", "data/x", "store", own_place=False)
+    assert source_problems(2, "100,105", "data/x,data/y") == []
+    assert source_problems(2, "1,2,3", "data/x") == [
+        "BLOCK_SEEDS=1,2,3: expected one number for all blocks, or 2",
+        "RUNS names 1 runs, expected one for each of the 2 blocks",
+    ]
+    assert source_problems(2, "one", "") == ["BLOCK_SEEDS=one: expected one number for all blocks, or 2"]
+
+
+def test_all_that_is_typed_wrong_is_listed_at_once(door: Door, place: Path, tmp_path: Path) -> None:
+    wrong = {"recipe": "cifar", "steps": 0, "block_seeds": "1,2,3", "runs": "x", "head": tmp_path / "no.pth"}
+    code, _, err = door("raptor", blocks="0-1,2-3", store=place / "store", seed=-1, **wrong)
+    assert code == ExitCode.BAD_INPUT
+    assert [words for words in (
+        "RECIPE=cifar is unknown; for stage 2 there are",
+        "STEPS=0: expected 1 or more",
+        "SEED=-1: expected 0 or more",
+        "BLOCK_SEEDS=1,2,3: expected one number for all blocks, or 2",
+        "RUNS names 1 runs",
+        "BLOCKS=0-1,2-3: ",
+        "no.pth",
+    ) if words not in err] == []  # fmt: skip
 
 
 def test_replica_stands_for_published_seeds(door: Door, place: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from infra.console import JobError, Progress, UserError
+from infra.console import ExitCode, Progress, UserError
 from infra.objects import FolderObjects, MemoryObjects
 from storage_schemas import Span, open_store
 from tests.trainer.tiny import CPU, tiny_config, tiny_data, tiny_teacher, write_tiny
@@ -19,7 +19,7 @@ from trainer.data import TrainingData
 from trainer.feed import Feed
 from trainer.losses import TokenWeighted, mse
 from trainer.machine import Machine
-from trainer.meter import Meter
+from trainer.meter import DivergedError, Meter
 from trainer.objectives import annealed_loss
 from trainer.order import random64
 from trainer.recipes import RECIPES, digits_stage1, imagenet_stage1, recipe_for
@@ -194,8 +194,9 @@ def test_no_wait_for_the_device_between_logging_intervals(data: TrainingData, mo
 def test_diverging_training_stops_with_the_step_and_keeps_its_checkpoint(data: TrainingData) -> None:
     run = RunFiles(MemoryObjects())
     config = tiny_config(peak_learning_rate=1e30, warmup_steps=0, checkpoint_every=1, log_every=4)
-    with pytest.raises(JobError, match=r"by step [23] the loss has become (nan|inf)"):
+    with pytest.raises(DivergedError, match=r"by step [23] the loss has become (nan|inf)") as caught:
         train(config, data, run, machine=CPU)
+    assert caught.value.exit_code == ExitCode.WOULD_COME_AGAIN  # by which BLOCK=all knows not to begin again
     assert run.read_result() is None
     saved = run.newest_checkpoint()
     assert saved is not None
@@ -259,7 +260,7 @@ def test_restored_losses_stay_on_the_host_whatever_the_device(data: TrainingData
     """A checkpoint between two lines of metrics; "meta" stands for a device whose values lie elsewhere."""
     config = tiny_config()
     with Feed(data.train, config, CPU, Workers.alone()) as feed:
-        before, after = Meter(feed, Workers.alone()), Meter(feed, Workers.alone())
+        before, after = (Meter(feed, Workers.alone(), torch.device("cpu")) for _ in range(2))
         for step, value in enumerate((0.1, 0.7), 1):
             before.add(step, torch.tensor(value), torch.tensor(2 * value), 16)
         with torch.device("meta"):

@@ -4,9 +4,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
-from typing import TypeVar
 
 import torch
 
@@ -14,7 +13,7 @@ from infra.console import ExitCode, UserError, human_duration, stop_on_signals
 from infra.objects import open_objects
 from infra.s3_settings import use_endpoint
 from pipeline.teacher import COMPUTES
-from trainer.commands.start import store_name
+from trainer.commands.start import or_problem, store_name
 from trainer.machine import Machine, torch_threads
 from trainer.probes.open_backbone import Places, open_backbone
 from trainer.probes.probe_files import ProbeFiles
@@ -22,8 +21,6 @@ from trainer.probes.report import finished_report, start_report
 from trainer.probes.results import DEFAULT_PROBES, ProbeResult
 from trainer.probes.task import Asked, Task, TaskKind, find_task
 from trainer.probes.train_probe import Probe, train_probe
-
-T = TypeVar("T")
 
 
 def probe_command(
@@ -81,8 +78,8 @@ def probe_command(
         problems.append(f"LEARNING_RATE={learning_rate}: expected a number above 0")
     if compute is not None and compute not in COMPUTES:
         problems.append(f"COMPUTE={compute}: expected one of {', '.join(COMPUTES)}")
-    kind = _or_problem(lambda: find_task(task), problems)
-    machine = _or_problem(lambda: Machine.found(device), problems)
+    kind = or_problem(lambda: find_task(task), problems)
+    machine = or_problem(lambda: Machine.found(device), problems)
     if kind is None or machine is None:
         raise UserError("\n  ".join(["make probe cannot start:", *problems]))
     if compat and not kind.has_compat:
@@ -128,14 +125,6 @@ def _number_problems(typed: Mapping[str, tuple[int | None, int]]) -> list[str]:
         for name, (value, least) in typed.items()
         if value is not None and value < least
     ]
-
-
-def _or_problem(make: Callable[[], T], problems: list[str]) -> T | None:
-    try:
-        return make()
-    except UserError as error:
-        problems.append(str(error))
-        return None
 
 
 def _open(kind: TaskKind, asked: Asked, places: Places, label: str, known: Sequence[str]) -> Probe:

@@ -4,21 +4,24 @@ import os
 import time
 from collections.abc import Sequence
 
-from infra.console import UserError
+import torch
+
 from infra.s3_settings import use_endpoint
 from storage_schemas import Span
 from trainer.commands.blocks import find_blocks, parse_spans
 from trainer.commands.start import (
     DEFAULT_STORE,
-    Job,
     Place,
+    Training,
     default_run,
     make_command,
     make_config,
-    open_job_data,
     open_run,
+    open_run_data,
+    or_problem,
     raptor_name,
     train_and_report,
+    typed_problems,
     typed_variables,
 )
 from trainer.joint import Source, blocks_identity, joint_weights, read_blocks
@@ -78,20 +81,33 @@ def raptor_command(
     began = time.monotonic()
     place = Place.typed(device, threads, micro_batch, workers, ray_address)
     chosen = find_blocks(blocks, store)
+    problems = typed_problems(2, recipe, steps, seed)
+    published = None
     if replica is not None and (seed is not None or block_seeds or runs):
-        raise UserError("REPLICA stands for the seeds: give it without SEED, BLOCK_SEEDS and RUNS")
-    published = published_run(parse_spans(chosen), replica, stage=2) if replica is not None else None
+        problems.append("REPLICA stands for the seeds: give it without SEED, BLOCK_SEEDS and RUNS")
+    elif replica is not None:
+        published = or_problem(lambda: published_run(parse_spans(chosen), replica, stage=2), problems)
     own_seed = published.seed if published else seed or 0
+    seeds = ",".join(map(str, published.block_seeds)) if published else block_seeds or str(max(own_seed, 0))
+    problems += source_problems(len(chosen.split(",")), seeds, runs)
     location = run or default_run(store, raptor_name(chosen), own_seed)
-    run_files = open_run(location)
-    data, open_again = open_job_data(
-        store, chosen, variable="BLOCKS", head=head, partial=partial, run=run_files, device=place.machine().device
+    run_files = or_problem(lambda: open_run(location), problems)
+    machine = or_problem(place.machine, problems)
+    data, open_again = open_run_data(
+        store,
+        chosen,
+        variable="BLOCKS",
+        head=head,
+        partial=partial,
+        run=run_files,
+        device=torch.device("cpu") if machine is None else machine.device,
+        known_problems=problems,
     )
+    assert run_files is not None, "its problem was listed"
     config = make_config(data, 2, recipe, steps, own_seed)
-    seeds = ",".join(map(str, published.block_seeds)) if published else block_seeds or str(own_seed)
     sources = find_sources(config.spans, location, seeds, runs, store, own_place=bool(run))
     found = read_blocks(sources, config, data, other_store=other_store)
-    job = Job(
+    training = Training(
         config=config,
         data=data,
         open_data=open_again,
@@ -105,7 +121,22 @@ def raptor_command(
         DEVICE=device,
         ENDPOINT_URL=endpoint_url,
     )
-    return train_and_report(job, place, variables, began=began)
+    return train_and_report(training, place, variables, began=began)
+
+
+def source_problems(n_blocks: int, block_seeds: str, runs: str) -> list[str]:
+    """What is wrong with BLOCK_SEEDS and RUNS for so many blocks."""
+    problems = []
+    seeds, places = _listed(block_seeds), _listed(runs)
+    if len(seeds) not in (1, n_blocks) or not all(text.isdecimal() for text in seeds):
+        problems.append(f"BLOCK_SEEDS={block_seeds}: expected one number for all blocks, or {n_blocks}")
+    if runs and len(places) != n_blocks:
+        problems.append(f"RUNS names {len(places)} runs, expected one for each of the {n_blocks} blocks")
+    return problems
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")] if text else []
 
 
 def find_sources(
@@ -120,21 +151,11 @@ def find_sources(
         runs: Their RUNs, instead.
         store: As typed.
         own_place: Whether RUN was typed, so that its neighbours are no defaults.
-
-    Raises:
-        UserError: There are more or fewer seeds or runs than blocks, or a seed is no number.
     """
-    seeds = [text.strip() for text in block_seeds.split(",")]
+    assert not source_problems(len(spans), block_seeds, runs)
+    seeds, places = _listed(block_seeds), _listed(runs)
     if len(seeds) == 1:
         seeds *= len(spans)
-    places = [text.strip() for text in runs.split(",")] if runs else []
-    problems = []
-    if len(seeds) != len(spans) or not all(text.isdecimal() for text in seeds):
-        problems.append(f"BLOCK_SEEDS={block_seeds}: expected one number for all blocks, or {len(spans)}")
-    if runs and len(places) != len(spans):
-        problems.append(f"RUNS names {len(places)} runs, expected one for each of the {len(spans)} blocks")
-    if problems:
-        raise UserError("\n  ".join(["make raptor cannot start:", *problems]))
     beside = run.rstrip("/").rpartition("/")[0] or os.curdir
     sources = []
     for index, (span, seed) in enumerate(zip(spans, seeds)):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial as bind
 from pathlib import PurePath
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +27,8 @@ from trainer.run_files import RunFiles
 from trainer.run_lock import StillOurs
 from trainer.train import train
 from trainer.workers import Workers
+
+_T = TypeVar("_T")
 
 DEFAULT_STORE = "data/stores/digits"
 DEFAULT_RUNS = "data/runs"
@@ -95,7 +97,7 @@ class Place:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class Training:
     """One training, ready to begin or to go on.
 
     Attributes:
@@ -153,7 +155,7 @@ def open_run(location: str) -> RunFiles:
     return run
 
 
-def open_job_data(
+def open_run_data(
     store: str,
     blocks: str,
     *,
@@ -163,6 +165,7 @@ def open_job_data(
     partial: bool,
     run: RunFiles | None,
     device: torch.device,
+    known_problems: Sequence[str] = (),
 ) -> tuple[TrainingData, Callable[[torch.device], TrainingData]]:
     """What a run reads, and a function that opens it again in another process, with the same shards.
 
@@ -175,14 +178,15 @@ def open_job_data(
         partial: Whether the store may be unfinished.
         run: Where it goes; one that began before goes on with its own shards. None: there is none yet.
         device: Of the teacher.
+        known_problems: What is wrong with the command already, to be listed too.
 
     Raises:
-        UserError: Lists all that is wrong with the store and the blocks.
+        UserError: Lists all that is wrong with the command, the store and the blocks.
     """
     settings: dict[str, Any] = {"variable": variable, "joined": joined, "head": head, "partial": partial}
     begun = run.read_config() if partial and run is not None else None
     frozen = frozen_shards(begun["data"]) if begun else None
-    data = open_training_data(store, blocks, **settings, frozen=frozen, device=device)
+    data = open_training_data(store, blocks, **settings, frozen=frozen, device=device, known_problems=known_problems)
     settings |= {"head": absolute(head) if head else None, "frozen": frozen_shards(data.identity)}
     return data, bind(_open_on, absolute(store), blocks, settings)
 
@@ -194,6 +198,27 @@ def _open_on(store: str, blocks: str, settings: Mapping[str, Any], device: torch
 def absolute(location: str) -> str:
     """A place that means the same in another process: a local path in full."""
     return location if "://" in location else os.path.abspath(location)
+
+
+def typed_problems(stage: int, recipe: str, steps: int | None, seed: int | None) -> list[str]:
+    """What is wrong with RECIPE, STEPS and SEED, whatever the store is: to be listed with what is wrong with that."""
+    problems = []
+    if recipe and recipe not in RECIPES[stage]:
+        problems.append(f"RECIPE={recipe} is unknown; for stage {stage} there are {', '.join(RECIPES[stage])}")
+    if steps is not None and steps < 1:
+        problems.append(f"STEPS={steps}: expected 1 or more")
+    if seed is not None and seed < 0:
+        problems.append(f"SEED={seed}: expected 0 or more")
+    return problems
+
+
+def or_problem(find: Callable[[], _T], problems: list[str]) -> _T | None:
+    """What `find` returns; None if something typed is wrong, which is added to the problems."""
+    try:
+        return find()
+    except UserError as error:
+        problems.append(str(error))
+        return None
 
 
 def make_config(data: TrainingData, stage: int, recipe: str, steps: int | None, seed: int) -> TrainConfig:
@@ -224,12 +249,17 @@ def make_command(target: str, variables: Mapping[str, object]) -> str:
 
 
 def train_and_report(
-    job: Job, place: Place, variables: Mapping[str, str], *, began: float, stop: Callable[[], bool] = lambda: False
+    training: Training,
+    place: Place,
+    variables: Mapping[str, str],
+    *,
+    began: float,
+    stop: Callable[[], bool] = lambda: False,
 ) -> int:
     """Claim the RUN, train it to the end and say what came out; of a finished run, only the latter.
 
     Args:
-        job: What to train.
+        training: What to train.
         place: Where.
         variables: What the person typed and the next command needs again.
         began: When the command did, by time.monotonic().
@@ -241,64 +271,66 @@ def train_and_report(
     workers = Workers.found()
     if place.workers is not None and not workers.is_alone:
         raise UserError(f"this is {workers}, as torchrun started it: leave WORKERS and RAY_ADDRESS out")
-    if not job.run.is_of(job.identity) or job.run.read_result() is None:
+    if not training.run.is_of(training.identity) or training.run.read_result() is None:
         machine = place.machine()
-        with workers.joined(machine.device), claimed(job.run, job.identity, workers) as still_ours:
-            if not _train(job, place, machine, workers, _any(stop, still_ours)):
+        with workers.joined(machine.device), claimed(training.run, training.identity, workers) as still_ours:
+            if not _train(training, place, machine, workers, _any(stop, still_ours)):
                 return ExitCode.INTERRUPTED
         done = f"This command took {human_duration(time.monotonic() - began)}."
     else:
-        if not job.run.read_teacher_files():  # of a run that an earlier version finished
-            save_ends(job.run, job.data.teacher)
-        done = f"This run is finished; there is nothing to do. For another one give RUN, or delete {job.run.location}"
+        if not training.run.read_teacher_files():  # of a run that an earlier version finished
+            save_ends(training.run, training.data.teacher)
+        done = (
+            f"This run is finished; there is nothing to do. For another one give RUN, or delete {training.run.location}"
+        )
     if not workers.is_first:
         return ExitCode.OK
-    result = job.run.read_result()
+    result = training.run.read_result()
     assert result is not None
-    print(finished_report(job.config, job.data, job.run, result, variables))
+    print(finished_report(training.config, training.data, training.run, result, variables))
     print(f"\n{done}")
     return ExitCode.OK
 
 
-def _train(job: Job, place: Place, machine: Machine, workers: Workers, stop: Callable[[], bool]) -> bool:
+def _train(training: Training, place: Place, machine: Machine, workers: Workers, stop: Callable[[], bool]) -> bool:
     """Train to the end; False if it was asked to stop before."""
     if workers.is_first:
-        say(start_report(job.config, job.data, job.run, machine))
+        say(start_report(training.config, training.data, training.run, machine))
     if place.workers is None:
-        torch.set_num_threads(place.threads or torch_threads(job.data.train.spec.dim, workers.local_world_size))
+        torch.set_num_threads(place.threads or torch_threads(training.data.train.spec.dim, workers.local_world_size))
         with stop_on_signals() as signalled:
             result = train(
-                job.config,
-                job.data,
-                job.run,
+                training.config,
+                training.data,
+                training.run,
                 machine=machine,
                 workers=workers,
-                initial=job.initial,
+                initial=training.initial,
                 stop=lambda: stop() or signalled(),
             )
         finished = result is not None
     else:
-        finished = _train_on_ray(job, place, place.workers, stop)
+        finished = _train_on_ray(training, place, place.workers, stop)
     if not finished and workers.is_first:
-        say(f"stopped; everything is saved in {job.run.location}. The same command goes on")
+        say(f"stopped; everything is saved in {training.run.location}. The same command goes on")
     return finished
 
 
-def _train_on_ray(job: Job, place: Place, n_workers: int, stop: Callable[[], bool]) -> bool:
+def _train_on_ray(training: Training, place: Place, n_workers: int, stop: Callable[[], bool]) -> bool:
     from trainer.ray_train import train_on_ray
 
     with connected(place.ray_address) as connection:
         say(str(connection))
         with stop_on_signals() as signalled:
             return train_on_ray(
-                job.config,
-                job.open_data,
-                absolute(job.run.location),
+                training.config,
+                training.open_data,
+                absolute(training.run.location),
                 n_workers=n_workers,
                 device=place.device,
                 threads=place.threads,
                 micro_batch=place.micro_batch,
-                initial=job.initial,
+                initial=training.initial,
                 grows=not connection.embedded,
                 stop=lambda: stop() or signalled(),
             )

@@ -3,19 +3,24 @@
 import dataclasses
 import time
 
+import torch
+
 from infra.console import UserError
 from infra.s3_settings import use_endpoint
-from trainer.commands.blocks import parse_spans
+from storage_schemas import Span
+from storage_schemas.errors import SchemaError
 from trainer.commands.start import (
     DEFAULT_STORE,
-    Job,
     Place,
+    Training,
     default_run,
     make_config,
-    open_job_data,
     open_run,
+    open_run_data,
+    or_problem,
     stdin_ended,
     train_and_report,
+    typed_problems,
     typed_variables,
 )
 from trainer.commands.train_all import AllSpans, train_all
@@ -76,8 +81,9 @@ def train_command(
     use_endpoint(endpoint_url)
     began = time.monotonic()
     place = Place.typed(device, threads, micro_batch, workers, ray_address)
+    problems = typed_problems(1, recipe, steps, seed)
     if replica is not None and seed is not None:
-        raise UserError("REPLICA stands for the seed: give one of them")
+        problems.append("REPLICA stands for the seed: give one of them")
     if block == "all":
         if not Workers.found().is_alone:
             raise UserError("BLOCK=all starts a process for each block; under torchrun give one block: BLOCK=0-7")
@@ -96,14 +102,27 @@ def train_command(
                 # Without WORKERS each is one process of one task: Ray Train is for a training of several.
                 place=dataclasses.replace(place, workers=workers),
                 endpoint_url=endpoint_url,
+                known_problems=tuple(problems),
             )
         )
-    if replica is not None:
-        seed = published_run(parse_spans(block, "BLOCK"), replica, stage=1).seed
-    run_files = open_run(run or default_run(store, block, seed or 0))
-    data, open_again = open_job_data(
-        store, block, variable="BLOCK", head=head, partial=partial, run=run_files, device=place.machine().device
+    for name, value in (("BLOCKS", blocks), ("AT_ONCE", at_once)):
+        if value not in ("", None):
+            problems.append(f"{name}={value} is for BLOCK=all, which trains several: give that, or leave {name} out")
+    if replica is not None and seed is None:
+        seed = _published_seed(block, replica, problems)
+    run_files = or_problem(lambda: open_run(run or default_run(store, block, seed or 0)), problems)
+    machine = or_problem(place.machine, problems)
+    data, open_again = open_run_data(
+        store,
+        block,
+        variable="BLOCK",
+        head=head,
+        partial=partial,
+        run=run_files,
+        device=torch.device("cpu") if machine is None else machine.device,
+        known_problems=problems,
     )
+    assert run_files is not None, "its problem was listed"
     config = make_config(data, 1, recipe, steps, seed or 0)
     variables = typed_variables(
         STORE=store if store != DEFAULT_STORE else None,
@@ -114,6 +133,15 @@ def train_command(
         DEVICE=device,
         ENDPOINT_URL=endpoint_url,
     )
-    job = Job(config=config, data=data, open_data=open_again, run=run_files)
+    training = Training(config=config, data=data, open_data=open_again, run=run_files)
     stop = stdin_ended() if stop_with_stdin else lambda: False
-    return train_and_report(job, place, variables, began=began, stop=stop)
+    return train_and_report(training, place, variables, began=began, stop=stop)
+
+
+def _published_seed(block: str, replica: int, problems: list[str]) -> int | None:
+    """The seed of a published block; None where BLOCK is none, which is a problem of its own."""
+    try:
+        span = Span.parse(block.strip())
+    except SchemaError:  # is listed with the range that the store allows
+        return None
+    return or_problem(lambda: published_run([span], replica, stage=1).seed, problems)

@@ -20,14 +20,14 @@ from trainer.commands.blocks import find_blocks, parse_spans
 from trainer.commands.start import (
     DEFAULT_RUNS,
     DEFAULT_STORE,
-    Job,
     Place,
+    Training,
     absolute,
     default_run,
     make_command,
     make_config,
-    open_job_data,
     open_run,
+    open_run_data,
     raptor_name,
     store_name,
     typed_variables,
@@ -56,6 +56,7 @@ class AllSpans:
     at_once: int | None
     place: Place
     endpoint_url: str | None
+    known_problems: tuple[str, ...]
 
 
 def train_all(typed: AllSpans) -> int:
@@ -64,21 +65,22 @@ def train_all(typed: AllSpans) -> int:
     Raises:
         UserError: Lists all that is wrong with the store, the spans and their runs.
     """
-    if typed.at_once is not None and typed.at_once < 1:
-        raise UserError(f"AT_ONCE={typed.at_once}: expected 1 or more")
     chosen = find_blocks(typed.blocks, typed.store)
-    jobs = _make_jobs(typed, list(dict.fromkeys(parse_spans(chosen))))
-    unfinished = [span for span, job in jobs.items() if job.run.read_result() is None]
+    trainings = _make_trainings(typed, list(dict.fromkeys(parse_spans(chosen))))
+    unfinished = [span for span, training in trainings.items() if training.run.read_result() is None]
     # The longest first, as it ends last.
     unfinished.sort(key=lambda span: span.start - span.stop)
-    runs = [_span_run(typed, span, jobs[span]) for span in unfinished]
-    outcomes = _train(typed, runs, [jobs[span] for span in unfinished]) if runs else []
-    return _report(typed, chosen, jobs, outcomes)
+    runs = [_span_run(typed, span, trainings[span]) for span in unfinished]
+    outcomes = _train(typed, runs, [trainings[span] for span in unfinished]) if runs else []
+    return _report(typed, chosen, trainings, outcomes)
 
 
-def _make_jobs(typed: AllSpans, spans: Sequence[Span]) -> dict[Span, Job]:
-    """The jobs, each with its RUN claimed, so that all go on with the same shards and nobody else takes the place."""
-    opened = open_job_data(
+def _make_trainings(typed: AllSpans, spans: Sequence[Span]) -> dict[Span, Training]:
+    """Each with its RUN claimed, so that all go on with the same shards and nobody else takes the place."""
+    problems = list(typed.known_problems)
+    if typed.at_once is not None and typed.at_once < 1:
+        problems.append(f"AT_ONCE={typed.at_once}: expected 1 or more")
+    opened = open_run_data(
         typed.store,
         ",".join(map(str, spans)),
         variable="BLOCKS",
@@ -87,28 +89,28 @@ def _make_jobs(typed: AllSpans, spans: Sequence[Span]) -> dict[Span, Job]:
         partial=typed.partial,
         run=None,
         device=torch.device("cpu"),
+        known_problems=problems,
     )[0]
-    jobs: dict[Span, Job] = {}
-    problems = []
+    trainings: dict[Span, Training] = {}
     for span in spans:
         try:
-            jobs[span] = _make_job(typed, span, opened)
+            trainings[span] = _make_training(typed, span, opened)
         except UserError as error:
             problems.append(str(error))
     if problems:
         raise UserError("\n".join(["make train BLOCK=all cannot start:", *problems]))
-    for job in jobs.values():
-        if job.run.read_config() is None:
-            with job.run.exclusive():
-                job.run.claim(job.identity)
-    return jobs
+    for training in trainings.values():
+        if training.run.read_config() is None:
+            with training.run.exclusive():
+                training.run.claim(training.identity)
+    return trainings
 
 
-def _make_job(typed: AllSpans, span: Span, opened: TrainingData) -> Job:
+def _make_training(typed: AllSpans, span: Span, opened: TrainingData) -> Training:
     run = open_run(_location(typed, span))
     data = dataclasses.replace(opened, spans=(span,))
     if typed.partial and run.read_config() is not None:  # it goes on with the shards that it began with
-        data = open_job_data(
+        data = open_run_data(
             typed.store,
             str(span),
             variable="BLOCK",
@@ -118,9 +120,9 @@ def _make_job(typed: AllSpans, span: Span, opened: TrainingData) -> Job:
             device=torch.device("cpu"),
         )[0]
     config = make_config(data, 1, typed.recipe, typed.steps, _seed(typed, span))
-    job = Job(config=config, data=data, run=run, open_data=lambda _: data)
-    run.is_of(job.identity)
-    return job
+    training = Training(config=config, data=data, run=run, open_data=lambda _: data)
+    run.is_of(training.identity)
+    return training
 
 
 def _seed(typed: AllSpans, span: Span) -> int:
@@ -134,15 +136,15 @@ def _location(typed: AllSpans, span: Span) -> str:
     return f"{typed.run.rstrip('/')}/{span}-seed{seed}" if typed.run else default_run(typed.store, str(span), seed)
 
 
-def _span_run(typed: AllSpans, span: Span, job: Job) -> SpanRun:
+def _span_run(typed: AllSpans, span: Span, training: Training) -> SpanRun:
     """What trains one span by itself."""
     options: dict[str, Any] = {
         "block": span,
         "store": absolute(typed.store),
-        "run": absolute(job.run.location),
-        "recipe": job.config.recipe,
+        "run": absolute(training.run.location),
+        "recipe": training.config.recipe,
         "steps": typed.steps,
-        "seed": job.config.seed,
+        "seed": training.config.seed,
         "head": absolute(typed.head) if typed.head else None,
         "micro-batch": typed.place.micro_batch,
         "workers": typed.place.workers,
@@ -151,15 +153,15 @@ def _span_run(typed: AllSpans, span: Span, job: Job) -> SpanRun:
     arguments = [text for name, value in options.items() if value is not None for text in (f"--{name}", str(value))]
     return SpanRun(
         name=str(span),
-        run=job.run,
-        n_steps=job.config.n_steps,
+        run=training.run,
+        n_steps=training.config.n_steps,
         arguments=("train", *arguments, *(["--partial"] if typed.partial else [])),
     )
 
 
-def _train(typed: AllSpans, runs: Sequence[SpanRun], jobs: Sequence[Job]) -> list[Outcome]:
+def _train(typed: AllSpans, runs: Sequence[SpanRun], trainings: Sequence[Training]) -> list[Outcome]:
     with ExitStack() as stack:
-        launch, at_once = (_on_cluster if typed.place.ray_address else _here)(typed, jobs, stack)
+        launch, at_once = (_on_cluster if typed.place.ray_address else _here)(typed, trainings, stack)
         progress = stack.enter_context(
             Progress(
                 total=sum(run.n_steps for run in runs),
@@ -172,13 +174,15 @@ def _train(typed: AllSpans, runs: Sequence[SpanRun], jobs: Sequence[Job]) -> lis
         return train_side_by_side(runs, launch, at_once=at_once, progress=progress, stop=stop)
 
 
-def _here(typed: AllSpans, jobs: Sequence[Job], stack: ExitStack) -> tuple[Launch, int]:
+def _here(typed: AllSpans, trainings: Sequence[Training], stack: ExitStack) -> tuple[Launch, int]:
     """As processes of this machine."""
-    place, dim = typed.place, jobs[0].data.train.spec.dim
-    needs = [training_memory_nbytes(j.config, j.data.train, j.data.validation, place.micro_batch) for j in jobs]
+    place, dim = typed.place, trainings[0].data.train.spec.dim
+    needs = [
+        training_memory_nbytes(one.config, one.data.train, one.data.validation, place.micro_batch) for one in trainings
+    ]
     room = find_room(needs, dim, device=place.device, threads=place.threads, at_once=typed.at_once)
     at_once = room.at_once if place.workers is None or typed.at_once else max(1, room.at_once // place.workers)
-    say(f"{len(jobs)} blocks to train, {at_once} at a time ({room.why})")
+    say(f"{len(trainings)} blocks to train, {at_once} at a time ({room.why})")
     logs = Path(typed.run if typed.run and "://" not in typed.run else f"{DEFAULT_RUNS}/{store_name(typed.store)}")
 
     def launch(run: SpanRun, slot: int) -> Process:
@@ -191,18 +195,20 @@ def _here(typed: AllSpans, jobs: Sequence[Job], stack: ExitStack) -> tuple[Launc
     return launch, at_once
 
 
-def _on_cluster(typed: AllSpans, jobs: Sequence[Job], stack: ExitStack) -> tuple[Launch, int]:
+def _on_cluster(typed: AllSpans, trainings: Sequence[Training], stack: ExitStack) -> tuple[Launch, int]:
     """As tasks of a Ray cluster."""
     from trainer.spans_ray import Task, room_of_cluster
 
-    place, dim = typed.place, jobs[0].data.train.spec.dim
+    place, dim = typed.place, trainings[0].data.train.spec.dim
     connection = stack.enter_context(connected(place.ray_address))
     say(str(connection))
     room = room_of_cluster(place.device, place.threads or torch_threads(dim), place.workers)
-    at_once = min(typed.at_once or room.at_once, len(jobs))
-    say(f"{len(jobs)} blocks to train, {at_once} at a time ({room.why})")
-    if jobs[0].run.local_folder is not None:
-        say(f"RUN is a local folder: every machine of the cluster must see {os.path.dirname(jobs[0].run.location)}")
+    at_once = min(typed.at_once or room.at_once, len(trainings))
+    say(f"{len(trainings)} blocks to train, {at_once} at a time ({room.why})")
+    if trainings[0].run.local_folder is not None:
+        say(
+            f"RUN is a local folder: every machine of the cluster must see {os.path.dirname(trainings[0].run.location)}"
+        )
 
     def launch(run: SpanRun, slot: int) -> Task:
         arguments = (*run.arguments, *room.arguments, *(["--ray-address", connection.address] if place.workers else []))
@@ -211,10 +217,10 @@ def _on_cluster(typed: AllSpans, jobs: Sequence[Job], stack: ExitStack) -> tuple
     return launch, at_once
 
 
-def _report(typed: AllSpans, blocks: str, jobs: dict[Span, Job], outcomes: Sequence[Outcome]) -> int:
+def _report(typed: AllSpans, blocks: str, trainings: dict[Span, Training], outcomes: Sequence[Outcome]) -> int:
     ended = {outcome.name: outcome for outcome in outcomes}
-    results = [(str(span), ended.get(str(span)), job.run, job.run.read_result()) for span, job in jobs.items()]
-    print(spans_report(results, jobs[next(iter(jobs))].data))
+    results = [(str(span), ended.get(str(span)), one.run, one.run.read_result()) for span, one in trainings.items()]
+    print(spans_report(results, trainings[next(iter(trainings))].data))
     if any(outcome.ended == "stopped" for outcome in outcomes):
         print("stopped; everything is saved. The same command goes on", file=sys.stderr)
         return ExitCode.INTERRUPTED
