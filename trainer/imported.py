@@ -124,6 +124,7 @@ def write_run(
         "blocks": [block.arguments for block in imported.blocks],
         "spans": [str(span) for span in imported.spans],
         "teacher": teacher.name,
+        "teacher_weights": teacher.core_digest,
         "last_layer": teacher.n_layers - 1,
         "imported": dict(imported.about),
     }

@@ -5,14 +5,15 @@ or even shown together, that was measured on different data.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from infra.console import UserError
 from trainer.paper import Published, has_published_spans, is_published_evaluation, is_published_probe, published, remark
+from trainer.table_conflicts import conflicts
 from trainer.table_sources import FoundProbe, FoundRun
 from trainer.variants import BLOCK, Model, name_variants, variant_order
 
@@ -22,11 +23,7 @@ LAST, BEST = "last", "best"
 R2, MEAN_R2, REFERENCE_R2, EPSILON, LOSS = "R2", "mean R2", "R2 as published", "epsilon", "loss"
 TOP_1 = "top-1"
 
-#: Of a probe's task: the file that its readout begins with and the size of images, which fit one teacher.
-_OF_A_TEACHER = ("head", "pixel_size")
-
 _SHOWN = 12  # letters of a digest
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +125,7 @@ def make_table(runs: Sequence[FoundRun], probes: Sequence[FoundProbe]) -> Table:
     Raises:
         UserError: Lists everything that is there twice, with both places, and all data that do not belong together.
     """
-    problems = [*_duplicates(runs, probes), *_mixed_data(runs), *_mixed_probes(probes)]
-    if problems:
+    if problems := conflicts(runs, probes):
         raise UserError("\n  ".join(["these results do not make one table:", *problems]))
     heads = _of_teachers(runs)
     measured = [*heads.values(), *(one for run in runs for one in _of_run(run, heads)), *_of_probes(probes)]
@@ -185,7 +181,7 @@ def _of_teachers(runs: Sequence[FoundRun]) -> dict[str, _Measured]:
         if run.baselines is not None:
             value = run.baselines["teacher"]
             one = _Measured(
-                model=Model.of_teacher(run.model.teacher),
+                model=Model.of_teacher(run.model.teacher, run.model.teacher_weights),
                 task=HEAD,
                 quantity=TOP_1,
                 value=value,
@@ -285,125 +281,3 @@ def _notes(runs: Sequence[FoundRun], probes: Sequence[FoundProbe]) -> list[str]:
             f"{of_task[0].n_evaluation:,}{', with the defects of the published code' * of_task[0].compat}."
         )
     return notes
-
-
-# ------------------------------------------------------------------ what does not belong together
-
-
-def _duplicates(runs: Sequence[FoundRun], probes: Sequence[FoundProbe]) -> list[str]:
-    names = name_variants([*(run.model for run in runs), *(probe.model for probe in probes)])
-    of_runs = _twice(runs, lambda run: (run.model.key, run.model.seed))
-    of_probes = _twice(probes, lambda one: (one.model.key, one.task, one.result.model_seed, one.result.seed))
-    return [
-        *(
-            f"{names[one.model.key]}, seed {one.model.seed}, is there twice: {one.location} and {other.location}. "
-            "Delete one, or give RUNS= without it"
-            for one, other in of_runs
-        ),
-        *(
-            f"{names[one.model.key]}{_model_seed(one)}, probe of {one.task} with seed {one.result.seed}, is "
-            f"there twice: {one.location} and {other.location}. Delete one, or give PROBES= without it"
-            for one, other in of_probes
-        ),
-    ]
-
-
-def _model_seed(probe: FoundProbe) -> str:
-    return "" if probe.result.model_seed is None else f", model seed {probe.result.model_seed}"
-
-
-def _twice(items: Sequence[_T], key: Callable[[_T], object]) -> list[tuple[_T, _T]]:
-    first: dict[object, _T] = {}
-    return [(first[key(item)], item) for item in items if first.setdefault(key(item), item) is not item]
-
-
-def _mixed_data(runs: Sequence[FoundRun]) -> list[str]:
-    """Runs on other stores, listed by store."""
-    stores: dict[tuple[str, ...], list[str]] = {}
-    for run in runs:
-        if run.validation is not None:  # imported weights may have been measured on nothing yet
-            stores.setdefault(run.data_key, []).append(run.location)
-    if len(stores) < 2:
-        return []
-    return [
-        "runs were trained or validated on different data, which are not averaged. Give RUNS= of one of these:",
-        *(f"  {_about_data(key)}: {_some(places)}" for key, places in stores.items()),
-    ]
-
-
-def _about_data(key: Sequence[str]) -> str:
-    train, validation, *_ = key
-    return f"store {train[:12]} validated on {validation if ' ' in validation else validation[:12]}"
-
-
-def _mixed_probes(probes: Sequence[FoundProbe]) -> list[str]:
-    problems = _mixed_teachers(probes)
-    for task in sorted({probe.task for probe in probes}):
-        of_task = [probe for probe in probes if probe.task == task]
-        for what, value_of in (
-            ("data", lambda one: one.result.data),
-            ("settings", lambda one: {**one.result.settings, "compat": one.result.compat}),
-            ("metrics", lambda one: {"metric": one.result.metric}),
-            ("arithmetic", lambda one: {"compute": one.result.compute}),
-            ("tasks", _identity_of_all),
-        ):
-            problems += _mixed(f"probes of {task}", what, of_task, value_of)
-        for teacher in sorted({probe.result.teacher for probe in of_task}):
-            of_teacher = [probe for probe in of_task if probe.result.teacher == teacher]
-            problems += _mixed(f"probes of {task} with {teacher}", "tasks", of_teacher, _identity_of_a_teacher)
-    return problems
-
-
-def _mixed_teachers(probes: Sequence[FoundProbe]) -> list[str]:
-    """Teachers of one name with different weights, over all tasks."""
-    problems = []
-    for teacher in sorted({probe.result.teacher for probe in probes}):
-        own = [probe for probe in probes if probe.result.teacher == teacher]
-        problems += _mixed(f"probes of {teacher}", "weights", own, lambda one: {"teacher": one.result.teacher_weights})
-    return problems
-
-
-def _identity_of_all(probe: FoundProbe) -> dict[str, Any]:
-    """What all probes of a task share, whatever their teacher."""
-    known = probe.result.task_identity
-    shared: dict[str, Any] = {name: value for name, value in known.items() if name not in _OF_A_TEACHER}
-    return shared | ({"begins with a head": known["head"] != "random"} if "head" in known else {})
-
-
-def _identity_of_a_teacher(probe: FoundProbe) -> dict[str, Any]:
-    return {name: probe.result.task_identity.get(name) for name in _OF_A_TEACHER}
-
-
-def _mixed(
-    probes_of: str, what: str, probes: Sequence[FoundProbe], value_of: Callable[[FoundProbe], Mapping[str, Any]]
-) -> list[str]:
-    groups: list[tuple[Mapping[str, Any], list[str]]] = []
-    for probe in probes:
-        value = value_of(probe)
-        known = next((places for other, places in groups if other == value), None)
-        if known is None:
-            groups.append((value, [probe.location]))
-        else:
-            known.append(probe.location)
-    if len(groups) < 2:
-        return []
-    differing = {
-        name for value, _ in groups for name in value if any(other.get(name) != value[name] for other, _ in groups)
-    }
-    return [
-        f"{probes_of} have different {what}, which are not compared. Give PROBES= of one of these:",
-        *(
-            f"  {', '.join(f'{name} {_short(value.get(name))}' for name in sorted(differing))}: {_some(places)}"
-            for value, places in groups
-        ),
-    ]
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def _some(places: Sequence[str]) -> str:
-    shown = ", ".join(places[:3])
-    return shown if len(places) <= 3 else f"{shown} and {len(places) - 3} more"

@@ -9,6 +9,7 @@ from infra.objects import ObjectError, ObjectMissingError, Objects, ObjectTooLar
 from storage_schemas.documents import MAX_DOCUMENT_NBYTES, unseal
 from storage_schemas.errors import SchemaError
 from trainer.probes.results import ProbeResult, read_result
+from trainer.raptor_teacher import read_ends
 from trainer.run_files import CONFIG_KEY, RESULT_KEY, RunFiles
 from trainer.variants import BLOCK, RAPTOR, TEACHER, Model
 
@@ -167,7 +168,7 @@ def read_run(objects: Objects) -> FoundRun:
     try:
         return FoundRun(
             location=objects.location,
-            model=_trained_model(result, config),
+            model=_trained_model(result, config, _teacher_weights(run, result)),
             data=config["data"],
             validation=result.get("validation"),
             baselines=result.get("baselines"),
@@ -181,7 +182,15 @@ def read_run(objects: Objects) -> FoundRun:
         ) from error
 
 
-def _trained_model(result: Mapping[str, Any], config: Mapping[str, Any]) -> Model:
+def _teacher_weights(run: RunFiles, result: Mapping[str, Any]) -> str:
+    """core_digest of its teacher: a result says it, or of an older run what it keeps of the teacher."""
+    if "teacher_weights" in result:
+        return str(result["teacher_weights"])
+    ends = read_ends(run)
+    return "" if ends is None else ends.core_digest
+
+
+def _trained_model(result: Mapping[str, Any], config: Mapping[str, Any], teacher_weights: str) -> Model:
     settings = config["train"]
     spans = tuple(result["spans"])
     start, stop = int(spans[0].partition("-")[0]), int(spans[-1].partition("-")[2])
@@ -196,6 +205,7 @@ def _trained_model(result: Mapping[str, Any], config: Mapping[str, Any]) -> Mode
         seed=settings["seed"],
         settings=settings,
         imported=imported,
+        teacher_weights=teacher_weights,
     )
 
 

@@ -40,9 +40,9 @@ class Model:
     teacher_weights: str = ""
 
     @classmethod
-    def of_teacher(cls, name: str) -> "Model":
+    def of_teacher(cls, name: str, weights: str = "") -> "Model":
         """The teacher itself."""
-        return cls(what=TEACHER, teacher=name)
+        return cls(what=TEACHER, teacher=name, teacher_weights=weights)
 
     @property
     def n_blocks(self) -> int:

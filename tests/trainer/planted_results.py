@@ -32,6 +32,7 @@ def plant_run(
     imported: bool = False,
     validated: bool = True,
     n_samples: int = 18,
+    teacher_weights: str = "c" * 64,
     **settings: object,
 ) -> str:
     """A finished run whose validation says what is given; a joint one of several spans, or where that is asked for."""
@@ -64,7 +65,8 @@ def plant_run(
         "final_loss": 0.2,
         **({"imported": {"file": "final.pt"}} if imported else {}),
     }
-    run.finish(weights, {**result, **about, "teacher": teacher_name, "last_layer": last_layer})
+    about |= {"teacher": teacher_name, "teacher_weights": teacher_weights, "last_layer": last_layer}
+    run.finish(weights, {**result, **about})
     return str(place)
 
 

@@ -228,6 +228,19 @@ def test_probes_that_differ_are_not_averaged(tmp_path: Path, changes: dict[str, 
     assert f"{tmp_path}/b" in str(error.value)
 
 
+def test_a_run_and_a_probe_name_one_teacher_by_the_same_digest(tmp_path: Path) -> None:
+    """Teachers of one name with other weights are refused, also where only the run has the other one."""
+    plant_run(tmp_path / "run", teacher_weights="9" * 64)
+    plant_probe(tmp_path / "probe", spans=())
+    with pytest.raises(UserError, match="results of fake_vit have different weights") as error:
+        table_of(tmp_path)
+    for line in (f"teacher {'9' * 37}...: {tmp_path}/run", f"teacher {'c' * 37}...: {tmp_path}/probe"):
+        assert line in str(error.value)
+    plant_run(tmp_path / "elsewhere/run")
+    plant_probe(tmp_path / "elsewhere/probe", spans=())
+    assert {row.what for row in table_of(tmp_path / "elsewhere").rows} == {"teacher", "raptor"}
+
+
 def test_nothing_found_says_where_was_looked(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"no finished run and no probe in or below {tmp_path}, {tmp_path}/x"):
         find_results([str(tmp_path), f"{tmp_path}/x"])

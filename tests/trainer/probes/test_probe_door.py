@@ -1,5 +1,6 @@
 """What a person meets: `python -m trainer probe`, on stores and images, its places, its errors, a real kill."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -10,17 +11,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from infra.console import ExitCode, run_door
-from infra.objects import FolderObjects
+from infra.objects import FolderObjects, open_objects
 from storage_schemas import Span
 from tests.trainer.probes.imagenet_trees import write_imagenet
-from tests.trainer.tiny import CPU, tiny_config, write_tiny_pair
+from tests.trainer.published import seeded_raptor
+from tests.trainer.tiny import CPU, tiny_config, tiny_teacher, write_tiny_pair
 from trainer.__main__ import main
 from trainer.data import open_training_data
 from trainer.probes.results import read_result, read_results
 from trainer.raptor_teacher import save_ends
 from trainer.run_files import RunFiles
+from trainer.table import make_table
+from trainer.table_sources import find_results
 from trainer.train import train
 
 REPOSITORY = Path(__file__).parents[3]
@@ -99,6 +104,58 @@ def test_a_raptor(door: Door, store: str, runs: Path, tmp_path: Path) -> None:
     assert {"loss", "noise", "n_steps", "depth_scaling"} <= learned.keys()
     assert result.compute == "float32"
     assert result.run_weights == RunFiles(FolderObjects(runs / "raptor")).read_result()["weights_sha256"]
+
+
+def test_an_imported_raptor(door: Door, store: str, tmp_path: Path) -> None:
+    """Published weights become a RUN that a probe takes, and a table knows both as one model."""
+    torch.save(seeded_raptor(5, 8, 2), tmp_path / "raptor2.pt")
+    flags = {"from": tmp_path / "raptor2.pt", "blocks": "0-2,2-3", "store": store, "run": tmp_path / "run", "heads": 2}
+    flags |= {"seed": 1001, "device": "cpu"}
+    assert main(["import", *(text for name, value in flags.items() for text in (f"--{name}", str(value)))]) == 0
+    code, said, err = door(task="digits", store=store, run=tmp_path / "run", out=tmp_path / "p", batch_size=8, epochs=2)
+    assert code == ExitCode.OK, err
+    assert "Raptor k=2 of fake_vit: top-1 of digits" in said
+    found = find_results([str(tmp_path)])
+    [probe], [run] = found.probes, found.runs
+    assert (probe.result.spans, probe.result.model_seed) == (["0-2", "2-3"], 1001)
+    assert (probe.model.key, probe.model.imported) == (run.model.key, True)
+    assert (probe.model.teacher_weights, run.model.teacher_weights) == (tiny_teacher().core_digest,) * 2
+    [row] = make_table(found.runs, found.probes).of(what="raptor", task="digits", selection="last")
+    assert row.mean == probe.result.last
+
+
+@pytest.mark.parametrize("s3_server", ["moto", pytest.param("rclone", marks=pytest.mark.slow)], indirect=True)
+def test_run_store_and_probe_on_s3(
+    door: Door, store: str, runs: Path, s3_location: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """RUN, STORE and OUT in S3, each alone and all together, give the bits that they give from folders."""
+    there = {"run": f"{s3_location}/runs/raptor", "store": f"{s3_location}/store"}
+    here = {"run": str(runs / "raptor"), "store": store}
+    for name, place in here.items():
+        for info in FolderObjects(place).list():
+            if not info.key.startswith("tensorboard/"):
+                open_objects(there[name]).put(info.key, FolderObjects(place).get(info.key))
+    cases = {
+        f"{tmp_path}/here": here,
+        f"{tmp_path}/run": {**here, "run": there["run"]},
+        f"{tmp_path}/store": {**here, "store": there["store"]},
+        f"{s3_location}/out/p": here,
+        f"{s3_location}/probes/all": there,
+    }
+    results = []
+    for out, places in cases.items():
+        code, _, err = door(task="digits", **places, out=out, batch_size=8, epochs=2)
+        assert code == ExitCode.OK, err
+        found = read_result(open_objects(out))
+        assert found.run == places["run"]
+        results.append(dataclasses.replace(found, run=None))
+    assert all(result == results[0] for result in results)
+    code, again, _ = door(task="digits", **there, out=f"{s3_location}/probes/all", batch_size=8, epochs=2)
+    assert (code, "there is nothing to do" in again) == (ExitCode.OK, True)
+    table = ["--runs", f"{s3_location}/runs", "--probes", f"{s3_location}/probes", "--out", f"{s3_location}/table"]
+    assert main(["table", *table, "--no-figures"]) == ExitCode.OK
+    assert "digits" in capsys.readouterr().out
+    assert {info.key for info in open_objects(f"{s3_location}/table").list()} == {"table.md", "table.csv"}
 
 
 def test_default_places(door: Door, store: str, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
