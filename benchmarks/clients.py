@@ -1,6 +1,5 @@
 """S3 clients side by side on two unrelated local servers: obstore, s3fs, and our objects, which use obstore."""
 
-import os
 import socket
 import subprocess
 import sys
@@ -18,6 +17,7 @@ import numpy as np
 from benchmarks.machine import this_machine
 from benchmarks.report import Cell, Goal, Result
 from benchmarks.rounds import Rates, run_rounds
+from benchmarks.s3_environment import s3_environment
 from infra.objects import Objects, open_objects
 
 _BUCKET, _KEY, _SECRET = "bench", "bench-key", "bench-secret"
@@ -73,7 +73,11 @@ def run(config: ClientsBenchmark) -> Result:
     rows: list[dict[str, Cell]] = []
     details: dict[str, Any] = {}
     for name, command in (("moto", _moto), ("rclone", _rclone)):
-        with _server(command) as endpoint, _environment(endpoint), ThreadPoolExecutor(config.threads) as pool:
+        with (
+            _server(command) as endpoint,
+            s3_environment(endpoint, _KEY, _SECRET),
+            ThreadPoolExecutor(config.threads) as pool,
+        ):
             objects = open_objects(f"s3://{_BUCKET}")
             _fill(objects, config)
             clients = {
@@ -248,7 +252,7 @@ def _server(command: Callable[[Path, int], list[str]]) -> Iterator[str]:
         stack.callback(process.terminate)
         _wait(process, port, folder / "log")
         endpoint = f"http://127.0.0.1:{port}"
-        with _environment(endpoint):
+        with s3_environment(endpoint, _KEY, _SECRET):
             read_settings().make_client(timeout_s=30).create_bucket(Bucket=_BUCKET)
         yield endpoint
 
@@ -263,25 +267,3 @@ def _wait(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
         else:
             return
     raise RuntimeError(f"the server did not start: {log.read_text()[-2000:]}")
-
-
-@contextmanager
-def _environment(endpoint: str) -> Iterator[None]:
-    """Send this process there, and nowhere else."""
-    before = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    for name in before:
-        del os.environ[name]
-    os.environ |= {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_REGION": "us-east-1",
-        "AWS_ACCESS_KEY_ID": _KEY,
-        "AWS_SECRET_ACCESS_KEY": _SECRET,
-        "AWS_CONFIG_FILE": os.devnull,
-        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-    }
-    try:
-        yield
-    finally:
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            del os.environ[name]
-        os.environ.update(before)

@@ -1,6 +1,5 @@
 """How fast a span of states comes from S3: our stream against plain GETs of the same ranges by the same client."""
 
-import os
 import random
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from urllib.error import URLError
 from benchmarks.machine import this_machine
 from benchmarks.report import Cell, Goal, Result
 from benchmarks.rounds import run_rounds
+from benchmarks.s3_environment import s3_environment
 from benchmarks.stream import SPAN
 from benchmarks.stream_data import make_spec, planted_states
 from infra.objects import open_objects
@@ -74,7 +74,7 @@ def run(config: StreamS3Benchmark) -> Result:
     """Start a server, fill it, take turns, compare."""
     rows: list[dict[str, Cell]] = []
     goals, details = [], {}
-    with _server() as endpoint, _environment(endpoint):
+    with _server() as endpoint, s3_environment(endpoint, "bench", "bench"):
         for precision in config.precisions:
             store = _write(config, precision)
             with ExitStack() as stack:
@@ -199,25 +199,3 @@ def _listening(process: subprocess.Popen[bytes], log: Path) -> str:
                 return endpoint
         time.sleep(0.1)
     raise RuntimeError(f"moto's server did not start: {log.read_text()[-2000:]}")
-
-
-@contextmanager
-def _environment(endpoint: str) -> Iterator[None]:
-    """Send this process there, and nowhere else."""
-    before = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    for name in before:
-        del os.environ[name]
-    os.environ |= {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_REGION": "us-east-1",
-        "AWS_ACCESS_KEY_ID": "bench",
-        "AWS_SECRET_ACCESS_KEY": "bench",
-        "AWS_CONFIG_FILE": os.devnull,
-        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-    }
-    try:
-        yield
-    finally:
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            del os.environ[name]
-        os.environ.update(before)

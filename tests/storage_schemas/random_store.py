@@ -1,12 +1,16 @@
 """Stores in which every array holds random values, for readers that we did not write."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from infra.objects import Objects
-from storage_schemas.codecs import kind_dtype, kind_shape
+from storage_schemas import Store
+from storage_schemas.codecs import kind_dtype, kind_fill, kind_shape
 from storage_schemas.commit import Commit
 from storage_schemas.create import create_store
 from storage_schemas.keys import STATISTICS, array_kind, commit_key, sharded_array_paths
+from storage_schemas.precision import restore_patches
 from storage_schemas.shard_buffers import ShardBuffers, write_shard
 from storage_schemas.spec import StoreSpec
 from tests.stores import make_samples
@@ -56,3 +60,26 @@ def write_random(objects: Objects, spec: StoreSpec) -> dict[str, np.ndarray]:
 
 def bits(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(values).view(f"u{values.dtype.itemsize}")
+
+
+def assert_rows(found: np.ndarray, expected: np.ndarray, spec: StoreSpec, path: str) -> None:
+    """Every good row bit for bit, every bad one the fill value."""
+    assert (found.dtype, found.shape) == (expected.dtype, expected.shape), path
+    good, bad = np.setdiff1d(np.arange(len(expected)), BAD_ROWS), list(BAD_ROWS)
+    np.testing.assert_array_equal(bits(found[good]), bits(expected[good]), err_msg=path)
+    fill = kind_fill(spec, array_kind(path))
+    np.testing.assert_array_equal(found[bad], np.full_like(found[bad], fill), err_msg=path)
+
+
+def assert_our_reader_agrees(store: Store, truth: Mapping[str, np.ndarray]) -> None:
+    """With what was written: every layer and kind, and the head input."""
+    good = np.setdiff1d(np.arange(store.n_samples), BAD_ROWS)
+    for layer in store.layers:
+        for kind in store.spec.token_kinds:
+            expected = truth[f"layer_{layer:02d}/{kind}"][good]
+            if kind == "patches":
+                scale = truth.get(f"layer_{layer:02d}/patches_scale")
+                expected = restore_patches(store.spec.precision, expected, None if scale is None else scale[good])
+            found = store.read(layers=[layer], tokens=kind)[:, 0]
+            np.testing.assert_array_equal(bits(found.reshape(expected.shape)), bits(expected), kind)
+    np.testing.assert_array_equal(bits(store.read_head_input()), bits(truth["head_input"][good]))

@@ -8,9 +8,7 @@ A mask has 8 bits a pixel: 0 is what has no class, 1 to 150 are the classes.
 """
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +16,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from infra.console import UserError
-from trainer.probes.dense_files import MapKind, Pair, PairFiles, check_pairs, names_in, refuse
+from trainer.probes.dense_files import MapKind, OfPairs, Pair, check_pairs, names_in, refuse
 from trainer.probes.dense_transforms import random_crop_pair, random_flip_pair, resize_pair, to_tensors
 
 N_CLASSES = 150
@@ -41,7 +39,7 @@ def class_labels(mask: UInt8[np.ndarray, "height width"]) -> UInt8[np.ndarray, "
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ade20k:
+class Ade20k(OfPairs):
     """Images and labels of one split; `trainer.probes.task.LabelledImages`.
 
     While training: RandomResizedCrop (half to all of the area, shapes 0.75 to 1.33) and a flip. In an evaluation: the
@@ -49,20 +47,10 @@ class Ade20k:
     own sizes, as mmsegmentation has it, is another number.
 
     Attributes:
-        files: Checked.
         size: Height and width of what comes out, px.
     """
 
-    files: PairFiles
     size: tuple[int, int]
-
-    def __len__(self) -> int:
-        return len(self.files.pairs)
-
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        """Count, and a digest of names and sizes."""
-        return self.files.identity
 
     def load(
         self, index: int, draw: torch.Generator | None

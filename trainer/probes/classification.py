@@ -11,8 +11,22 @@ from pipeline.teacher import Teacher
 from storage_schemas import Store
 from trainer.probes.backbone import Backbone, check_store
 from trainer.probes.features import stored_head_input, stored_labels
+from trainer.probes.task import ProbeSettings
 
 TOP1 = "top-1"
+
+#: As published for ImageNet-1k; seeds.md 1.11.
+PUBLISHED = ProbeSettings(
+    n_epochs=15,
+    batch_size=512,
+    evaluation_batch_size=512,
+    learning_rate=1e-4,
+    weight_decay=1e-2,
+    schedule="warmup_cosine",
+    warmup_iterations=100,
+    clip_norm=1.0,
+    drop_last=True,
+)
 
 
 class Top1:

@@ -105,6 +105,25 @@ class PairFiles:
         return os.path.join(self.root, name)
 
 
+@dataclass(frozen=True, kw_only=True)
+class OfPairs:
+    """What every data set of pairs has beside `load`; see `trainer.probes.task.LabelledImages`.
+
+    Attributes:
+        files: Checked.
+    """
+
+    files: PairFiles
+
+    def __len__(self) -> int:
+        return len(self.files.pairs)
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Count, and a digest of names and sizes."""
+        return self.files.identity
+
+
 def check_pairs(root: str, pairs: Sequence[Pair], kind: MapKind, *, label: str) -> tuple[PairFiles, list[str]]:
     """Look at the header of every file.
 

@@ -13,6 +13,8 @@ The values are ours: 60 epochs of AdamW at 3e-3, falling along a cosine. They we
     make probe TASK=digits RUN=data/runs/digits/<a Raptor>
 """
 
+import dataclasses
+
 import numpy as np
 
 from infra.console import UserError
@@ -23,6 +25,7 @@ from storage_schemas.find import find_stores
 from trainer.data import split_hold_out, with_samples
 from trainer.probes.backbone import Backbone
 from trainer.probes.classification import (
+    PUBLISHED,
     TOP1,
     Top1,
     cross_entropy,
@@ -32,18 +35,10 @@ from trainer.probes.classification import (
     without_cls,
 )
 from trainer.probes.features import stored_labels
-from trainer.probes.task import Asked, ProbeSettings, Task, TaskKind
+from trainer.probes.task import Asked, Task, TaskKind
 
-SETTINGS = ProbeSettings(
-    n_epochs=60,
-    batch_size=64,
-    evaluation_batch_size=256,
-    learning_rate=3e-3,
-    weight_decay=1e-2,
-    schedule="warmup_cosine",
-    warmup_iterations=20,
-    clip_norm=1.0,
-    drop_last=True,
+SETTINGS = dataclasses.replace(
+    PUBLISHED, n_epochs=60, batch_size=64, evaluation_batch_size=256, learning_rate=3e-3, warmup_iterations=20
 )
 
 

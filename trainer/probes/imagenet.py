@@ -37,6 +37,7 @@ from storage_schemas.samples import Samples, source_digest
 from trainer.probes.augment import draw_crop, draw_flip
 from trainer.probes.backbone import Backbone
 from trainer.probes.classification import (
+    PUBLISHED,
     TOP1,
     Top1,
     cross_entropy,
@@ -45,19 +46,9 @@ from trainer.probes.classification import (
     teacher_head_top1,
     without_cls,
 )
-from trainer.probes.task import Asked, LabelledImages, ProbeSettings, Task, TaskKind
+from trainer.probes.task import Asked, LabelledImages, Task, TaskKind
 
-SETTINGS = ProbeSettings(
-    n_epochs=15,
-    batch_size=512,
-    evaluation_batch_size=512,
-    learning_rate=1e-4,
-    weight_decay=1e-2,
-    schedule="warmup_cosine",
-    warmup_iterations=100,
-    clip_norm=1.0,
-    drop_last=True,
-)
+SETTINGS = PUBLISHED
 
 Folder = ImageFolderSource | RemoteFolderSource | DigitsSource
 

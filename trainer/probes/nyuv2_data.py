@@ -9,16 +9,14 @@ the test is 16 bits: mm. 0 is where the sensor saw nothing.
 
 import csv
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
 
 import torch
 from jaxtyping import Float32, Integer, UInt8
 from torch import Tensor
 
-from trainer.probes.dense_files import MapKind, Pair, PairFiles, check_pairs, refuse
+from trainer.probes.dense_files import MapKind, OfPairs, Pair, check_pairs, refuse
 from trainer.probes.dense_transforms import random_colours, random_crop_pair, random_flip_pair, to_tensors
 from trainer.probes.depth_metrics import NYU_SIZE
 
@@ -40,7 +38,7 @@ def depth_of_test(values: Integer[Tensor, "*pixels"]) -> Float32[Tensor, "*pixel
 
 
 @dataclass(frozen=True, kw_only=True)
-class NyuTrain:
+class NyuTrain(OfPairs):
     """Training images and depths, augmented; `trainer.probes.task.LabelledImages`.
 
     RandomResizedCrop to 480 x 640 px of half to all of the area in the shape 4:3, a flip, and changed colours. The
@@ -48,20 +46,10 @@ class NyuTrain:
     here, and one in about sixty is the whole image. Depth is not rescaled with the crop, as it is not there.
 
     Attributes:
-        files: Checked.
         compat: Draw boxes as the published code does.
     """
 
-    files: PairFiles
     compat: bool = False
-
-    def __len__(self) -> int:
-        return len(self.files.pairs)
-
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        """Count, and a digest of names and sizes."""
-        return self.files.identity
 
     def load(
         self, index: int, draw: torch.Generator | None
@@ -82,22 +70,8 @@ class NyuTrain:
 
 
 @dataclass(frozen=True, kw_only=True)
-class NyuTest:
-    """Test images and depths as they are; `trainer.probes.task.LabelledImages`.
-
-    Attributes:
-        files: Checked.
-    """
-
-    files: PairFiles
-
-    def __len__(self) -> int:
-        return len(self.files.pairs)
-
-    @property
-    def identity(self) -> Mapping[str, Any]:
-        """Count, and a digest of names and sizes."""
-        return self.files.identity
+class NyuTest(OfPairs):
+    """Test images and depths as they are; `trainer.probes.task.LabelledImages`."""
 
     def load(
         self, index: int, draw: torch.Generator | None
