@@ -7,14 +7,53 @@ from typing import Annotated, Literal
 
 import tyro
 
-from benchmarks import cka, clients, codecs, extraction, fidelity, ladder, precision, step, stream, stream_s3
+from benchmarks import (
+    cka,
+    clients,
+    codecs,
+    extraction,
+    fidelity,
+    ladder,
+    loader_wait,
+    precision,
+    scale,
+    scaling,
+    step,
+    stream,
+    stream_s3,
+)
 from benchmarks.report import RESULTS, Result
 from infra.console import UserError, run_door
 
 Name = Literal[
-    "extraction", "stream", "stream-s3", "clients", "step", "codecs", "precision", "fidelity", "ladder", "cka", "all"
+    "extraction",
+    "stream",
+    "stream-s3",
+    "loader-wait",
+    "clients",
+    "step",
+    "codecs",
+    "precision",
+    "fidelity",
+    "ladder",
+    "cka",
+    "scale",
+    "scaling",
+    "all",
 ]
-ALL = ("extraction", "stream", "stream-s3", "clients", "step", "codecs", "precision", "cka")
+ALL = (
+    "extraction",
+    "stream",
+    "stream-s3",
+    "loader-wait",
+    "clients",
+    "step",
+    "codecs",
+    "precision",
+    "cka",
+    "scale",
+    "scaling",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +96,8 @@ def _run(name: str, options: Options) -> Result:
         return stream_s3.run(stream_s3.QUICK if options.quick else stream_s3.StreamS3Benchmark())
     if name == "cka":
         return cka.run(cka.QUICK if options.quick else cka.CkaBenchmark())
+    if name == "loader-wait":
+        return loader_wait.run(loader_wait.QUICK if options.quick else loader_wait.LoaderWaitBenchmark(), options.dir)
     if name == "clients":
         return clients.run(clients.QUICK if options.quick else clients.ClientsBenchmark())
     if name == "step":
@@ -65,6 +106,10 @@ def _run(name: str, options: Options) -> Result:
         return codecs.run(codecs.QUICK if options.quick else codecs.CodecsBenchmark())
     if name == "precision":
         return precision.run(precision.QUICK if options.quick else precision.PrecisionBenchmark())
+    if name == "scale":
+        return scale.run(scale.QUICK if options.quick else scale.ScaleBenchmark())
+    if name == "scaling":
+        return scaling.run(scaling.QUICK if options.quick else scaling.ScalingBenchmark(), options.dir)
     if name == "fidelity":
         config = fidelity.QUICK if options.quick else fidelity.FidelityBenchmark()
         folder = options.dir or (None if options.quick else fidelity.DEFAULT_FOLDER)
