@@ -60,10 +60,11 @@ def track_perturbation(
     kinds: Mapping[str, slice],
     tangential: bool = False,
     seed: int = 0,
+    clean: Sequence[States] | None = None,
 ) -> Tracked:
     """Push every token of state `start` at random and follow both paths to the last state.
 
-    The push is Gaussian, scaled to epsilon |x| for each token. Memory: two states of the rows.
+    The push is Gaussian, scaled to epsilon |x| for each token.
 
     Args:
         model: Teacher or Raptor.
@@ -73,6 +74,7 @@ def track_perturbation(
         kinds: Tokens whose angles are averaged, by name.
         tangential: Only the part of the push at right angles to x, which turns it and keeps its length to first order.
         seed: Of the push.
+        clean: States start to last of the clean path, for whoever tracks many pushes; None runs it beside the other.
 
     Raises:
         ValueError: epsilon below 0, or a start from which there is no way.
@@ -85,11 +87,12 @@ def track_perturbation(
     if tangential:
         push -= x * ((push * x).sum(-1, keepdim=True) / (x * x).sum(-1, keepdim=True))
     push *= epsilon * x.norm(dim=-1, keepdim=True) / push.norm(dim=-1, keepdim=True)
-    clean, pushed = x, x + push
-    angles = [_angles(clean, pushed, kinds)]
-    for layer in range(start, model.n_layers - 1):
-        clean, pushed = model.run_blocks(clean, layer, layer + 1), model.run_blocks(pushed, layer, layer + 1)
-        angles.append(_angles(clean, pushed, kinds))
+    beside, pushed = x, x + push
+    angles = [_angles(beside, pushed, kinds)]
+    for i, layer in enumerate(range(start, model.n_layers - 1)):
+        beside = model.run_blocks(beside, layer, layer + 1) if clean is None else clean[i + 1]
+        pushed = model.run_blocks(pushed, layer, layer + 1)
+        angles.append(_angles(beside, pushed, kinds))
     by_kind = {name: np.array([one[name] for one in angles]) for name in kinds}
     return Tracked(start=start, epsilon=epsilon, angles=by_kind)
 

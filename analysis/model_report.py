@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int64
 
+from analysis.attention import Looks
 from analysis.compare import Comparison
 from analysis.interventions import Tracked, run_order, swapped_orders, token_kinds, track_perturbation
 from analysis.page import Cell, Figure, Origin, Section, Table
@@ -14,7 +15,7 @@ from analysis.partitions import Groups
 from analysis.plots import Curve, curves, heat_maps
 from pipeline.teacher import Teacher
 
-EPSILONS = (0.01, 0.05, 0.1, 0.2)
+EPSILONS = (0.01, 0.1)
 N_DRAWS = 4
 N_SWAPPED = (1, 2, 3)
 
@@ -36,12 +37,16 @@ def self_correction(
 ) -> list[Tracked]:
     """Pushes of every size at every state of one model's own path from x, which is state 0."""
     kinds = token_kinds(has_cls=model.has_cls, n_registers=model.n_registers, n_patches=model.n_patches)
-    found = []
+    path, found = [x], []
+    with torch.no_grad():
+        for layer in range(model.n_layers - 1):
+            path.append(model.run_blocks(path[-1], layer, layer + 1))
     for start in range(model.n_layers - 1):
         for epsilon in EPSILONS:
-            found.append(track_perturbation(model, x, start, epsilon=epsilon, kinds=kinds, seed=seed))
-        with torch.no_grad():
-            x = model.run_blocks(x, start, start + 1)
+            clean = path[start:]
+            found.append(
+                track_perturbation(model, clean[0], start, epsilon=epsilon, kinds=kinds, seed=seed, clean=clean)
+            )
         if progress is not None:
             progress(1)
     return found
@@ -226,4 +231,99 @@ def raptor_section(name: str, found: Comparison, origin: Origin) -> Section:
                 origin=origin,
             ),
         ],
+    )
+
+
+def attention_section(found: Looks, origin: Origin) -> Section:
+    """How far heads look, and what skip connections carry against what branches add."""
+    n_blocks, n_heads = found.distance.mean.shape
+    blocks = np.arange(1.0, n_blocks + 1)
+    ordered = np.sort(found.distance.mean, axis=1)
+    shown = sorted({0, 1, n_blocks - 2, n_blocks - 1} & set(range(n_blocks)))
+    heads = np.arange(1.0, n_heads + 1)
+    by_head: dict[str, Curve] = {f"block {i + 1}": (heads, ordered[i], None) for i in shown}
+    by_block: dict[str, Curve] = {
+        "most local head": (blocks, ordered[:, 0], None),
+        "mean over heads": (blocks, ordered.mean(axis=1), None),
+        "most global head": (blocks, ordered[:, -1], None),
+    }
+    elsewhere: dict[str, Curve] = {"mean over heads": (blocks, found.elsewhere.mean.mean(axis=1), None)}
+    parts: list[Figure | Table] = [
+        Figure(
+            title="Mean attention distance, heads sorted",
+            svg=curves(by_head, x_name="head, from the most local", y_name="distance, px"),
+            caption="The two lowest and the two highest blocks. Attention among patches, rows scaled to sum to 1.",
+            origin=origin,
+        ),
+        Figure(
+            title="Mean attention distance by block",
+            svg=curves(by_block, x_name="block", y_name="distance, px"),
+            caption="As above.",
+            origin=origin,
+        ),
+        Figure(
+            title="Attention of patches on CLS and registers",
+            svg=curves(elsewhere, x_name="block", y_name="share of attention"),
+            caption="What the distances leave out.",
+            origin=origin,
+        ),
+    ]
+    rows: list[list[Cell]] = [
+        [block + 1, head, float(found.distance.mean[block, head]), float(found.elsewhere.mean[block, head])]
+        for block in range(n_blocks)
+        for head in range(n_heads)
+    ]
+    parts.append(
+        Table(
+            name="attention_distance",
+            title="Attention distance",
+            caption="px, and the share on other tokens.",
+            columns=["block", "head", "distance", "elsewhere"],
+            rows=rows,
+            origin=origin,
+        )
+    )
+    ratio_rows: list[list[Cell]] = []
+    text = [_reach_statement(ordered)]
+    for name, ratios in (("attention", found.attention_ratio), ("mlp", found.mlp_ratio)):
+        lines: dict[str, Curve] = {kind: (blocks, one.mean, one.std) for kind, one in ratios.items()}
+        parts.append(
+            Figure(
+                title=f"Skip connection over {name} branch",
+                svg=curves(lines, x_name="block", y_name="|z| / |f(z)|", log_y=True),
+                caption="Length of what the skip carries over that of what the branch adds, mean of tokens. "
+                "Bands: one standard deviation over images.",
+                origin=origin,
+            )
+        )
+        ratio_rows += [[name, kind, i + 1, float(one.mean[i])] for kind, one in ratios.items() for i in range(n_blocks)]
+        if "cls" in ratios:
+            half = n_blocks // 2
+            listed = "; ".join(
+                f"{kind} {ratios[kind].mean[:half].mean():.3g} in the first half of the blocks, "
+                f"{ratios[kind].mean[half:].mean():.3g} in the second"
+                for kind in ("cls", "patches")
+            )
+            text.append(
+                f"{name} branch, |z| / |f(z)|: {listed}. Raghu et al. report CLS above patches first, and below after."
+            )
+    parts.append(
+        Table(
+            name="skip_ratios",
+            title="Skip over branch",
+            caption="Mean over images and tokens of |z| / |f(z)|.",
+            columns=["branch", "kind", "block", "ratio"],
+            rows=ratio_rows,
+            origin=origin,
+        )
+    )
+    return Section(title="Attention and branches", text=text, parts=parts)
+
+
+def _reach_statement(ordered: np.ndarray) -> str:
+    low, high = ordered[:2], ordered[-2:]
+    return (
+        f"Heads of the two lowest blocks reach {low.min():.3g} to {low.max():.3g} px, of the two highest "
+        f"{high.min():.3g} to {high.max():.3g} px. Raghu et al. report local and global heads in the lowest blocks, global ones in the "
+        "highest."
     )

@@ -8,11 +8,14 @@ from pathlib import PurePath
 import numpy as np
 import torch
 
+from analysis.attention import look
 from analysis.compare import compare_with_store
+from analysis.interventions import token_kinds
 from analysis.measure import measure_store
 from analysis.model_report import (
     N_DRAWS,
     N_SWAPPED,
+    attention_section,
     raptor_section,
     self_correction,
     self_correction_section,
@@ -158,6 +161,7 @@ def _model_sections(
             )
         beside = Origin(data=f"{store.location} and {raptor.name}", n_images=total, seed=None, command=command)
         sections.append(raptor_section(raptor.name, compared, beside))
+    sections += _attention(models[TEACHER], x, origin)
     depth = store.layers[-1]
     with Progress(total=depth * len(models), unit="layers", label="self-correction") as progress:
         tracked = {
@@ -176,6 +180,16 @@ def _model_sections(
             teacher, x.to(teacher.device), labels, phases.chosen.groups, seed=seed, progress=progress.advance
         )
     return [*sections, swap_section(swaps, origin)]
+
+
+def _attention(teacher: Teacher, x: torch.Tensor, origin: Origin) -> list[Section]:
+    kinds = token_kinds(has_cls=teacher.has_cls, n_registers=teacher.n_registers, n_patches=teacher.n_patches)
+    try:
+        with Progress(total=len(x), unit="images", label="attention") as progress:
+            return [attention_section(look(teacher, x, kinds, progress=progress.advance), origin)]
+    except UserError as error:  # blocks whose attention has another form; the rest of the report does without
+        say(f"no attention distances: {error}")
+        return []
 
 
 def _models(store: Store, run: str, device: str, problems: list[str]) -> dict[str, Teacher]:

@@ -41,6 +41,18 @@ def test_a_contraction_has_its_rate(rho, epsilon):
     assert found.ratio("all") == pytest.approx(np.arctan(epsilon * rho**3) / np.arctan(epsilon))
 
 
+def test_a_clean_path_that_is_given_is_the_one_that_would_be_run():
+    target = directions(3, 2, 16)
+    step = lambda x: target + 0.5 * (x - target)  # noqa: E731
+    x = directions(3, 2, 16) + 1
+    path = [x, step(x), step(step(x)), step(step(step(x)))]
+    both = [
+        track_perturbation(Map(step), x, 1, epsilon=0.1, kinds=KINDS, clean=clean).angles["all"]
+        for clean in (None, path)
+    ]
+    np.testing.assert_array_equal(both[0], both[1])
+
+
 def test_blocks_that_do_nothing_keep_the_angle_and_no_push_has_none():
     x = directions(2, 3, 8)
     found = track_perturbation(Map(lambda x: x), x, 0, epsilon=0.1, kinds=KINDS)
