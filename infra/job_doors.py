@@ -6,6 +6,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -137,6 +138,8 @@ def stop_command(job: _Job, ray_address: str | None = None) -> int:
     say(f"{job}: asked to stop; it finishes what is in flight (Ctrl-C here only stops waiting)")
     row = stop(client, job, say)
     _tell_ended(row)
+    if row.state == "PENDING":
+        say("It waits for room and has not begun; it ends as soon as it would begin")
     if row.state == "STOPPED":
         say(f"What it has committed or saved is valid. To go on: make submit CMD={quoted(row.command)}")
     return ExitCode.OK
@@ -152,14 +155,14 @@ def s3_environment(command: JobCommand) -> dict[str, str]:
     return {name: value for name, value in found.items() if value}
 
 
-def _warnings(client: Any, command: JobCommand, environment: dict[str, str] | Any, address: str) -> list[str]:
+def _warnings(client: Any, command: JobCommand, environment: Mapping[str, str], address: str) -> list[str]:
     said = list(command.warnings)
     endpoint = endpoint_warning(environment, address, command.words)
     said += [endpoint] if endpoint else []
     if command.uses_s3 and any(name in os.environ for name in _KEYS):
         said.append("the keys in your environment are not sent; the job uses those of the cluster's machines")
     twins = [row.job for row in job_rows(client) if row.lives and row.command == str(command)]
-    if twins:
+    if twins and command.variables.get("JOIN") != "1":
         said.append(f"{' and '.join(twins)} runs the same command; without JOIN=1 only one can have the place")
     return said
 
@@ -182,7 +185,7 @@ def _write(text: str) -> None:
 
 
 def _tell_ended(row: JobRow) -> None:
-    took = human_duration((row.ended or time.time()) - row.began)
+    took = human_duration(max(0.0, (row.ended or time.time()) - row.began))
     say(f"{row.job}: {row.state} after {took}" + (f"; {row.message}" if row.message else ""))
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from infra.console import ExitCode, UserError, human_duration
+from infra.console import ExitCode, JobError, UserError, human_duration
 from infra.job_command import TARGETS, JobCommand, is_loopback
 
 KNOCK_TIMEOUT_S = 10.0
@@ -27,6 +27,7 @@ EXPECTED = "Expected RAY_ADDRESS=http://HOST:8265, the address of the cluster's 
 _STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"  # Ray's: SIGTERM, then so many seconds (3 if nobody says), then SIGKILL
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 _RECONNECTS = 30
+_ROOM_S = 15.0  # for a job that is asked to stop before it has begun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +144,7 @@ def connect_jobs(address: str) -> Any:
             "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=<file>"
         ) from error
     except (OSError, ValueError, RuntimeError) as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"no Ray dashboard answers at {address} ({why}). {EXPECTED}") from error
+        raise UserError(f"no Ray dashboard answers at {address} ({_first_line(error)}). {EXPECTED}") from error
 
 
 def submission_of(
@@ -268,28 +268,27 @@ def code_meaning(code: int) -> str:
     return f"exit code {code}" + (f": ended by signal {number}" if number else "")
 
 
-def follow(client: Any, job: str, write: Callable[[str], None]) -> JobRow:
+def follow(client: Any, job: str, write: Callable[[str], None], *, poll_s: float = POLL_S) -> JobRow:
     """Write the log of a job from its beginning until it has ended; returns what became of it.
 
+    A connection that breaks is made again, and what was shown is not shown twice.
+
     Raises:
-        UserError: The connection is lost, again and again.
+        JobError: It breaks again and again.
     """
-    shown = failures = 0
-    while True:
+    counted = _Counted(write)
+    for _ in range(_RECONNECTS):
         try:
-            asyncio.run(_tail(client, job, shown, write_counted := _Counted(write)))
-        except (RuntimeError, OSError) as error:
-            shown += write_counted.n
-            failures += 1
-            if failures > _RECONNECTS:
-                raise UserError(f"the cluster answers no more ({error}); the job may still run there") from error
-            time.sleep(POLL_S)
-            continue
-        shown += write_counted.n
-        row = _row(client.get_job_info(job))
-        if not row.lives:
-            return row
-        time.sleep(POLL_S)
+            while True:
+                asyncio.run(_tail(client, job, counted.n, counted))
+                row = _row(client.get_job_info(job))
+                if not row.lives:
+                    return row
+                time.sleep(poll_s)
+        except _no_answer() as error:
+            last = error
+        time.sleep(poll_s)
+    raise JobError(f"the cluster answers no more ({_first_line(last)}); {job} may still run there") from last
 
 
 class _Counted:
@@ -301,6 +300,17 @@ class _Counted:
     def __call__(self, text: str) -> None:
         self._write(text)
         self.n += len(text)
+
+
+def _no_answer() -> tuple[type[Exception], ...]:
+    """What Ray's client raises when the cluster, or the way there, fails."""
+    from aiohttp import ClientError
+
+    return OSError, RuntimeError, ClientError
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 async def _tail(client: Any, job: str, skip: int, write: Callable[[str], None]) -> None:
@@ -323,24 +333,34 @@ def stop(client: Any, job: str, tell: Callable[[str], None], *, poll_s: float = 
     It gets SIGTERM, finishes and saves what is in flight, and ends; after the grace that it was submitted with (Ray's
     own is 3 s) it is killed, and what is committed or saved by then stays valid.
 
+    A job that still waits for room cannot be told before it gets some; then it ends at once. That is not waited for.
+
     Args:
         tell: Gets every line that the job writes meanwhile.
+
+    Raises:
+        UserError: There is no such job, or it was not submitted.
+        JobError: The cluster answers no more.
     """
     row = find_job(client, job)
     if not row.lives:
         return row
     if not row.submitted:
         raise UserError(f"JOB={job} was not submitted but typed on some machine; stop it there with Ctrl-C")
-    n_before = len(client.get_job_logs(job))
-    client.stop_job(job)
-    while row.lives:
-        time.sleep(poll_s)
-        row = _row(client.get_job_info(job))
-        text = client.get_job_logs(job)
-        whole = text.rfind("\n") + 1 if row.lives else len(text)
-        for line in text[n_before:whole].splitlines():
-            tell(line)
-        n_before = max(n_before, whole)
+    try:
+        n_told = len(client.get_job_logs(job))
+        client.stop_job(job)
+        gives_up = time.monotonic() + _ROOM_S
+        while row.lives and not (row.state == "PENDING" and time.monotonic() > gives_up):
+            time.sleep(poll_s)
+            row = _row(client.get_job_info(job))
+            text = client.get_job_logs(job)
+            whole = text.rfind("\n") + 1 if row.lives else len(text)
+            for line in text[n_told:whole].splitlines():
+                tell(line)
+            n_told = max(n_told, whole)
+    except _no_answer() as error:
+        raise JobError(f"the cluster answers no more ({_first_line(error)}); {job} was asked to stop") from error
     return row
 
 

@@ -99,9 +99,9 @@ def extract_planned(
         on_ray = missing and not run.no_ray
         with ray_for(run) if on_ray else nullcontext(), _spares(on_ray) as spares, stop_on_signals() as stop:
             results = []
-            for n_left, job in zip(range(len(jobs) - 1, -1, -1), jobs):
+            for n_done, job in enumerate(jobs, start=1):
                 if spares is not None:
-                    spares.keeps = n_left > 0
+                    spares.keeps = any(later.shards for later in jobs[n_done:])
                 results.append(_extract_store(job, run, stop, teacher_factory, spares))
             return results
     except ObjectError as error:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from infra.__main__ import COMMANDS, main
-from infra.console import ExitCode, UserError
+from infra.console import ExitCode, JobError, UserError
 from infra.job_code import MAX_NBYTES, pack_code
 from infra.job_command import TARGETS, endpoint_warning, parse_command
 from infra.job_doors import quoted, s3_environment
@@ -314,12 +314,28 @@ def test_an_unknown_job_is_answered_with_those_there_are() -> None:
         find_job(Cluster(details("extract-a", "RUNNING"), details(None, "RUNNING")), "x")
 
 
-def test_a_log_is_shown_once_though_the_connection_breaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("infra.jobs.POLL_S", 0)
+def test_a_log_is_shown_once_though_the_connection_breaks() -> None:
     said: list[str] = []
     cluster = Cluster(details("j", "SUCCEEDED"), logs=("one\n", "two\nthr", "ee\n"), breaks_after=2)
-    assert follow(cluster, "j", said.append).state == "SUCCEEDED"
+    assert follow(cluster, "j", said.append, poll_s=0).state == "SUCCEEDED"
     assert "".join(said) == "one\ntwo\nthree\n"
+
+
+def test_a_cluster_that_is_gone_is_told_and_not_waited_for_for_ever() -> None:
+    class Gone(Cluster):
+        def get_job_info(self, job: str) -> Any:
+            raise ConnectionResetError("no route to the head")
+
+    for ask in (lambda gone: follow(gone, "j", print, poll_s=0), lambda gone: stop(gone, "j", print, poll_s=0)):
+        with pytest.raises(JobError, match=r"answers no more \(no route to the head\)"):
+            ask(Gone(details("j", "RUNNING"), logs=("a\n",)))
+
+
+def test_a_job_that_has_no_room_yet_is_told_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infra.jobs._ROOM_S", 0.0)
+    cluster = Cluster(details("j", "PENDING"), logs=("", "x"))
+    assert stop(cluster, "j", print, poll_s=0.01).state == "PENDING"
+    assert cluster.stopped
 
 
 def test_stopping_waits_and_tells_what_the_job_says_meanwhile() -> None:
