@@ -16,6 +16,7 @@ from benchmarks.report import Cell, Goal, Result
 from benchmarks.rounds import Rates, measure, run_rounds
 from benchmarks.stream_data import make_spec
 from storage_schemas.spec import Span
+from trainer.arithmetic import block_flop, n_block_calls, stated_peak
 from trainer.block import Block
 from trainer.checkpoint import import_reference
 from trainer.config import Precision
@@ -30,8 +31,6 @@ from trainer.workers import Workers
 SPAN = Span(0, 7)
 REFERENCE = "reference style, float32"
 MODES = {"roll-out": 0.0, "half way": 0.5}  # three quarters of a published run are pure roll-out
-# Dense bfloat16 products per second, from the vendors' data sheets.
-PEAK_FLOP_PER_S = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
 
 NOTES = (
     "One step: loss over the whole span, gradients, clipping to norm 1, AdamW; ours is the function of the training "
@@ -178,7 +177,7 @@ def _ours(
     tolerance = 1e-4 if precision == "float32" else 2e-2
     return Variant(
         name=name,
-        n_calls=lambda forcing: 2 * n_steps - 1 if forcing else n_steps,
+        n_calls=lambda forcing: n_block_calls(n_steps, forcing),
         loss=loss,
         step=step,
         tolerance=tolerance,
@@ -201,15 +200,6 @@ def check_losses(variants: list[Variant], forcing: float) -> dict[str, float]:
     return losses
 
 
-def block_flop(dim: int, n_tokens: int) -> float:
-    """Floating-point operations of one forward call of a SwiGLU block for one sample, products only.
-
-    5.14e9 for ViT-B/14: 32 T d^2 of the linear layers (4 + 8 + 4 times d^2, two operations each) and 4 T^2 d of
-    attention.
-    """
-    return 32.0 * n_tokens * dim**2 + 4.0 * n_tokens**2 * dim
-
-
 def attainable_flop(config: StepBenchmark, machine: Machine, batch_size: int) -> dict[str, float]:
     """Floating-point operations per second to compare with, by precision.
 
@@ -217,8 +207,7 @@ def attainable_flop(config: StepBenchmark, machine: Machine, batch_size: int) ->
     in this process.
     """
     if machine.device.type == "cuda":
-        gpu = this_machine().gpu or ""
-        stated = next((peak for name, peak in PEAK_FLOP_PER_S.items() if name in gpu), None)
+        stated = stated_peak(this_machine().gpu or "")
         return {} if stated is None else dict.fromkeys(("float32", "bfloat16"), stated)
     found = {}
     for precision in ("float32", "bfloat16"):

@@ -60,5 +60,14 @@ class Faults:
                 self._listeners.remove(listener)
 
 
+COMMON: tuple[tuple[Where, Kind], ...] = (
+    ("store", "throttled"),
+    ("store", "server"),
+    ("network", "timeout"),
+    ("network", "reset"),
+    ("source", "io"),
+)
+"""Those that are shown from the start, as zero: a rise from nothing is none to Prometheus."""
+
 FAULTS = Faults()
 """Those of this process."""

@@ -18,7 +18,7 @@ ADVICE: Mapping[str, str] = {
 BUSY = 0.6
 """Threads that work for less than this share of the time can wait for each other; then no stage limits by itself."""
 
-WAITING = 0.1
+WAITING = 0.15
 """A loop that waits for its data for more than this share of the time would go faster if the data did."""
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from infra.console import Window
-from infra.faults import FAULTS, Kind, Where
+from infra.faults import COMMON, FAULTS, Kind, Where
 from infra.metrics import Metrics, place_label, sum_stages
 from infra.verdict import Pool, Verdict, verdict
 from pipeline.dispatch import Event, ShardQuarantined, ShardRetried, WorkersReady
@@ -20,14 +20,6 @@ from pipeline.shard import ShardElsewhere, ShardReport
 
 RECENT_S = 300.0
 """The verdict of a run that is still at work is about so much of its past."""
-
-_COMMON_FAULTS: tuple[tuple[Where, Kind], ...] = (
-    ("store", "throttled"),
-    ("store", "server"),
-    ("network", "timeout"),
-    ("network", "reset"),
-    ("source", "io"),
-)
 
 
 class RunMetrics:
@@ -71,7 +63,7 @@ class RunMetrics:
         """Show the plan, and count faults of this process, while this lasts."""
         for result in self._shards:
             self._metrics.expect("shards", result=result)
-        for where, kind in _COMMON_FAULTS:
+        for where, kind in COMMON:
             self._metrics.expect("errors", where=where, kind=kind)
         for name in ("images", "bad_images", "written_bytes"):
             self._metrics.expect(name)

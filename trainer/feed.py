@@ -69,22 +69,32 @@ class Feed:
 
     def progress(self, n_steps_done: int) -> Progress:
         """A progress bar over the samples of the whole run."""
-
-        def samples_after(n_steps: int) -> int:  # the last batch of a pass may be short
-            n_passes, rest = divmod(n_steps, len(self._stream))
-            return n_passes * self._stream.n_samples + min(rest * self._config.batch_size, self._stream.n_samples)
-
         return Progress(
-            total=samples_after(self._config.n_steps),
+            total=self.samples_after(self._config.n_steps),
             unit="samples",
             label=f"train {self._config.span}",
-            done=samples_after(n_steps_done),
+            done=self.samples_after(n_steps_done),
         )
+
+    def samples_after(self, n_steps: int) -> int:
+        """Samples of so many steps, over all workers; the last batch of a pass may be short."""
+        n_passes, rest = divmod(n_steps, len(self._stream))
+        return n_passes * self._stream.n_samples + min(rest * self._config.batch_size, self._stream.n_samples)
 
     @property
     def waited_s(self) -> float:
         """Seconds that the loop has waited for samples."""
         return self._stream.waited_s
+
+    @property
+    def fetched_nbytes(self) -> int:
+        """Bytes that this worker has read from the store."""
+        return self._stream.bytes_fetched
+
+    @property
+    def needed_nbytes(self) -> int:
+        """Stored bytes of the chunks that it asked for."""
+        return self._stream.bytes_needed
 
     def next_share(self) -> Share:
         """This worker's share of the next batch. On a CPU its memory is used again for the one after."""

@@ -2,7 +2,9 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,15 +21,66 @@ class DivergedError(JobError):
     exit_code = ExitCode.WOULD_COME_AGAIN
 
 
+@dataclass(frozen=True, kw_only=True)
+class Spent:
+    """What the steps between two lines of metrics took.
+
+    Attributes:
+        loader_s: Seconds that the slowest worker waited for the store.
+        step_s: The rest of that time.
+        n_samples: Over all workers.
+        fetched_bytes: Read from the store, over all workers.
+        needed_bytes: Stored bytes of what was asked for, over all workers.
+    """
+
+    loader_s: float = 0.0
+    step_s: float = 0.0
+    n_samples: int = 0
+    fetched_bytes: float = 0.0
+    needed_bytes: float = 0.0
+
+
+class StepTimer:
+    """How long a GPU is at the steps, without waiting for it.
+
+    The host runs ahead of a GPU, so its own clock tells neither how long a step is nor whether the GPU waits for data.
+    So marks are put into the GPU's queue, and read once it has passed them. On a CPU there is nothing to tell apart.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Time a step; its data is there."""
+        if self._device.type != "cuda":
+            yield
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record(torch.cuda.current_stream(self._device))
+        yield
+        end.record(torch.cuda.current_stream(self._device))
+        self._marks.append((begin, end))
+
+    def take(self) -> float:
+        """Seconds of the steps since this was last asked; the GPU must have done them. 0 on a CPU."""
+        marks, self._marks = self._marks, []
+        return sum(begin.elapsed_time(end) for begin, end in marks) / 1000
+
+
 class Meter:
     """Losses and gradient norms since the last line of metrics, left on the device until that line is written.
 
     `take` and `state_dict` are for all workers together.
     """
 
-    def __init__(self, feed: Feed, workers: Workers) -> None:
+    def __init__(self, feed: Feed, workers: Workers, device: torch.device) -> None:
         self._feed, self._workers = feed, workers
-        self._step = 0
+        self.timed = StepTimer(device)
+        self.spent = Spent()
+        self._on_gpu = device.type == "cuda"
+        self._step = self._fetched = self._needed = 0
         self._start_anew()
         self.restart_clock()
 
@@ -55,12 +108,28 @@ class Meter:
             "gradient_norm": math.fsum(norms) / len(norms),
         }
         elapsed = time.monotonic() - self._began
-        waited = (self._feed.waited_s - self._waited_s) / elapsed
+        waited, stepping = (self._feed.waited_s - self._waited_s) / elapsed, self.timed.take() / elapsed
+        if self._on_gpu:  # while it has steps in its queue, the host may wait for data and nobody else does
+            waited = min(waited, max(0.0, 1.0 - stepping))
         elapsed, waited = self._workers.largest([elapsed, waited])  # all go at the pace of the slowest
+        self.spent = self._spent(elapsed, waited)
         rates = {"samples_per_s": self._n_timed / elapsed, "loader_wait": waited}
         self._start_anew()
         self.restart_clock()
         return means, rates
+
+    def _spent(self, elapsed: float, waited: float) -> "Spent":
+        fetched, needed = self._feed.fetched_nbytes, self._feed.needed_nbytes
+        new = torch.tensor([fetched - self._fetched, needed - self._needed], dtype=torch.float64)
+        self._fetched, self._needed = fetched, needed
+        all_fetched, all_needed = self._workers.sum(new).tolist()
+        return Spent(
+            loader_s=waited * elapsed,
+            step_s=(1.0 - waited) * elapsed,
+            n_samples=self._n_timed,
+            fetched_bytes=all_fetched,
+            needed_bytes=all_needed,
+        )
 
     def _start_anew(self) -> None:
         # Restored ones are on the host, those of this process on the device, which is why they are kept apart.
@@ -73,6 +142,13 @@ class Meter:
     def restart_clock(self) -> None:
         """Leave out of the rates what came since the last line."""
         self._began, self._waited_s, self._n_timed = time.monotonic(), self._feed.waited_s, 0
+
+    @contextmanager
+    def left_out(self) -> Iterator[None]:
+        """Leave out of the rates what takes place meanwhile, which is no step."""
+        began = time.monotonic()
+        yield
+        self._began += time.monotonic() - began
 
     def state_dict(self) -> dict[str, Any]:
         """What is not logged yet, as JSON values."""

@@ -16,10 +16,12 @@ from trainer.config import TrainConfig
 from trainer.data import TrainingData
 from trainer.judge import Judge, describe
 from trainer.machine import Machine
+from trainer.meter import Spent
 from trainer.raptor import Raptor
 from trainer.raptor_teacher import save_ends
 from trainer.run_files import Checkpoint, RunFiles
 from trainer.run_log import RunLog
+from trainer.telemetry import Telemetry
 from trainer.validation import Baselines, Validation
 
 
@@ -61,11 +63,13 @@ class Record:
         model: Block | Raptor,
         progress: Progress,
         saved: Checkpoint | None,
+        telemetry: Telemetry,
     ) -> None:
         """Everything is opened by entering it. `model` is, until then, the model before its first step."""
         self._run, self._config, self._data, self._model = run, config, data, model
         self._judge = Judge(config, data, loss, machine)
         self._progress, self._saved, self._open = progress, saved, ExitStack()
+        self._telemetry = telemetry
 
     def begin(self, untrained: Mapping[str, Tensor]) -> None:
         """Say where it goes on; a new run is validated before its first step.
@@ -82,10 +86,14 @@ class Record:
     def count(self, n_samples: int) -> None:
         """Samples of one step."""
         self._progress.advance(n_samples)
+        self._telemetry.step(n_samples)
 
-    def metrics(self, done: int, means: Mapping[str, float], rates: Mapping[str, float]) -> None:
-        """A line of metrics."""
+    def metrics(
+        self, done: int, means: Mapping[str, float], rates: Mapping[str, float], spent: Spent, mfu: float | None
+    ) -> None:
+        """A line of metrics, and what it does not say of the time since the one before."""
         self._log.training(done, means, rates)
+        self._telemetry.interval(means, rates, spent, mfu)
         self._progress.fields(step=f"{done:,}", loss=f"{means['loss']:.4g}", loader_wait=f"{rates['loader_wait']:.1%}")
 
     def validation(self, done: int) -> None:
@@ -97,7 +105,8 @@ class Record:
         """A checkpoint."""
         self._log.flush()  # first, so that no checkpoint is ahead of the metrics
         state = {**state, "last_loss": self._log.last_loss}
-        self._run.save_checkpoint(Checkpoint(step=done, tensors=tensors, state=state))
+        with self._telemetry.spending("checkpoint"):
+            self._run.save_checkpoint(Checkpoint(step=done, tensors=tensors, state=state))
 
     def finish(self, about: Mapping[str, Any]) -> TrainResult:
         """The last validation and the result.
@@ -106,7 +115,9 @@ class Record:
             about: JSON values that the result shall say beside what was found.
         """
         self._progress.status("validating")
-        final = self._judge.whole(self._model)
+        limit = self._telemetry.verdict()  # of the training; the last validation is no part of it
+        with self._telemetry.spending("validation"):
+            final = self._judge.whole(self._model)
         self._log.validation(self._config.n_steps, final)
         assert self._log.last_loss is not None, "the last step is always logged"
         untrained = copy.deepcopy(self._model)
@@ -116,11 +127,14 @@ class Record:
         )
         save_ends(self._run, self._data.teacher)
         self._run.finish(self._model.state_dict(), {**result.to_json(), **about})
+        self._telemetry.ended("complete")
+        self._progress.say(f"this run was {limit}" if limit.limit else "this run had nothing left to do")
         return result
 
     def _validate(self, done: int) -> Validation:
         self._progress.status("validating")
-        found = self._judge.sample(self._model)
+        with self._telemetry.spending("validation"):
+            found = self._judge.sample(self._model)
         self._log.validation(done, found)
         self._progress.status("")
         return found
@@ -129,6 +143,7 @@ class Record:
         with ExitStack() as stack:
             self._log = stack.enter_context(RunLog(self._run, resume=self._saved))
             stack.enter_context(self._progress)
+            stack.enter_context(self._telemetry)
             self._open = stack.pop_all()
         return self
 

@@ -5,6 +5,7 @@
     checkpoints/000001200.json      place in the stream, sha256 of those files; written last: without it, no checkpoint
     metrics.jsonl                   one line per logging interval and validation
     tensorboard/                    the same, for TensorBoard
+    log/status.json                 how far it is and how fast, renewed every ten seconds for people and tools
     heartbeat.json                  where there are no file locks, as in S3: the process that is training here now
     teacher/                        embedding, final norm and head of the teacher that it was trained on, no blocks
     block.safetensors               the trained weights; of several blocks: raptor.safetensors
@@ -40,6 +41,7 @@ METRICS_KEY = "metrics.jsonl"
 BLOCK_KEY = "block.safetensors"
 RAPTOR_KEY = "raptor.safetensors"
 RESULT_KEY = "result.json"
+STATUS_KEY = "log/status.json"
 CHECKPOINTS_PREFIX = "checkpoints/"
 EVENTS_PREFIX = "tensorboard/"
 TEACHER_PREFIX = "teacher/"
@@ -291,6 +293,18 @@ class RunFiles:
                 f"{', '.join(map(str, bad[:10]))}{' ...' if len(bad) > 10 else ''}"
             )
         return lines
+
+    def write_status(self, document: bytes) -> None:
+        """Replace log/status.json."""
+        self._objects.put(STATUS_KEY, document)
+
+    def read_status(self) -> bytes:
+        """log/status.json.
+
+        Raises:
+            ObjectError: There is none, or it cannot be read.
+        """
+        return self._objects.get(STATUS_KEY, at_most=MAX_DOCUMENT_NBYTES)
 
     # ------------------------------------------------------------ the teacher's ends
 

@@ -1,8 +1,10 @@
 """Trainings as tasks of a Ray cluster: one task starts one process on whichever machine has room."""
 
+import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
+from infra.objects import open_objects
+from infra.status import Beat
 from trainer.all_spans import Process, SpanRun, process_environment
+from trainer.run_files import RunFiles
+from trainer.telemetry import Relay
 
 _POLL_S = 0.2
 
@@ -61,14 +67,24 @@ def run_process(arguments: Sequence[str], environment: Mapping[str, str]) -> tup
     """Train on this machine until it ends; cancelled, it saves all first. Returns exit code and last words."""
     with tempfile.TemporaryDirectory() as folder:
         variables = {**process_environment(ray="--workers" in arguments), **environment}
-        process = Process(arguments, Path(folder, "words.log"), variables)
-        while True:
-            try:
-                while (code := process.poll()) is None:
-                    time.sleep(_POLL_S)
-                return code, process.words()
-            except KeyboardInterrupt:  # ray.cancel
-                process.ask_to_stop()
+        with _relaying(arguments, environment):
+            process = Process(arguments, Path(folder, "words.log"), variables)
+            while True:
+                try:
+                    while (code := process.poll()) is None:
+                        time.sleep(_POLL_S)
+                    return code, process.words()
+                except KeyboardInterrupt:  # ray.cancel
+                    process.ask_to_stop()
+
+
+def _relaying(arguments: Sequence[str], environment: Mapping[str, str]) -> AbstractContextManager:
+    """Export its numbers while it trains: its process is none of Ray's, and this one is. Workers of Ray Train are."""
+    if "--workers" in arguments or "--run" not in arguments:
+        return nullcontext()
+    os.environ.update(environment)
+    relay = Relay(RunFiles(open_objects(arguments[arguments.index("--run") + 1])))
+    return Beat(relay.look, expected=())
 
 
 class Task:

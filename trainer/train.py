@@ -18,6 +18,7 @@ from torch import Tensor
 
 from storage_schemas import StoreSpec
 from trainer import losses
+from trainer.arithmetic import mfu, training_flop
 from trainer.block import Block
 from trainer.config import TokenWeights, TrainConfig
 from trainer.data import TrainingData
@@ -31,6 +32,7 @@ from trainer.record import Record, TrainResult
 from trainer.run_files import RunFiles
 from trainer.schedules import learning_rate, teacher_forcing_ratio
 from trainer.snapshot import newest_checkpoint, put_tensors, take_tensors
+from trainer.telemetry import Telemetry, telling_faults
 from trainer.workers import Workers
 
 __all__ = ["TrainResult", "make_loss", "make_model", "train"]
@@ -101,14 +103,23 @@ def train(
         Feed(data.train, config, machine, workers) as feed,
         Gradient(model, config, loss_of, machine, workers) as gradient,
     ):
-        meter = Meter(feed, workers)
+        meter = Meter(feed, workers, machine.device)
         if saved is not None:
             put_tensors(model, optimizer, random, saved.tensors)
             feed.load_state_dict(saved.state["feed"])
             meter.load_state_dict(saved.state["meter"])
-        record = Record(run, config, data, loss_of, machine, model, feed.progress(first), saved)
+        telemetry = Telemetry(
+            run,
+            config,
+            n_samples=feed.samples_after(config.n_steps),
+            first_step=first,
+            samples_before=feed.samples_after(first),
+        )
+        record = Record(run, config, data, loss_of, machine, model, feed.progress(first), saved, telemetry)
         with ExitStack() as stack:
             workers.first_does(stack.enter_context, record)
+            if not workers.is_first:
+                stack.enter_context(telling_faults(run, config))
             workers.first_does(record.begin, untrained)
             meter.restart_clock()
             for step in range(first, config.n_steps):
@@ -118,7 +129,8 @@ def train(
                 )
                 noise_key = int(torch.randint(_KEY_BOUND, (), generator=random))
                 set_learning_rate(optimizer, learning_rate_at(config, step))
-                loss, norm = take_step(gradient, optimizer, share, forcing, noise_key)
+                with meter.timed():
+                    loss, norm = take_step(gradient, optimizer, share, forcing, noise_key)
                 stopping = _agree(workers, stop, error)
 
                 done = step + 1
@@ -131,14 +143,17 @@ def train(
                 if log_due:
                     means, rates = meter.take()
                     means |= {"learning_rate": learning_rate_at(config, step), "forcing": forcing}
-                    workers.first_does(record.metrics, done, means, rates)
+                    flop = training_flop(config, data.train.spec.dim, data.train.spec.n_tokens, forcing)
+                    used = mfu(flop * rates["samples_per_s"], machine.device, workers.world_size)
+                    workers.first_does(record.metrics, done, means, rates, meter.spent, used)
                 if validation_due:
-                    workers.first_does(record.validation, done)
-                    meter.restart_clock()
+                    with meter.left_out():
+                        workers.first_does(record.validation, done)
                 if checkpoint_due:
-                    state = {"feed": feed.state_dict(), "meter": meter.state_dict()}
-                    tensors = take_tensors(model, optimizer, random)
-                    workers.first_does(record.checkpoint, done, tensors, state)
+                    with meter.left_out():
+                        state = {"feed": feed.state_dict(), "meter": meter.state_dict()}
+                        tensors = take_tensors(model, optimizer, random)
+                        workers.first_does(record.checkpoint, done, tensors, state)
                 if stopping:
                     return None
             return _finish(record, {**describe_model(model, config), **describe_teacher(data)}, workers)

@@ -1,0 +1,229 @@
+"""What others see of a training: status.json, the verdict under injected throttles, and what Ray is told."""
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import trainer.telemetry as telemetry
+import trainer.train as loop
+from infra.metrics import SERIES, Metrics
+from infra.objects import FolderObjects, MemoryObjects
+from infra.verdict import Verdict
+from storage_schemas import Span, open_store
+from tests.trainer.tiny import CPU, tiny_config, tiny_data, tiny_teacher, write_tiny
+from trainer.arithmetic import mfu, n_block_calls, stated_peak, training_flop
+from trainer.chunk_reader import ChunkReader
+from trainer.data import TrainingData, open_training_data
+from trainer.losses import mse
+from trainer.objectives import annealed_loss
+from trainer.run_files import STATUS_KEY, RunFiles
+from trainer.telemetry import Export, Relay, Telemetry
+from trainer.train import train
+
+UNIT_S = 0.05
+"""What the faster of two stages takes for one batch; the throttled one takes half as much again."""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
+    return tiny_data(tmp_path_factory.mktemp("store"))
+
+
+class Counted(Metrics):
+    """Writes down what Ray would have been told."""
+
+    def __init__(self) -> None:
+        super().__init__({"run": "r", "block": "0-2"})
+        self.found: dict[str, float] = {}
+
+    def expect(self, name: str, **tags: str) -> None:
+        self.add(name, 0, **tags)
+
+    def add(self, name: str, amount: float = 1, **tags: str) -> None:
+        assert SERIES[name].kind == "counter"
+        key = " ".join([name, *tags.values()])
+        self.found[key] = self.found.get(key, 0) + amount
+
+    def set(self, name: str, value: float, **tags: str) -> None:
+        assert SERIES[name].kind == "gauge"
+        self.found[name] = value
+
+
+# ---------------------------------------------------------------- status.json
+
+
+def test_a_finished_run_says_what_it_did(data: TrainingData, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run = RunFiles(FolderObjects(tmp_path))
+    train(tiny_config(), data, run, machine=CPU)
+    status = json.loads((tmp_path / STATUS_KEY).read_text())
+    # Passes of 41 samples are batches of 16, 16 and 9: twelve steps are four passes.
+    assert (status["state"], status["step"], status["n_steps"]) == ("complete", 12, 12)
+    assert status["samples_done"] == status["samples_total"] == 4 * 41
+    assert status["totals"]["samples"] == 164
+    assert status["totals"]["steps"] == 12
+    assert status["loss"] == [line["loss"] for line in run.read_metrics() if "loss" in line][-1]
+    assert status["spans"] == "0-2"
+    assert status["limited_by"] in ("step", "loader", "validation", "checkpoint")
+    assert status["verdict"].startswith("limited by ")
+    assert "\nthis run was limited by " in capsys.readouterr().err
+    # Every pass reads each chunk of three states once: float32, three kinds.
+    assert status["amplification"] == 1.0
+    spec = data.train.spec
+    assert (
+        status["totals"]["fetched_bytes"] == 4 * 44 * 3 * spec.n_tokens * spec.dim * 4
+    )  # 41 samples in 11 chunks of 4
+    seconds = [status["totals"][f"{stage}_s"] for stage in ("loader", "step", "validation", "checkpoint")]
+    assert all(s > 0 for s in seconds)
+    assert sum(seconds) < status["seconds"]
+
+
+def test_a_run_that_was_stopped_and_goes_on_counts_its_own_part(data: TrainingData) -> None:
+    objects = MemoryObjects()
+    run = RunFiles(objects)
+    asked = iter([False] * 4 + [True])
+    assert train(tiny_config(), data, run, machine=CPU, stop=lambda: next(asked)) is None
+    stopped = json.loads(run.read_status())
+    assert (stopped["state"], stopped["step"], stopped["samples_done"]) == ("incomplete", 5, 16 + 16 + 9 + 16 + 16)
+    train(tiny_config(), data, run, machine=CPU)
+    done = json.loads(run.read_status())
+    assert (done["state"], done["step"], done["samples_done"]) == ("complete", 12, 164)
+    assert done["totals"]["steps"] == 7
+    assert done["run_id"] != stopped["run_id"]
+
+    counted = Counted()
+    export = Export(counted)
+    for document in (stopped, stopped, done, done):
+        export(document)
+    assert counted.found["train_steps"] == 12
+    assert counted.found["train_samples"] == 164
+
+
+def test_a_run_that_fails_says_why(data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("the lamp went out")
+
+    monkeypatch.setattr(loop, "take_step", fail)
+    run = RunFiles(MemoryObjects())
+    with pytest.raises(RuntimeError):
+        train(tiny_config(), data, run, machine=CPU)
+    status = json.loads(run.read_status())
+    assert (status["state"], status["cause"]) == ("stopped", "the lamp went out")
+
+
+def test_time_left_and_the_rate_are_of_the_recent_past() -> None:
+    now = [0.0]
+    telemetry = Telemetry(
+        RunFiles(MemoryObjects()), tiny_config(), n_samples=200, first_step=2, samples_before=40, clock=lambda: now[0]
+    )
+    for _ in range(4):
+        now[0] += 2.0
+        telemetry.step(20)
+    found = telemetry.document()
+    assert (found["step"], found["samples_done"], found["samples_per_s"]) == (6, 120, 10.0)
+    assert found["seconds_left"] == 8.0
+    assert "amplification" not in found  # nothing was read yet
+
+
+def test_a_process_without_ray_is_told_about_by_its_document(monkeypatch: pytest.MonkeyPatch) -> None:
+    objects = MemoryObjects()
+    run = RunFiles(objects)
+    run.write_status(json.dumps({"run_id": "before", "state": "stopped", "totals": {"steps": 9}}).encode())
+    relay, counted = Relay(run), Counted()
+    monkeypatch.setattr(telemetry, "Metrics", lambda labels: counted)
+    relay.look()
+    assert not counted.found, "that process was told about by somebody else"
+    for steps, errors in ((3, {}), (5, {"store throttled": 2}), (5, {"store throttled": 2})):
+        now = {"run_id": "now", "state": "running", "loss": 0.5, "totals": {"steps": steps}, "errors": errors}
+        run.write_status(json.dumps(now).encode())
+        relay.look()
+    assert counted.found["train_steps"] == 5
+    assert counted.found["train_errors store throttled"] == 2
+    assert counted.found["train_errors network reset"] == 0
+    assert counted.found["train_loss"] == 0.5
+    run.write_status(b"{torn")
+    relay.look()
+
+
+# ---------------------------------------------------------------- arithmetic
+
+
+def test_flops_count_the_calls_that_a_step_makes() -> None:
+    calls: list[int] = []
+
+    def model(x: torch.Tensor, layer: int) -> torch.Tensor:
+        calls.append(layer)
+        return x
+
+    states = torch.zeros(1, 8, 2, 4)
+    for forcing in (0.0, 0.5, 1.0):
+        calls.clear()
+        annealed_loss(model, states, 0, mse, forcing)
+        assert len(calls) == n_block_calls(7, forcing)
+    config = tiny_config(spans=(Span(0, 7),))
+    assert training_flop(config, 768, 261, 0.0) == pytest.approx(3 * 7 * 5.14e9, rel=1e-3)
+    assert stated_peak("NVIDIA H200") == 989e12
+    assert stated_peak("Some Card") is None
+    assert mfu(1e12, torch.device("cpu"), 1) is None
+
+
+# ---------------------------------------------------------------- the verdict
+
+
+def throttled_verdict(data: TrainingData, limit: str, monkeypatch: pytest.MonkeyPatch) -> Verdict:
+    """Train with loader and step slowed by sleeps, the one half as much again as the other."""
+    slow = {"loader": UNIT_S, "step": UNIT_S} | {limit: 1.5 * UNIT_S}
+    config = tiny_config(n_steps=24, log_every=6, validate_every=100, checkpoint_every=100, validation_samples=2)
+    reads_per_batch = config.batch_size / data.train.spec.samples_per_chunk * config.span.n_states
+    turn, read, step = threading.Lock(), ChunkReader._read, loop.take_step
+
+    def slow_read(self: ChunkReader, *args: Any) -> None:
+        with turn:  # as a disk or a network that all threads share
+            time.sleep(slow["loader"] / reads_per_batch)
+        read(self, *args)
+
+    def slow_step(*args: Any) -> Any:
+        time.sleep(slow["step"])
+        return step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ChunkReader, "_read", slow_read)
+        patch.setattr(loop, "take_step", slow_step)
+        run = RunFiles(MemoryObjects())
+        train(config, data, run, machine=CPU)
+    status = json.loads(run.read_status())
+    return Verdict(limit=status["limited_by"], busy=status["busy"])
+
+
+@pytest.fixture(scope="module")
+def even_data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
+    """One long pass of whole batches: at the beginning of a pass a loader has nothing ready, whatever its speed."""
+    root = tmp_path_factory.mktemp("even")
+    teacher = tiny_teacher()
+    write_tiny(FolderObjects(root / "train"), teacher, 384, 0)
+    write_tiny(FolderObjects(root / "val"), teacher, 8, 1)
+    data = open_training_data(str(root), "0-2", device="cpu")
+    assert open_store(str(root / "train")).n_valid == 24 * 16
+    return data
+
+
+@pytest.mark.parametrize("limit", ["loader", "step"])
+def test_the_verdict_names_what_is_half_as_slow_again(
+    even_data: TrainingData, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert throttled_verdict(even_data, limit, monkeypatch).limit == limit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", ["loader", "step"])
+def test_the_verdict_is_right_in_nineteen_of_twenty(
+    even_data: TrainingData, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [throttled_verdict(even_data, limit, monkeypatch) for _ in range(20)]
+    right = sum(one.limit == limit for one in found)
+    print(f"{limit}: {right} of 20; {[dict(one.busy) for one in found[:3]]}")
+    assert right >= 19, found
