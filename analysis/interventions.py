@@ -4,7 +4,7 @@ Both work on anything with `run_blocks`: a teacher, or a Raptor as a teacher (tr
 Raptor paper, self-correction (its law of perturbation is not published) and the causal layer swap.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 

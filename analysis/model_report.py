@@ -324,6 +324,6 @@ def _reach_statement(ordered: np.ndarray) -> str:
     low, high = ordered[:2], ordered[-2:]
     return (
         f"Heads of the two lowest blocks reach {low.min():.3g} to {low.max():.3g} px, of the two highest "
-        f"{high.min():.3g} to {high.max():.3g} px. Raghu et al. report local and global heads in the lowest blocks, global ones in the "
-        "highest."
+        f"{high.min():.3g} to {high.max():.3g} px. Raghu et al. report local and global heads in the lowest blocks, "
+        "global ones in the highest."
     )

@@ -1,0 +1,109 @@
+"""The part of a report that runs models: the store's teacher, and the Raptor of a RUN.
+
+Apart from the rest, since it imports torch and timm.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from analysis.attention import look
+from analysis.compare import compare_with_store
+from analysis.interventions import token_kinds
+from analysis.model_report import (
+    N_DRAWS,
+    N_SWAPPED,
+    attention_section,
+    raptor_section,
+    self_correction,
+    self_correction_section,
+    swap_accuracies,
+    swap_section,
+)
+from analysis.page import Origin, Section
+from analysis.phase_report import Phases
+from infra.console import Progress, UserError, say
+from infra.objects import ObjectError
+from pipeline.teacher import Teacher, teacher_from_files
+from storage_schemas import Store
+from storage_schemas.errors import StoreError
+from trainer.raptor_teacher import RaptorTeacher, raptor_teacher
+
+COMPARE_LIMIT = 1_024
+TEACHER, RAPTOR = "teacher", "Raptor"
+
+
+def model_sections(
+    store: Store, models: Mapping[str, Teacher], phases: Phases, limit: int, seed: int, command: str
+) -> list[Section]:
+    """Of the teacher, and of a Raptor if there is one, on the first images of the store."""
+    if not models:
+        say(f"{store.location} holds no teacher: no self-correction, layer swap or Raptor")
+        return []
+    rows = np.flatnonzero(store.valid)[:limit]
+    x = torch.from_numpy(store.read([0], rows, "all")[:, 0])
+    origin = Origin(data=f"{store.location} ({', '.join(models)})", n_images=len(rows), seed=seed, command=command)
+    sections = []
+    if RAPTOR in models:
+        total = min(COMPARE_LIMIT, store.n_valid)
+        raptor = models[RAPTOR]
+        with Progress(total=total, unit="images", label="Raptor") as progress:
+            compared = compare_with_store(
+                raptor, store, limit=COMPARE_LIMIT, device=raptor.device, progress=progress.advance
+            )
+        beside = Origin(data=f"{store.location} and {raptor.name}", n_images=total, seed=None, command=command)
+        sections.append(raptor_section(raptor.name, compared, beside))
+    sections += _attention(models[TEACHER], x, origin)
+    depth = store.layers[-1]
+    with Progress(total=depth * len(models), unit="layers", label="self-correction") as progress:
+        tracked = {
+            name: self_correction(model, x.to(model.device), seed=seed, progress=progress.advance)
+            for name, model in models.items()
+        }
+    sections.append(self_correction_section(tracked, origin))
+    teacher = models[TEACHER]
+    labels = np.array([-1 if one is None else one for one in store.samples["label"].to_pylist()])[rows]
+    if teacher.head is None or (labels < 0).all():
+        say("no layer swap: the teacher has no head, or the images no labels")
+        return sections
+    n_swaps = len(N_SWAPPED) * N_DRAWS * 2 + 1
+    with Progress(total=n_swaps, unit="models", label="layer swap") as progress:
+        swaps = swap_accuracies(
+            teacher, x.to(teacher.device), labels, phases.chosen.groups, seed=seed, progress=progress.advance
+        )
+    return [*sections, swap_section(swaps, origin)]
+
+
+def _attention(teacher: Teacher, x: torch.Tensor, origin: Origin) -> list[Section]:
+    kinds = token_kinds(has_cls=teacher.has_cls, n_registers=teacher.n_registers, n_patches=teacher.n_patches)
+    try:
+        with Progress(total=len(x), unit="images", label="attention") as progress:
+            return [attention_section(look(teacher, x, kinds, progress=progress.advance), origin)]
+    except UserError as error:  # blocks whose attention has another form; the rest of the report does without
+        say(f"no attention distances: {error}")
+        return []
+
+
+def load_models(store: Store, run: str, device: str, problems: list[str]) -> dict[str, Teacher]:
+    """The store's teacher, and the Raptor of a RUN; none where the store has no teacher."""
+    models: dict[str, Teacher] = {}
+    try:
+        files = store.read_teacher_files()
+        if files:
+            models[TEACHER] = teacher_from_files(files, device=device)
+        if run:
+            models[RAPTOR] = raptor_teacher(run, device=device)
+    except (StoreError, ObjectError, UserError) as error:
+        problems.append(str(error))
+        return {}
+    if RAPTOR in models and TEACHER not in models:
+        problems.append(f"RUN={run}: {store.location} holds no teacher to compare a Raptor with")
+    elif isinstance(raptor := models.get(RAPTOR), RaptorTeacher):
+        taught_by = raptor.taught_by
+        if taught_by != models[TEACHER].core_digest:
+            problems.append(
+                f"RUN={run} was trained on a teacher with digest {taught_by[:16]}, {store.location} was made by one "
+                f"with {models[TEACHER].core_digest[:16]}: give the store that it was trained on"
+            )
+    return models
