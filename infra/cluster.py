@@ -51,8 +51,17 @@ class Connection:
 
 
 def cluster_address(address: str | None = None) -> str | None:
-    """The address of the cluster to join: the one given, else RAY_ADDRESS; None means to start one here."""
+    """The address of the cluster to join: the one given, else RAY_ADDRESS; None means to start one here.
+
+    Raises:
+        UserError: It is that of a dashboard, which takes jobs.
+    """
     found = address or os.environ.get("RAY_ADDRESS") or None
+    if found is not None and found.startswith(("http://", "https://")):
+        raise UserError(
+            f"RAY_ADDRESS={found} is a dashboard, which takes jobs: make submit CMD=... To join its cluster, from one "
+            "of its machines, give host:6379; unset it to work on this machine"
+        )
     return None if found == "local" else found
 
 

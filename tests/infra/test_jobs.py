@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from infra.__main__ import COMMANDS, main
+from infra.cluster import cluster_address
 from infra.console import ExitCode, JobError, UserError
 from infra.job_code import MAX_NBYTES, pack_code
 from infra.job_command import TARGETS, endpoint_warning, parse_command
@@ -228,6 +229,12 @@ def test_the_address_is_the_given_one_or_the_environments(monkeypatch: pytest.Mo
     monkeypatch.setenv("RAY_ADDRESS", "https://b:1/")
     assert dashboard_address() == "https://b:1"
     assert dashboard_address("http://a:8265") == "http://a:8265"
+
+
+def test_an_address_for_jobs_is_none_to_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    with pytest.raises(UserError, match="is a dashboard, which takes jobs: make submit"):
+        cluster_address()
 
 
 def test_no_cluster_here_and_none_there_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
