@@ -4,11 +4,10 @@ import os
 import time
 from collections.abc import Sequence
 
-import torch
-
 from infra.s3_settings import use_endpoint
 from storage_schemas import Span
 from trainer.commands.blocks import find_blocks, parse_spans
+from trainer.commands.run_training import train_and_report
 from trainer.commands.start import (
     DEFAULT_STORE,
     Place,
@@ -16,11 +15,9 @@ from trainer.commands.start import (
     default_run,
     make_command,
     make_config,
-    open_run,
-    open_run_data,
+    open_for_training,
     or_problem,
     raptor_name,
-    train_and_report,
     typed_problems,
     typed_variables,
 )
@@ -91,19 +88,8 @@ def raptor_command(
     seeds = ",".join(map(str, published.block_seeds)) if published else block_seeds or str(max(own_seed, 0))
     problems += source_problems(len(chosen.split(",")), seeds, runs)
     location = run or default_run(store, raptor_name(chosen), own_seed)
-    run_files = or_problem(lambda: open_run(location), problems)
-    machine = or_problem(place.machine, problems)
-    data, open_again = open_run_data(
-        store,
-        chosen,
-        variable="BLOCKS",
-        head=head,
-        partial=partial,
-        run=run_files,
-        device=torch.device("cpu") if machine is None else machine.device,
-        known_problems=problems,
-    )
-    assert run_files is not None, "its problem was listed"
+    typed = {"variable": "BLOCKS", "head": head, "partial": partial}
+    run_files, data, open_again = open_for_training(location, place, store, chosen, typed, problems)
     config = make_config(data, 2, recipe, steps, own_seed)
     sources = find_sources(config.spans, location, seeds, runs, store, own_place=bool(run))
     found = read_blocks(sources, config, data, other_store=other_store)

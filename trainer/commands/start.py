@@ -1,9 +1,7 @@
-"""What the commands that train share: the run's place and config, the claim on it, the loop, what is printed."""
+"""What the commands that train share: what is typed, opened and checked before anything is trained."""
 
 import os
 import shlex
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial as bind
@@ -13,19 +11,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from infra.cluster import cluster_address, connected
-from infra.console import ExitCode, UserError, human_duration, say, stop_on_signals
+from infra.cluster import cluster_address
+from infra.console import UserError
 from infra.objects import open_objects
-from trainer.claim import claimed
 from trainer.config import TrainConfig
 from trainer.data import TrainingData, frozen_shards, open_training_data
-from trainer.machine import Machine, torch_threads
-from trainer.raptor_teacher import save_ends
+from trainer.machine import Machine
 from trainer.recipes import RECIPES, recipe_for
-from trainer.report import finished_report, start_report
 from trainer.run_files import RunFiles
-from trainer.run_lock import StillOurs
-from trainer.train import train
 from trainer.workers import Workers
 
 _T = TypeVar("_T")
@@ -191,6 +184,30 @@ def open_run_data(
     return data, bind(_open_on, absolute(store), blocks, settings)
 
 
+def open_for_training(
+    location: str, place: Place, store: str, blocks: str, typed: Mapping[str, Any], known_problems: Sequence[str]
+) -> tuple[RunFiles, TrainingData, Callable[[torch.device], TrainingData]]:
+    """The RUN, and what it reads, on the device of this process.
+
+    Args:
+        location: Of the RUN.
+        place: Where it is to be trained.
+        store: As typed, as are the blocks.
+        blocks: One span or several.
+        typed: variable, head and partial of `open_run_data`.
+        known_problems: What is wrong with the command already.
+
+    Raises:
+        UserError: Lists all that is wrong with the command, the RUN, the device, the store and the blocks.
+    """
+    problems = list(known_problems)
+    run, machine = or_problem(lambda: open_run(location), problems), or_problem(place.machine, problems)
+    device = torch.device("cpu") if machine is None else machine.device
+    data, open_again = open_run_data(store, blocks, **typed, run=run, device=device, known_problems=problems)
+    assert run is not None, "its problem was listed"
+    return run, data, open_again
+
+
 def _open_on(store: str, blocks: str, settings: Mapping[str, Any], device: torch.device) -> TrainingData:
     return open_training_data(store, blocks, **settings, device=device)
 
@@ -246,112 +263,3 @@ def make_command(target: str, variables: Mapping[str, object]) -> str:
     """A line that can be typed; variables without a value are left out."""
     typed = [f"{name}={shlex.quote(str(value))}" for name, value in variables.items() if value not in (None, "")]
     return " ".join(["make", target, *typed])
-
-
-def train_and_report(
-    training: Training,
-    place: Place,
-    variables: Mapping[str, str],
-    *,
-    began: float,
-    stop: Callable[[], bool] = lambda: False,
-) -> int:
-    """Claim the RUN, train it to the end and say what came out; of a finished run, only the latter.
-
-    Args:
-        training: What to train.
-        place: Where.
-        variables: What the person typed and the next command needs again.
-        began: When the command did, by time.monotonic().
-        stop: Asks to stop, beside signals.
-
-    Returns:
-        An ExitCode.
-    """
-    workers = Workers.found()
-    if place.workers is not None and not workers.is_alone:
-        raise UserError(f"this is {workers}, as torchrun started it: leave WORKERS and RAY_ADDRESS out")
-    if not training.run.is_of(training.identity) or training.run.read_result() is None:
-        machine = place.machine()
-        with workers.joined(machine.device), claimed(training.run, training.identity, workers) as still_ours:
-            if not _train(training, place, machine, workers, _any(stop, still_ours)):
-                return ExitCode.INTERRUPTED
-        done = f"This command took {human_duration(time.monotonic() - began)}."
-    else:
-        if not training.run.read_teacher_files():  # of a run that an earlier version finished
-            save_ends(training.run, training.data.teacher)
-        done = (
-            f"This run is finished; there is nothing to do. For another one give RUN, or delete {training.run.location}"
-        )
-    if not workers.is_first:
-        return ExitCode.OK
-    result = training.run.read_result()
-    assert result is not None
-    print(finished_report(training.config, training.data, training.run, result, variables))
-    print(f"\n{done}")
-    return ExitCode.OK
-
-
-def _train(training: Training, place: Place, machine: Machine, workers: Workers, stop: Callable[[], bool]) -> bool:
-    """Train to the end; False if it was asked to stop before."""
-    if workers.is_first:
-        say(start_report(training.config, training.data, training.run, machine))
-    if place.workers is None:
-        torch.set_num_threads(place.threads or torch_threads(training.data.train.spec.dim, workers.local_world_size))
-        with stop_on_signals() as signalled:
-            result = train(
-                training.config,
-                training.data,
-                training.run,
-                machine=machine,
-                workers=workers,
-                initial=training.initial,
-                stop=lambda: stop() or signalled(),
-            )
-        finished = result is not None
-    else:
-        finished = _train_on_ray(training, place, place.workers, stop)
-    if not finished and workers.is_first:
-        say(f"stopped; everything is saved in {training.run.location}. The same command goes on")
-    return finished
-
-
-def _train_on_ray(training: Training, place: Place, n_workers: int, stop: Callable[[], bool]) -> bool:
-    from trainer.ray_train import train_on_ray
-
-    with connected(place.ray_address) as connection:
-        say(str(connection))
-        with stop_on_signals() as signalled:
-            return train_on_ray(
-                training.config,
-                training.open_data,
-                absolute(training.run.location),
-                n_workers=n_workers,
-                device=place.device,
-                threads=place.threads,
-                micro_batch=place.micro_batch,
-                initial=training.initial,
-                grows=not connection.embedded,
-                stop=lambda: stop() or signalled(),
-            )
-
-
-def _any(stop: Callable[[], bool], still_ours: StillOurs) -> Callable[[], bool]:
-    def asked() -> bool:
-        still_ours()
-        return stop()
-
-    return asked
-
-
-def stdin_ended() -> Callable[[], bool]:
-    """Tells whether standard input has ended, as it does when the program that holds its other end dies."""
-    ended = threading.Event()
-
-    def wait() -> None:
-        while os.read(0, 4096):  # not sys.stdin, whose lock a thread must not hold when Python ends
-            pass
-        ended.set()
-
-    threading.Thread(target=wait, name="stdin", daemon=True).start()
-    return ended.is_set

@@ -3,23 +3,19 @@
 import dataclasses
 import time
 
-import torch
-
 from infra.console import UserError
 from infra.s3_settings import use_endpoint
 from storage_schemas import Span
 from storage_schemas.errors import SchemaError
+from trainer.commands.run_training import stdin_ended, train_and_report
 from trainer.commands.start import (
     DEFAULT_STORE,
     Place,
     Training,
     default_run,
     make_config,
-    open_run,
-    open_run_data,
+    open_for_training,
     or_problem,
-    stdin_ended,
-    train_and_report,
     typed_problems,
     typed_variables,
 )
@@ -110,19 +106,9 @@ def train_command(
             problems.append(f"{name}={value} is for BLOCK=all, which trains several: give that, or leave {name} out")
     if replica is not None and seed is None:
         seed = _published_seed(block, replica, problems)
-    run_files = or_problem(lambda: open_run(run or default_run(store, block, seed or 0)), problems)
-    machine = or_problem(place.machine, problems)
-    data, open_again = open_run_data(
-        store,
-        block,
-        variable="BLOCK",
-        head=head,
-        partial=partial,
-        run=run_files,
-        device=torch.device("cpu") if machine is None else machine.device,
-        known_problems=problems,
-    )
-    assert run_files is not None, "its problem was listed"
+    location = run or default_run(store, block, seed or 0)
+    typed = {"variable": "BLOCK", "head": head, "partial": partial}
+    run_files, data, open_again = open_for_training(location, place, store, block, typed, problems)
     config = make_config(data, 1, recipe, steps, seed or 0)
     variables = typed_variables(
         STORE=store if store != DEFAULT_STORE else None,
