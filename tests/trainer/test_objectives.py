@@ -120,10 +120,12 @@ def test_no_noise_is_bitwise_the_clean_path(objective):  # C11
     assert all(torch.equal(seen, true) for seen, true in zip(recorder.inputs, expected, strict=True))
 
 
+@pytest.mark.parametrize("one_for_all", [True, False], ids=["one generator", "one a sample, as training has"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_noise_has_the_stated_size_on_every_input(objective):  # C11
+def test_noise_has_the_stated_size_on_every_input(objective, one_for_all):  # C11
     recorder, states = Recorder(), seeded(1, 8, 4, 50, 64)
-    objective(recorder, states, 0, mse, noise=0.25, generator=torch.Generator().manual_seed(0))
+    draws = [torch.Generator().manual_seed(seed) for seed in range(8)]
+    objective(recorder, states, 0, mse, noise=0.25, generator=draws[0] if one_for_all else draws)
     clean = (
         [states[:, i] for i in range(3)] if objective is teacher_forced_loss else [states[:, 0], *recorder.inputs[:2]]
     )
