@@ -3,9 +3,13 @@
 import os
 import secrets
 from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+from xdist.remote import Producer
+from xdist.scheduler.loadscope import LoadScopeScheduling
 
 from tests.s3_servers import S3Server, shared_server, stop_shared_servers
 
@@ -26,6 +30,36 @@ settings.register_profile(
 )
 settings.register_profile("explore", settings.get_profile("here"), derandomize=False)
 settings.load_profile("here")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before all tests are collected, import what takes long, and before any package of ours does.
+
+    Whatever is imported while a module is that jaxtyping instruments, jaxtyping's import hook compiles from source, as
+    it looks for all bytecode under a name of its own: 1,400 modules of libraries.
+    """
+    if config.args == ["tests"]:
+        for name in ("pyarrow.parquet", "sklearn.datasets", "timm", "torch._dynamo", "tyro", "zarr"):
+            import_module(name)
+
+
+class Scheduler(LoadScopeScheduling):
+    """Files go to the test processes whole, those that share Ray to one process: each starts its own cluster."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "ray" if file in ON_RAY else file
+
+
+HERE = Path(__file__).parent
+ON_RAY = {
+    path.relative_to(HERE.parent).as_posix() for path in HERE.rglob("test_*.py") if "ray_cluster" in path.read_text()
+}
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduler:
+    """How `make test` shares the tests out among processes."""
+    return Scheduler(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -50,12 +84,21 @@ def ray_cluster(_ray_ends: None) -> None:
             connect("local", n_cpus=4, dashboard=False)
 
 
+@pytest.hookimpl(tryfirst=True)  # before slow tests are left out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever runs over an S3 back end, or asks for a server, has the mark `s3`."""
+    """Whatever runs over an S3 back end, or asks for a server, has the mark `s3`.
+
+    Both servers are held to the contract of objects and to all of infra. What is built on those runs on rclone, and on
+    moto, which takes twice as long, when slow tests do.
+    """
+    nodeids = {item.nodeid for item in items}
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
         if "s3-" in item.name or any(name in fixtures for name in ("moto", "rclone", "s3_server", "s3_location")):
             item.add_marker("s3")
+        is_below = item.path.parent.name in ("infra", "contract")
+        if "s3_server" in fixtures and not is_below and item.nodeid.replace("moto", "rclone") in nodeids:
+            item.add_marker("slow") if "moto" in item.nodeid else None
 
 
 @pytest.fixture(scope="session", autouse=True)

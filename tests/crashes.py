@@ -116,7 +116,7 @@ def run_and_crash(jobs: Sequence[tuple[ExtractConfig, Crash]], warm_up: ExtractC
         Their exit codes: DIED, or FINISHED if the moment never came.
     """
     context = multiprocessing.get_context("forkserver")  # the test's own process may have threads, which forks dislike
-    context.set_forkserver_preload(["tests.crashes"])
+    context.set_forkserver_preload(["tests.trainer.preload"])
     here, there = context.Pipe()
     environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     server = context.Process(target=_serve, args=(jobs, warm_up, environment, there))

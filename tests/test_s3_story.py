@@ -55,8 +55,8 @@ def below(server: S3Server, bucket: str) -> list[Entry]:
 @pytest.mark.parametrize(
     ("name", "backend"),
     [
-        ("moto", "zarr"),
         ("rclone", "webdataset"),
+        pytest.param("moto", "zarr", marks=pytest.mark.slow),
         pytest.param("moto", "webdataset", marks=pytest.mark.slow),
         pytest.param("rclone", "zarr", marks=pytest.mark.slow),
     ],

@@ -57,9 +57,18 @@ def assert_finished_in_order(config: ExtractConfig, store: Path) -> None:
     assert not (store / HEARTBEAT_KEY).exists(), store.name
 
 
-@pytest.mark.parametrize("when", ["before", "during", "after"])
-def test_killed_at_any_put(when: str, config: ExtractConfig, n_puts: int, tmp_path: Path) -> None:
+WHEN = ("before", "during", "after")
+
+
+def test_killed_at_any_put(config: ExtractConfig, n_puts: int, tmp_path: Path) -> None:
+    """At each put in one of the three ways; there are several puts of each sort."""
     assert n_puts > 30
+    crash_and_rerun(config, tmp_path, [Crash(when=WHEN[n % 3], n=n) for n in range(1, n_puts + 1)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", WHEN)
+def test_killed_in_any_way_at_any_put(when: str, config: ExtractConfig, n_puts: int, tmp_path: Path) -> None:
     crash_and_rerun(config, tmp_path, [Crash(when=when, n=n) for n in range(1, n_puts + 1)])
 
 
@@ -88,9 +97,14 @@ def test_killed_around_what_makes_things_exist(prefix: str, config: ExtractConfi
         assert_finished_in_order(config, tmp_path / crash.when)
 
 
-def test_killed_while_it_writes_its_log(config: ExtractConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("both", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_killed_while_it_writes_its_log(both: bool, config: ExtractConfig, tmp_path: Path) -> None:
     """The last of these puts come after the store is whole; what they leave is swept all the same."""
-    crashes = [Crash(when=when, n=n, prefix="log/") for n in range(1, 8) for when in ("during", "after")]
+    crashes = [
+        Crash(when=when, n=n, prefix="log/")
+        for n in range(1, 8)
+        for when in (("during", "after") if both else (WHEN[1 + n % 2],))
+    ]
     crash_and_rerun(config, tmp_path, crashes)
 
 
@@ -128,10 +142,11 @@ class FailingObjects(FolderObjects):
                 raise ObjectAccessError(key, f"{self.location}/{key} could not be written: No space left on device")
 
 
+@pytest.mark.parametrize("each", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_disk_that_is_full_at_any_put_ends_the_job_in_one_message(
-    config: ExtractConfig, n_puts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    each: int, config: ExtractConfig, n_puts: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for n in range(1, n_puts + 1):
+    for n in range(1, n_puts + 1, each):
         job = replace(config, store=str(tmp_path / str(n)))
         with monkeypatch.context() as patched:
             patched.setattr(pipeline.job, "open_objects", FailingObjects)

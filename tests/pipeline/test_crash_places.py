@@ -18,7 +18,7 @@ N_IMAGES = 6
 BACKENDS = ("zarr", "webdataset")
 SERVERS_AND_BACKENDS = [
     ("moto", "zarr"),
-    ("rclone", "webdataset"),
+    pytest.param("rclone", "webdataset", marks=pytest.mark.slow),
     pytest.param("moto", "webdataset", marks=pytest.mark.slow),
     pytest.param("rclone", "zarr", marks=pytest.mark.slow),
 ]

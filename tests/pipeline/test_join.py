@@ -96,7 +96,7 @@ class SlowJob:
 def jobs_of(place: Path, *jobs: list[str]) -> Iterator[list[SlowJob]]:
     """Jobs that wait for a word before they begin; forked from a process that has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.crashes"])
+    context.set_forkserver_preload(["tests.trainer.preload"])
     flags = ["--cpus-per-worker", "1", "--depth", "1", "--samples-per-shard", "4"]
     environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     made = []

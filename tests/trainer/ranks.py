@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -33,6 +34,20 @@ class Outcome:
     error: str
     exit_code: int
     after_s: float
+
+
+def start_process(work: Callable[..., None], *args: Any) -> BaseProcess:
+    """A process of its own that does work(*args), to be killed; it has this one's AWS_ variables."""
+    environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    process = _CONTEXT.Process(target=_alone, args=(environment, work, args), daemon=True)
+    process.start()
+    return process
+
+
+def _alone(environment: dict[str, str], work: Callable[..., None], args: tuple) -> None:
+    os.environ |= environment  # those of the process that it is forked from are older
+    torch.set_num_threads(1)
+    work(*args)
 
 
 def run_ranks(n: int, work: Callable[..., Any], *args: Any) -> list[Outcome]:

@@ -195,7 +195,7 @@ def test_two_jobs_share_nothing_and_a_killed_one_goes_on_by_itself(tmp_path: Pat
     from infra.objects import FolderObjects
     from trainer.commands.start import make_config
 
-    store, n_steps = write_tiny_pair(tmp_path / "store"), 300
+    store, n_steps = write_tiny_pair(tmp_path / "store"), 200
     spans = ["0-2", "2-3"]
     alone = {}
     for span in spans:

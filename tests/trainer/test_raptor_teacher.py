@@ -257,6 +257,7 @@ def test_a_killed_extraction_goes_on_to_the_same_bytes(folder: Path, tmp_path: P
 
 
 @pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
 def test_through_ray_the_bytes_are_the_same(folder: Path, tmp_path: Path) -> None:
     """Workers read the Raptor from the store, never from the RUN."""
     run = RunConfig(workers=1, device="cpu")

@@ -2,25 +2,27 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from infra.console import ExitCode
-from infra.objects import FolderObjects, MemoryObjects
+from infra.console import ExitCode, run_door
+from infra.objects import FolderObjects, MemoryObjects, open_objects
+from tests.trainer.ranks import start_process
 from tests.trainer.tiny import CPU, tiny_config, tiny_data, write_tiny_pair
+from trainer.__main__ import main
 from trainer.config import TrainConfig
 from trainer.data import TrainingData, open_training_data
 from trainer.run_files import RunFiles
 from trainer.train import train
 
 TIMES = ("samples_per_s", "loader_wait")
-REPO = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -161,30 +163,29 @@ class StopAfter:
         return self.left == 0
 
 
-SLOW_TRAINING = """
-import sys, time, torch
-torch.set_num_threads(1)
-from infra.objects import FolderObjects
-from tests.trainer.tiny import CPU, tiny_config
-from trainer.data import open_training_data
-from trainer.run_files import RunFiles
-from trainer.train import train
-data = open_training_data(sys.argv[1], "0-2")
-train(tiny_config(), data, RunFiles(FolderObjects(sys.argv[2])), machine=CPU, stop=lambda: time.sleep(0.1))
-"""
+def train_slowly(store: str, place: str) -> None:
+    """A step each tenth of a second."""
+    run, data = RunFiles(open_objects(place)), open_training_data(store, "0-2")
+    train(tiny_config(), data, run, machine=CPU, stop=lambda: bool(time.sleep(0.1)))
+
+
+def type_in(arguments: Sequence[str], said: str) -> None:
+    """The door in this process, which ends with its exit code; what is said goes to a file."""
+    with open(said, "wb") as file:
+        os.dup2(file.fileno(), 2)
+    sys.exit(run_door(lambda: main(arguments)))
 
 
 def test_kill_minus_nine(tmp_path: Path) -> None:
     """A real SIGKILL of a real process, somewhere after its second checkpoint."""
     store = write_tiny_pair(tmp_path / "store")
     run = RunFiles(FolderObjects(tmp_path / "run"))
-    with subprocess.Popen(
-        [sys.executable, "-c", SLOW_TRAINING, store, run.location], cwd=REPO, stderr=subprocess.DEVNULL
-    ) as process:
-        wait_for(lambda: (tmp_path / "run/checkpoints/000000006.json").exists(), process)
-        time.sleep(0.15)
-        process.kill()
-    assert process.returncode == -signal.SIGKILL
+    process = start_process(train_slowly, store, run.location)
+    wait_for(lambda: (tmp_path / "run/checkpoints/000000006.json").exists(), process)
+    time.sleep(0.15)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert run.read_result() is None
     data = open_training_data(store, "0-2")
     assert train(tiny_config(), data, run, machine=CPU) is not None
@@ -197,15 +198,15 @@ def test_sigterm_saves_and_exits_with_75(tmp_path: Path) -> None:
     """Through the door: TERM, exit 75, the same command again, exit 0 and the weights of an undisturbed run."""
     store = write_tiny_pair(tmp_path / "store")
     # fmt: off
-    command = [sys.executable, "-m", "trainer", "train", "--store", store, "--block", "0-2", "--steps", "4000",
-               "--recipe", "digits_stage1", "--run", str(tmp_path / "run")]
+    arguments = ["train", "--store", store, "--block", "0-2", "--steps", "4000", "--device", "cpu",
+                 "--recipe", "digits_stage1", "--run", str(tmp_path / "run")]
     # fmt: on
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, text=True, env=environment) as process:
-        wait_for(lambda: any(tmp_path.glob("run/checkpoints/*.json")), process)
-        process.send_signal(signal.SIGTERM)
-        _, said = process.communicate(timeout=60)
-    assert process.returncode == ExitCode.INTERRUPTED == 75, said
+    process = start_process(type_in, arguments, str(tmp_path / "said"))
+    wait_for(lambda: any(tmp_path.glob("run/checkpoints/*.json")), process)
+    process.terminate()
+    process.join(60)
+    said = (tmp_path / "said").read_text()
+    assert process.exitcode == ExitCode.INTERRUPTED == 75, said
     assert "everything is saved" in said
     run = RunFiles(FolderObjects(tmp_path / "run"))
     saved = run.newest_checkpoint()
@@ -231,9 +232,9 @@ def test_sigterm_saves_and_exits_with_75(tmp_path: Path) -> None:
             assert torch.equal(saved.tensors[file][name], value), (file, name)
 
 
-def wait_for(condition: Any, process: subprocess.Popen) -> None:
+def wait_for(condition: Any, process: BaseProcess) -> None:
     deadline = time.monotonic() + 120
     while not condition():
-        assert process.poll() is None, "the process ended by itself"
+        assert process.exitcode is None, "the process ended by itself"
         assert time.monotonic() < deadline, "waited for two minutes"
         time.sleep(0.02)

@@ -24,7 +24,8 @@ from storage_schemas.reader import Store
 from tests.fault_proxy import Entry
 from tests.s3_servers import S3Server, anonymous_environment, read_only_environment, settings_of
 from tests.stores import as_stored, make_samples, make_spec, planted_states, write_planted
-from tests.trainer.test_resume import REPO, assert_same_run, wait_for
+from tests.trainer.ranks import start_process
+from tests.trainer.test_resume import assert_same_run, train_slowly, wait_for
 from tests.trainer.test_stream import PEAK
 from tests.trainer.tiny import CPU, tiny_config, tiny_teacher, write_tiny_pair
 from trainer.__main__ import main
@@ -204,30 +205,17 @@ def test_training_on_s3_is_training_in_a_folder(s3_location: str, tmp_path: Path
     store = write_tiny_pair(f"{s3_location}/store")
     run = RunFiles(open_objects(f"{s3_location}/runs/x"))
     objects = open_objects(f"{s3_location}/runs/x/checkpoints")
-    command = [sys.executable, "-c", _SLOW_TRAINING, store, run.location]
-    with subprocess.Popen(command, cwd=REPO, stderr=subprocess.DEVNULL) as process:
-        wait_for(lambda: any(info.key == "000000006.json" for info in objects.list()), process)
-        process.kill()
-    assert process.returncode == -signal.SIGKILL
+    process = start_process(train_slowly, store, run.location)
+    wait_for(lambda: any(info.key == "000000006.json" for info in objects.list()), process)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert run.read_result() is None
     assert train(tiny_config(), open_training_data(store, "0-2"), run, machine=CPU) is not None
     local = write_tiny_pair(tmp_path / "store")
     expected = RunFiles(FolderObjects(tmp_path / "run"))
     train(tiny_config(), open_training_data(local, "0-2"), expected, machine=CPU)
     assert_same_run(run, expected)
-
-
-_SLOW_TRAINING = """
-import sys, time, torch
-torch.set_num_threads(1)
-from infra.objects import open_objects
-from tests.trainer.tiny import CPU, tiny_config
-from trainer.data import open_training_data
-from trainer.run_files import RunFiles
-from trainer.train import train
-data = open_training_data(sys.argv[1], "0-2")
-train(tiny_config(), data, RunFiles(open_objects(sys.argv[2])), machine=CPU, stop=lambda: time.sleep(0.1))
-"""
 
 
 def test_the_door_on_s3(door: Door, s3_location: str) -> None:

@@ -123,7 +123,9 @@ def all_samples(by_rank: list[list[list[int]]]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("changes", "numbers"), [({}, (2, 4)), ({"batch_size": 3, "n_steps": 7}, (4,))], ids=["16 samples", "3 samples"]
+    ("changes", "numbers"),
+    [({}, (2,)), ({"batch_size": 3, "n_steps": 7}, (4,)), slow({}, (4,))],
+    ids=["16 samples", "3 samples", "16 samples of 4"],
 )
 def test_any_number_of_workers_has_the_same_losses(
     store: str, tmp_path: Path, changes: dict[str, Any], numbers: tuple[int, ...]
