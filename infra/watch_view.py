@@ -114,14 +114,14 @@ def _training(document: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "speed", f"{human_rate(samples)} samples/s"
     wait, step_s = number(document, "loader_wait"), number(document, "step_s")
     if wait is not None:
-        yield "loader wait", f"{wait:.1%}"
+        yield "loader wait", f"{100 * wait:.1f} % of the time"
     if step_s is not None:
         yield "step time", f"{1000 * step_s:.3g} ms"
     amplification, mfu = number(document, "amplification"), number(document, "mfu")
     if amplification is not None:
         yield "amplification", f"{amplification:.2f}"
     if mfu is not None:
-        yield "MFU", f"{mfu:.1%}"
+        yield "MFU", f"{100 * mfu:.1f} %"
 
 
 def line(status: Status, name: str) -> str:
@@ -134,7 +134,7 @@ def line(status: Status, name: str) -> str:
     parts += [f"{what} {value}" for what, value in figures(status.document) if (what, value) != ("errors", "none")]
     busy = sorted(numbers(status.document, "busy").items(), key=lambda one: -one[1])
     if busy:
-        parts.append("busy " + " ".join(f"{stage} {share:.0%}" for stage, share in busy))
+        parts.append("busy: " + ", ".join(f"{stage} {100 * share:.0f} %" for stage, share in busy))
     return f"{name}: {life(status)[0]}; {', '.join(parts)}"
 
 
@@ -188,7 +188,7 @@ def _busy(shares: Mapping[str, float]) -> Table | None:
     for stage, share in sorted(shares.items(), key=lambda one: order.get(one[0], len(order))):
         style = "bold yellow" if stage == most else "cyan"
         bar = ProgressBar(total=1.0, completed=min(max(share, 0.0), 1.0), width=24, complete_style=style)
-        table.add_row(Text(stage, style="bold" if stage == most else "dim"), bar, Text(f"{share:.0%} busy"))
+        table.add_row(Text(stage, style="bold" if stage == most else "dim"), bar, Text(f"{100 * share:.0f} %"))
     return table
 
 

@@ -196,6 +196,34 @@ def test_the_manifests_are_written(tmp_path, capsys):
     assert f"kubectl apply -f {tmp_path}/new/monitoring.yaml" in capsys.readouterr().out
 
 
+DOCS = (MONITORING.parents[2] / "docs" / "monitoring.md").read_text()
+
+
+def rows(heading: str) -> list[list[str]]:
+    """Cells of the table below a heading of docs/monitoring.md."""
+    part = DOCS.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    lines = [line.strip("|").split("|") for line in part.splitlines() if line.startswith("| `")]
+    return [[cell.strip().strip("`") for cell in cells] for cells in lines]
+
+
+def test_the_documented_series_are_those_that_are_exported():
+    ending = {"counter": "_total", "gauge": "", "histogram": ""}
+    expected = [[f"{name}{ending[one.kind]}", ", ".join(one.tags), one.kind] for name, one in SERIES.items()]
+    assert [row[:3] for row in rows("The series")] == expected
+
+
+def test_the_documented_alerts_are_those_that_ring():
+    expected = [[rule["alert"], rule["labels"]["severity"]] for rule in alerts()]
+    assert [row[:2] for row in rows("The alerts")] == expected
+
+
+def test_the_documented_pictures_exist_and_are_small():
+    names = re.findall(r"\]\((images/[\w-]+\.png)\)", DOCS)
+    assert len(names) >= 2
+    for name in names:
+        assert (MONITORING.parents[2] / "docs" / name).stat().st_size < 300_000
+
+
 @promtool
 @pytest.mark.parametrize(
     "command",

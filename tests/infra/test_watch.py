@@ -80,7 +80,7 @@ def test_an_extraction_shows_all_its_figures():
             "5.3 MB/s",
             "1 of 2 ready",
         ),
-        *("5 done, 1 retried, 0 quarantined", "store throttled 3", "91% busy", "limited by device", "tried again"),
+        *("5 done, 1 retried, 0 quarantined", "store throttled 3", "91 %", "limited by device", "tried again"),
         "running, last sign of life 4.0 s ago",
     ):
         assert words in shown, words
@@ -96,10 +96,10 @@ def test_a_training_shows_all_its_figures():
             "300 of 1,000",
             "0.03125",
             "812 samples/s",
-            "3.4%",
+            "3.4 % of the time",
             "39.1 ms",
             "1.07",
-            "41.0%",
+            "41.0 %",
         ),
         "28 s",
     ):
@@ -358,7 +358,7 @@ def test_without_a_terminal_lines_are_printed_until_it_is_over(tmp_path):
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 0
     assert "45 %, 640/1,438 images" in first
-    assert "busy device 91%" in first
+    assert "busy: device 91 %" in first
     put(objects, key, {**EXTRACTION, "state": "complete"}, at=time.time())
     again = watch("--store", str(tmp_path / "store"), tmp_path=tmp_path, stdout=subprocess.PIPE, text=True)
     said, _ = again.communicate(timeout=30)
@@ -386,7 +386,7 @@ def test_on_a_terminal_one_picture_is_drawn(tmp_path):
     text = shown.decode()
     assert "limited by device" in text
     assert "\x1b[" in text  # coloured
-    assert "91% busy" in text.replace("\r\n", " ")
+    assert "91 %" in text.replace("\r\n", " ")
 
 
 class _Dashboard(BaseHTTPRequestHandler):
