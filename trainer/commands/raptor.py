@@ -85,7 +85,9 @@ def raptor_command(
     elif replica is not None:
         published = or_problem(lambda: published_run(parse_spans(chosen), replica, stage=2), problems)
     own_seed = published.seed if published else seed or 0
-    seeds = ",".join(map(str, published.block_seeds)) if published else block_seeds or str(max(own_seed, 0))
+    seeds = ",".join(map(str, published.block_seeds)) if published else block_seeds
+    if not seeds:
+        seeds = str(max(own_seed, 0))  # a negative SEED is a problem once, not twice
     problems += source_problems(len(chosen.split(",")), seeds, runs)
     location = run or default_run(store, raptor_name(chosen), own_seed)
     typed = {"variable": "BLOCKS", "head": head, "partial": partial}
