@@ -19,7 +19,18 @@ OBJECT_STORE_GIB = 1  # activations never pass through it
 CONTAINER_USER = 1000  # also the first account of the machines' images, whose files are mounted into the container
 CONTAINER_HOME = "/home/ray"
 
-_DNS_LABEL = re.compile(
+_DNS_LABEL = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
+_PREFIX_PART = re.compile(r"(?!\.\.?$)[A-Za-z0-9._-]+")
+_IMAGE = re.compile(
+    r"([a-z0-9][a-z0-9.-]*(:\d+)?/)?[a-z0-9]+([._-]+[a-z0-9]+|/[a-z0-9]+)*"
+    r"(:[A-Za-z0-9_][A-Za-z0-9._-]{0,127}|@sha256:[0-9a-f]{64})"
+)
+_REGION = re.compile(r"[a-z]{2,3}(-[a-z]+)+-\d")
+_ENDPOINT = re.compile(r"https?://[A-Za-z0-9.-]+(:\d+)?")
+_LOCATION = re.compile(r"[a-z][a-z0-9+]*://[^\s\x00-\x20\x7f'\"\\$`]+")
+_ROLE = re.compile(r"arn:aws[a-z-]*:iam::\d{12}:role/[\w+=,.@/-]+")
+_LABEL = re.compile(
     r"([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?"
     r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?=[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
 )
