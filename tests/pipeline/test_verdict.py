@@ -1,6 +1,7 @@
 """The verdict of real extractions, with sleeps put into their stages: the one that is half as slow again is named."""
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,10 +25,10 @@ from tests.pipeline_jobs import fake_config, make_tree, run_job
 
 N_THREADS, N_PUTTERS = 3, 16
 RUN = RunConfig(no_ray=True, device="cpu", cpus_per_worker=N_THREADS, depth=2)
-N_OBJECTS = 4 * 4 + 1 + 1
-"""Of a shard of fake_vit: four layers of four kinds, what the head reads, and the statistics."""
+N_OBJECTS = 4 + 1 + 1
+"""Of a shard of one layer of fake_vit: four kinds, what the head reads, and the statistics."""
 
-UNIT_S = 0.6
+UNIT_S = 1.0
 """Seconds of threads that a stage takes for a shard; the throttled one takes half as much again."""
 
 STAGES = ("decode", "device", "encode", "write")
@@ -47,10 +48,18 @@ def paced(seconds: float, work: Callable[..., Any], *args: Any) -> Any:
 
 
 def throttled(
-    images: Path, store: Path, seconds: dict[str, float], patch: pytest.MonkeyPatch, *, remote: bool = False
+    images: Path,
+    store: Path,
+    seconds: dict[str, float],
+    patch: pytest.MonkeyPatch,
+    *,
+    n_images: int = 32,
+    remote: bool = False,
 ) -> dict[str, Any]:
     """Extract with each stage slowed to so many seconds a shard, over all threads; returns status.json."""
-    config = fake_config(images, store, samples_per_shard=8, samples_per_chunk=4, micro_batch=4)
+    config = fake_config(
+        images, store, layers="3", limit=n_images, samples_per_shard=8, samples_per_chunk=4, micro_batch=4
+    )
     decode, states = pipeline.shard.decode_image, Teacher.layer_states_list
     encode, put = ShardBuffers.encode, FolderObjects.put
     data_keys = ("layer_", "head_input/", "statistics/")
@@ -73,6 +82,7 @@ def throttled(
         slow.setattr(Teacher, "layer_states_list", slow_states)
         slow.setattr(ShardBuffers, "encode", slow_encode)
         slow.setattr(FolderObjects, "put", slow_put)
+        slow.setattr(os, "fsync", lambda _: None)  # a disk that others keep busy is a throttle of its own
         if remote:  # a store that others share, whose puts have threads of their own; here it is a folder all the same
             slow.setattr(pipeline.shard, "is_remote", lambda _: True)
             slow.setattr(pipeline.shard_writer, "is_remote", lambda _: True)
@@ -99,7 +109,9 @@ def remote_verdict_of(images: Path, store: Path, limit: str, patch: pytest.Monke
     pool_s = {"decode": 0.5 * UNIT_S, "device": 0.25 * UNIT_S, "encode": 0.25 * UNIT_S}
     per_shard_s = UNIT_S / N_THREADS
     slower = 1.5 if limit == "write" else 1 / 1.5
-    return throttled(images, store, {**pool_s, "write": slower * per_shard_s * N_PUTTERS}, patch, remote=True)
+    return throttled(
+        images, store, {**pool_s, "write": slower * per_shard_s * N_PUTTERS}, patch, n_images=48, remote=True
+    )
 
 
 @pytest.mark.parametrize("limit", ["device", "write"])
