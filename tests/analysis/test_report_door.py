@@ -1,0 +1,120 @@
+"""`make report` end to end: a page with figures and tables from a small store, and what is refused before it starts."""
+
+import csv
+import json
+import re
+
+import numpy as np
+import pytest
+
+from analysis.__main__ import main
+from analysis.report_command import PAGE
+from infra.console import UserError
+from infra.objects import open_objects
+from pipeline.teacher import load_teacher
+from tests.stores import make_spec, write_planted
+
+SECTIONS = ["Phases, angular speed and CKA", "Similarity", "Dynamics", "Spectra"]
+
+
+def write(place, **changes):
+    write_planted(open_objects(str(place)), make_spec(**{"layers": tuple(range(7))} | changes))
+
+
+def report(store, out, *more: str) -> str:
+    assert main(["report", "--store", str(store), "--out", str(out), "--k", "2", *more]) == 0
+    return (out / PAGE).read_text()
+
+
+def test_a_store_without_teacher_has_its_page_and_tables(tmp_path, capsys):
+    write(tmp_path / "store")
+    page = report(tmp_path / "store", tmp_path / "out")
+    assert re.findall(r"<h2>(.*?)</h2>", page) == SECTIONS
+    assert f"make report STORE={tmp_path / 'store'} OUT={tmp_path / 'out'} K=2" in page
+    saved = capsys.readouterr().out
+    tables = sorted(path.name for path in (tmp_path / "out/tables").iterdir())
+    assert f"{page.count('<figure>')} figures; {len(tables)} tables" in saved
+    assert tables == sorted(
+        [f"cosine_{kind}.csv" for kind in ("cls", "registers", "patches", "patch_mean")]
+        + ["cka_cls.csv", "cka_patch_mean.csv", "cka_cls_patch_mean.csv", "dynamics.csv", "spectra.csv"]
+    )
+    with (tmp_path / "out/tables/cosine_cls.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert rows[0] == ["layer", *map(str, range(7))]
+    np.testing.assert_allclose([float(row[i + 1]) for i, row in enumerate(rows[1:])], 1)
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "https://" not in page
+
+
+def test_the_same_store_gives_the_same_page(tmp_path):
+    write(tmp_path / "store")
+    assert report(tmp_path / "store", tmp_path / "out") == report(tmp_path / "store", tmp_path / "out")
+
+
+def test_a_store_without_cls_has_a_report_of_what_it_has(tmp_path):
+    write(tmp_path / "store", has_cls=False, n_registers=0)
+    page = report(tmp_path / "store", tmp_path / "out")
+    assert "patch_mean" in page
+    assert "registers" not in re.sub(r"<span class.*?</span>|<dd>.*?</dd>|Mean over .*?</figcaption>", "", page)
+
+
+@pytest.mark.parametrize(
+    ("more", "changes", "expected"),
+    [
+        (["--limit", "3"], {}, "LIMIT=3: expected 4 or more images"),
+        (["--k", "0"], {}, "K=0: expected 1 or more phases"),
+        (["--k", "4"], {}, "K=4: layers 1 to 6 are cut into at most 3 phases of 2"),
+        ([], {"layers": (3, 4)}, "holds layers 3, 4; a report needs all from 0 on"),
+        ([], {"n_samples": 3}, "has 3 valid images, expected 4 or more"),
+        (["--run", "nowhere"], {}, "nowhere"),
+    ],
+)
+def test_what_cannot_be_reported_is_refused_before_it_starts(tmp_path, more, changes, expected):
+    write(tmp_path / "store", **changes)
+    with pytest.raises(UserError, match=re.escape(expected)):
+        report(tmp_path / "store", tmp_path / "out", *more)
+    assert not (tmp_path / "out" / PAGE).exists()
+
+
+def test_all_problems_come_at_once(tmp_path):
+    with pytest.raises(UserError) as error:
+        main(["report", "--store", str(tmp_path / "none"), "--out", str(tmp_path), "--k", "0", "--limit", "1"])
+    assert [part in str(error.value) for part in ("K=0", "LIMIT=1", "none")] == [True] * 3
+
+
+def test_states_that_have_no_direction_are_named(tmp_path, monkeypatch):
+    import tests.stores
+
+    planted = tests.stores.planted_states
+
+    def with_zeros(spec, rows, seed=0):
+        states = planted(spec, rows, seed)
+        states[:, 4, 0] = 0
+        return states
+
+    monkeypatch.setattr(tests.stores, "planted_states", with_zeros)
+    write(tmp_path / "store")
+    with pytest.raises(UserError, match=r"no direction: layer 4: 8 of 8 rows|no direction: layer 4"):
+        report(tmp_path / "store", tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A store of 48 digits with its teacher."""
+    from pipeline.__main__ import main as extract
+
+    place = tmp_path_factory.mktemp("digits")
+    assert extract(["extract", "--store", str(place), "--no-ray", "--limit", "48"]) in (0, None)
+    return place
+
+
+@pytest.mark.slow
+def test_a_store_with_its_teacher_shows_what_the_teacher_does(digits, tmp_path):
+    page = report(digits, tmp_path / "out", "--model-limit", "8")
+    assert re.findall(r"<h2>(.*?)</h2>", page) == [*SECTIONS, "Attention and branches", "Self-correction", "Layer swap"]
+    with (tmp_path / "out/tables/layer_swap.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["where"] for row in rows} == {"none", "intra", "inter"}
+    assert float(rows[0]["accuracy"]) > 0.9
+    assert len(load_teacher("digits_vit").model.blocks) == 12
+    assert json.loads((digits / "train/store.json").read_text())
