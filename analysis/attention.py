@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float64
 from timm.layers.attention import Attention
-from torch import Tensor, nn
+from torch import Tensor
 
 from analysis.accumulate import Moments, MomentsAccumulator
 from infra.console import UserError
-from pipeline.teacher import Teacher
+from pipeline.teacher import Model, Teacher
 
 
 def patch_distances(grid: tuple[int, int], patch_size: tuple[float, float]) -> Float64[np.ndarray, "patch patch"]:
@@ -63,7 +63,7 @@ def attention_reach(
     return Reach(distance=distances.mean(axis=-1), elsewhere=1 - kept.mean(axis=-1))
 
 
-def attention_of(block: nn.Module, x: Float[Tensor, "row token dim"]) -> Float[Tensor, "row head query key"]:
+def attention_of(block: Model, x: Float[Tensor, "row token dim"]) -> Float[Tensor, "row head query key"]:
     """softmax(q k' / sqrt(head dim)) of a timm block, from the state that enters it.
 
     Raises:
@@ -80,7 +80,7 @@ def attention_of(block: nn.Module, x: Float[Tensor, "row token dim"]) -> Float[T
 
 
 def branch_ratios(
-    block: nn.Module, x: Float[Tensor, "row token dim"]
+    block: Model, x: Float[Tensor, "row token dim"]
 ) -> tuple[Float[Tensor, "row token"], Float[Tensor, "row token"], Float[Tensor, "row token dim"]]:
     """|z| / |f(z)| of the attention branch and of the MLP branch, and the state that leaves the block.
 
