@@ -28,13 +28,14 @@ def test_one_step_in_closed_form_decays_the_bias_too():  # D3
 
 def test_two_steps_use_the_default_betas():  # D3
     layer = linear(0.5)
-    optimizer = make_optimizer(layer, learning_rate=0.01, weight_decay=0.0)
+    # steps of 1: of smaller ones, a value near 4 would not show another beta
+    optimizer = make_optimizer(layer, learning_rate=1.0, weight_decay=0.0)
     optimizer.step()
     layer.bias.grad.fill_(-0.25)
     optimizer.step()
     m = (0.9 * 0.1 * 0.5 + 0.1 * -0.25) / (1 - 0.9**2)
     v = (0.999 * 0.001 * 0.25 + 0.001 * 0.0625) / (1 - 0.999**2)
-    assert layer.bias.tolist() == pytest.approx([4.0 - 0.01 - 0.01 * m / v**0.5] * 2, rel=1e-6)
+    assert layer.bias.tolist() == pytest.approx([4.0 - 1.0 - m / v**0.5] * 2, rel=1e-6)
 
 
 def test_bias_can_be_left_out_of_the_decay():  # D3
