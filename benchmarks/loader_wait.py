@@ -49,7 +49,8 @@ NOTES = (
     "On a CPU the loop itself widens a batch to float32 before its step. That is not waiting, but it gives the stream "
     "more time for a batch than the step has. A GPU widens it there, beside its step; `stream alone` is that, and the "
     "harder of the two: nothing but the sleep between one batch and the next.",
-    "Others: the part of all cores that other processes had meanwhile. Files are in the page cache.",
+    "CPU ms a step: of all threads of this process; the sleep costs none, and two cores have 80 ms for it. Others: the "
+    "part of all cores that other processes had meanwhile. Files are in the page cache.",
 )
 
 
@@ -89,12 +90,14 @@ class Waited:
     Attributes:
         shares: Of the time that was waited, one number per line of metrics.
         samples_per_s: Over all of them.
+        cpu_ms: CPU time of this process for each step: what reading costs, whatever else the machine does.
         others: The part of all cores that other processes took.
         load: The machine's load average of one minute, before and after.
     """
 
     shares: tuple[float, ...]
     samples_per_s: float
+    cpu_ms: float
     others: float
     load: tuple[float, float]
 
@@ -105,6 +108,10 @@ class Waited:
     @property
     def median(self) -> float:
         return median(self.shares)
+
+
+Loop = Callable[[LoaderWaitBenchmark, TrainingData], tuple[tuple[float, ...], float]]
+"""loop(config, data): the share of waiting by line of metrics, and samples per second."""
 
 
 class Sleep(Gradient):
@@ -129,8 +136,8 @@ def run(config: LoaderWaitBenchmark, folder: Path | None = None) -> Result:
             for name, store in stores.items():
                 data = open_training_data(store, str(config.span))
                 torch.set_num_threads(torch_threads(data.train.spec.dim))  # as make train does
-                found[name, IN_TRAINING] = _measured(lambda data=data: in_training(config, data))  # type: ignore[misc]
-                found[name, ALONE] = _measured(lambda data=data: alone(config, data))  # type: ignore[misc]
+                found[name, IN_TRAINING] = _measured(in_training, config, data)
+                found[name, ALONE] = _measured(alone, config, data)
         finally:
             torch.set_num_threads(before)
     return _result(config, found)
@@ -181,14 +188,20 @@ def _recipe(config: LoaderWaitBenchmark, data: TrainingData) -> TrainConfig:
     )
 
 
-def _measured(measure: Callable[[], tuple[tuple[float, ...], float]]) -> Waited:
+def _measured(measure: Loop, config: LoaderWaitBenchmark, data: TrainingData) -> Waited:
     own, busy, began, load = psutil.Process().cpu_times(), _busy_s(), time.monotonic(), psutil.getloadavg()[0]
-    shares, samples_per_s = measure()
+    shares, samples_per_s = measure(config, data)
     after = psutil.Process().cpu_times()
     own_s = after.user + after.system - own.user - own.system
     others = (_busy_s() - busy - own_s) / ((time.monotonic() - began) * psutil.cpu_count())
     loads = load, psutil.getloadavg()[0]
-    return Waited(shares=shares, samples_per_s=samples_per_s, others=max(0.0, others), load=loads)
+    return Waited(
+        shares=shares,
+        samples_per_s=samples_per_s,
+        cpu_ms=1000 * own_s / config.n_steps,
+        others=max(0.0, others),
+        load=loads,
+    )
 
 
 def _busy_s() -> float:
@@ -225,6 +238,7 @@ def _result(config: LoaderWaitBenchmark, found: dict[tuple[str, str], Waited]) -
             "mean, %": 100 * waited.mean,
             "worst, %": 100 * max(waited.shares),
             "samples/s": waited.samples_per_s,
+            "CPU ms a step": waited.cpu_ms,
             "others, %": 100 * waited.others,
             "load before": waited.load[0],
             "load after": waited.load[1],
