@@ -26,7 +26,7 @@ from pipeline.dispatch import (
 from pipeline.job import DEPTH_ON_CPU, DEPTH_ON_GPU, ExtractResult, Job, bad_image_limit, too_many_bad
 from pipeline.locations import full_location, is_remote
 from pipeline.run_log import AtWork
-from pipeline.run_metrics import RunMetrics
+from pipeline.run_metrics import RunMetrics, told
 from pipeline.shard import RunnerConfig, ShardElsewhere, ShardReport, commit_nbytes
 from pipeline.sources import DigitsSource, Source
 from pipeline.teacher import Teacher
@@ -104,7 +104,9 @@ class Rounds:
         result.bad_images.sort()
         result.faults = self._metrics.faults()
         if result.reports:
-            result.verdict = str(self._metrics.verdict())
+            limit = self._metrics.verdict()
+            result.verdict = str(limit)
+            self._log.status(**told(limit))
 
     def _round(self, shards: Sequence[int]) -> None:
         with closing(self._dispatch(shards)) as outcomes:

@@ -22,6 +22,12 @@ RECENT_S = 300.0
 """The verdict of a run that is still at work is about so much of its past."""
 
 
+def told(verdict: Verdict) -> dict[str, Any]:
+    """A verdict as fields of status.json."""
+    busy = {stage: round(share, 4) for stage, share in verdict.busy.items()}
+    return {"verdict": str(verdict), "limited_by": verdict.limit, "busy": busy}
+
+
 class RunMetrics:
     """Counts of one store's extraction. Threads may share it.
 
@@ -67,8 +73,7 @@ class RunMetrics:
             self._metrics.expect("errors", where=where, kind=kind)
         for name in ("images", "bad_images", "written_bytes"):
             self._metrics.expect(name)
-        self._metrics.set("planned_images", self._n_planned)
-        self._metrics.set("committed_images", self._n_committed)
+        self._show_gauges()
 
         def tell(where: Where, kind: Kind) -> None:
             if self._faults_here:
@@ -124,8 +129,9 @@ class RunMetrics:
             return self._verdict((0.0, 0.0, {}))
 
     def status(self) -> dict[str, Any]:
-        """Numbers for status.json, as they are now."""
+        """Numbers for status.json, as they are now; called every few seconds, it also shows all gauges again."""
         with self._lock:
+            self._show_gauges()
             rate = self._images.per_s()
             left = self._n_planned - self._n_committed
             recent = self._verdict(self._marks[0])
@@ -138,9 +144,7 @@ class RunMetrics:
                 "workers_wanted": self._n_wanted,
                 "shards": dict(self._shards),
                 "errors": dict(self.faults()),
-                "verdict": str(recent),
-                "limited_by": recent.limit,
-                "busy": {stage: round(share, 4) for stage, share in recent.busy.items()},
+                **told(recent),
             }
 
     def faults(self) -> Counter[str]:
@@ -179,6 +183,14 @@ class RunMetrics:
             for pool in pools:
                 found.setdefault(pool.stages, []).append(pool.lanes)
         return [Pool(stages=stages, lanes=sum(lanes) / len(lanes)) for stages, lanes in found.items()]
+
+    def _show_gauges(self) -> None:
+        """Ray drops a gauge some ten seconds after it was set, so that one which stays the same is set again."""
+        self._metrics.set("planned_images", self._n_planned)
+        self._metrics.set("committed_images", self._n_committed)
+        self._metrics.set("workers_ready", self._n_ready)
+        self._metrics.set("workers_wanted", self._n_wanted)
+        self._show_lanes()
 
     def _show_lanes(self) -> None:
         for pool in self._lanes():

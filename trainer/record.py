@@ -115,7 +115,7 @@ class Record:
             about: JSON values that the result shall say beside what was found.
         """
         self._progress.status("validating")
-        limit = self._telemetry.verdict()  # of the training; the last validation is no part of it
+        limit = self._telemetry.judge()  # the last validation is no part of it
         with self._telemetry.spending("validation"):
             final = self._judge.whole(self._model)
         self._log.validation(self._config.n_steps, final)

@@ -96,6 +96,7 @@ class Telemetry:
         self._window = Window(clock=clock)
         self._marks: deque[_Mark] = deque([_Mark(at=clock())])
         self._found: dict[str, Any] = {"state": "running"}
+        self._judged: Verdict | None = None
         self._export = Export(run_metrics(run.location, config))
         self._beat = Beat(self._write, expected=(ObjectError,))
 
@@ -135,16 +136,17 @@ class Telemetry:
         """Say how it ended; the last document will have it."""
         self._found["state"] = state
 
-    def verdict(self) -> Verdict:
-        """What has limited this process's part of the run."""
-        return loop_verdict(self.totals.seconds())
+    def judge(self) -> Verdict:
+        """What has limited this process's part of the run up to now; the documents to come say the same."""
+        self._judged = loop_verdict(self.totals.seconds())
+        return self._judged
 
     def document(self) -> dict[str, Any]:
         """The numbers of status.json, as they are now."""
         totals, rate = self.totals, self._window.per_s()
         marks = list(self._marks)
         recent = {stage: s - marks[0].seconds.get(stage, 0.0) for stage, s in marks[-1].seconds.items()}
-        limit = loop_verdict(recent)
+        limit = self._judged or loop_verdict(recent)
         left = self._n_samples - self._samples_before - totals.samples
         found = {
             **self._found,

@@ -70,7 +70,7 @@ def test_a_finished_run_says_what_it_did(data: TrainingData, tmp_path: Path, cap
     assert status["spans"] == "0-2"
     assert status["limited_by"] in ("step", "loader", "validation", "checkpoint")
     assert status["verdict"].startswith("limited by ")
-    assert "\nthis run was limited by " in capsys.readouterr().err
+    assert f"\nthis run was {status['verdict']}\n" in capsys.readouterr().err
     # Every pass reads each chunk of three states once: float32, three kinds.
     assert status["amplification"] == 1.0
     spec = data.train.spec
