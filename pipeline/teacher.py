@@ -29,6 +29,7 @@ from pipeline.vit import (
 from pipeline.vit_models import (
     SHIPPED,
     Loaded,
+    Model,
     TeacherError,
     both,
     grid_of,
@@ -48,6 +49,7 @@ __all__ = [
     "SHIPPED",
     "WEIGHTS_FILE",
     "Loaded",
+    "Model",
     "Teacher",
     "TeacherError",
     "assemble",
