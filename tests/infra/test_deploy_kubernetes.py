@@ -136,6 +136,17 @@ def test_without_autoscaling_replicas_must_be_said():
     assert any("without autoscaling minReplicas and maxReplicas are required" in one for one in problems(broken))
 
 
+def test_ray_start_has_the_parameters():
+    """The operator makes flags of them: num-cpus becomes --num-cpus."""
+    from ray.scripts.scripts import start
+
+    known = {name for one in start.params for name in one.opts}
+    cluster = rayjob()["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], cluster["workerGroupSpecs"][0]):
+        assert group["rayStartParams"]
+        assert {f"--{name}" for name in group["rayStartParams"]} <= known
+
+
 def test_the_version_is_the_pinned_one():
     pinned = re.search(r"^ray==(\S+)$", Path("requirements.txt").read_text(), re.MULTILINE)
     assert pinned is not None

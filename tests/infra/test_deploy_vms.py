@@ -140,6 +140,21 @@ def test_the_variable_of_the_head_is_left_to_the_shell_of_the_machine():
     assert "--address=$RAY_HEAD_IP:6379" in shlex.split(command)
 
 
+def test_ray_start_takes_the_commands():
+    """Ray's own command line reads them, and starts nothing."""
+    from click import NoSuchOption
+    from ray.scripts.scripts import start
+
+    commands = [*cluster()["head_start_ray_commands"], *cluster()["worker_start_ray_commands"]]
+    starts = [shlex.split(one.partition("ray start ")[2]) for one in commands if "ray start" in one]
+    head, worker = (start.make_context("start", list(words)).params for words in starts)
+    assert (head["head"], head["num_cpus"], head["dashboard_host"]) == (True, 0, "127.0.0.1")
+    assert head["object_store_memory"] == worker["object_store_memory"] == 2**30
+    assert (worker["address"], head["port"]) == ("$RAY_HEAD_IP:6379", "6379")
+    with pytest.raises(NoSuchOption):
+        start.make_context("start", ["--object-store-memroy=1"])
+
+
 @pytest.mark.parametrize("name", ["head-policy.json", "trust-policy.json"])
 def test_the_policies_are_policies(name: str):
     text = render("vms", DEPLOYMENT)[name]
