@@ -193,6 +193,8 @@ class RunMetrics:
         self._show_lanes()
 
     def _show_lanes(self) -> None:
+        if not self._n_ready:
+            return  # shares of no lanes are none; boards divide by them
         for pool in self._lanes():
             for stage in pool.stages:
                 self._metrics.set("stage_lanes", pool.lanes * self._n_ready, stage=stage)
