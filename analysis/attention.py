@@ -7,6 +7,7 @@ what was left out is reported, as the paper says nothing of it.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,10 @@ from torch import Tensor
 
 from analysis.accumulate import Moments, MomentsAccumulator
 from infra.console import UserError
-from pipeline.teacher import Model, Teacher
+from pipeline.teacher import Teacher
+
+# A timm block. As an nn.Module, each of its attributes would be "Tensor | Module" to a type checker.
+Block = Any
 
 
 def patch_distances(grid: tuple[int, int], patch_size: tuple[float, float]) -> Float64[np.ndarray, "patch patch"]:
@@ -63,7 +67,7 @@ def attention_reach(
     return Reach(distance=distances.mean(axis=-1), elsewhere=1 - kept.mean(axis=-1))
 
 
-def attention_of(block: Model, x: Float[Tensor, "row token dim"]) -> Float[Tensor, "row head query key"]:
+def attention_of(block: Block, x: Float[Tensor, "row token dim"]) -> Float[Tensor, "row head query key"]:
     """softmax(q k' / sqrt(head dim)) of a timm block, from the state that enters it.
 
     Raises:
@@ -80,7 +84,7 @@ def attention_of(block: Model, x: Float[Tensor, "row token dim"]) -> Float[Tenso
 
 
 def branch_ratios(
-    block: Model, x: Float[Tensor, "row token dim"]
+    block: Block, x: Float[Tensor, "row token dim"]
 ) -> tuple[Float[Tensor, "row token"], Float[Tensor, "row token"], Float[Tensor, "row token dim"]]:
     """|z| / |f(z)| of the attention branch and of the MLP branch, and the state that leaves the block.
 
