@@ -8,9 +8,8 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import psutil
 from tests.marked import end_marked, new_mark
 
 START_S = 180.0
+STARTED = "Ray runtime started."
 OBJECT_STORE_NBYTES = 100 * 2**20
 
 
@@ -116,9 +116,9 @@ def _ray_head(n_cpus: int, environment: Mapping[str, str]) -> Iterator[RayCluste
         dashboard=f"http://127.0.0.1:{dashboard}", address=f"127.0.0.1:{gcs}", mark=mark, folder=folder
     )
     try:
-        # The agent answers last, and submissions need it.
-        for url in (f"{cluster.dashboard}/api/jobs/", f"http://127.0.0.1:{agent}/api/local_raylet_healthz"):
-            _await_answer(url, process, log)
+        # The dashboard may answer while the node is still coming up, or going to fail.
+        _await(lambda: STARTED in log.read_text(), process, log)
+        _await(lambda: _answers(f"{cluster.dashboard}/api/jobs/"), process, log)
         yield cluster
     finally:
         process.send_signal(signal.SIGTERM)
@@ -131,15 +131,21 @@ def _ray_head(n_cpus: int, environment: Mapping[str, str]) -> Iterator[RayCluste
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _await_answer(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def _await(what: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + START_S
     while time.monotonic() < deadline and process.poll() is None:
-        try:
-            with urllib.request.urlopen(url, timeout=10):
-                return
-        except (OSError, urllib.error.URLError):
-            time.sleep(0.5)
-    raise _StartError(f"{url} did not answer: {log.read_text()}")
+        if what():
+            return
+        time.sleep(0.2)
+    raise _StartError(f"Ray did not start: {log.read_text()}")
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=10):
+            return True
+    except OSError:
+        return False
 
 
 def actor_processes(mark: Mapping[str, str]) -> list[psutil.Process]:
