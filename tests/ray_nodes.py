@@ -146,6 +146,8 @@ def ray_nodes(folder: Path, **head: Any) -> Iterator[Nodes]:
 
 def workers_of(node: Any) -> set[int]:
     """Ids of the processes of our actors on a node."""
+    if "raylet" not in node.all_processes:  # killed
+        return set()
     raylet = node.all_processes["raylet"][0].process.pid
     found = set()
     try:
