@@ -3,11 +3,12 @@
 A status.json is a JSON object that its job puts anew every 10 s. A reader takes from it what it knows and leaves the
 rest; every field but `time` (seconds since 1970, by the job's clock) may be absent:
 
-    run_id, state (starting, running, complete, incomplete, stopped), cause, seconds, seconds_left, verdict, messages
-    extraction: images_done, images_total, images_per_s, bytes_per_s, bad_images, workers_ready, workers_wanted,
-        busy {stage: share}, shards {result: count}, errors {"where kind": count}
-    training: step, n_steps, samples_done, samples_total, samples_per_s, loss, loader_wait (share of the time),
-        step_s, amplification, mfu, errors
+    run_id, state (starting, running, complete, incomplete, stopped), cause, seconds, seconds_left, messages,
+        busy {stage: share of the time}, limited_by, verdict, errors {"where kind": count}
+    extraction: images_done, images_total, images_per_s, bytes_per_s, written_bytes, bad_images, workers_ready,
+        workers_wanted, shards {result: count}
+    training: spans, step, n_steps, samples_done, samples_total, samples_per_s, loss, loader_wait (share of the time),
+        step_s, amplification, mfu, totals {what: since it began to train}
 """
 
 import json

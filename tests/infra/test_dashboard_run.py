@@ -1,5 +1,6 @@
 """Every query of the Grafana board has data during a real extraction and a real training, in a real Prometheus."""
 
+import math
 import os
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,69 +25,72 @@ pytestmark = [
     ),
 ]
 REPOSITORY = Path(__file__).parents[2]
-LIMIT_S = 420
 
 
-@pytest.fixture
-def ray_here(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-    """A folder of its own for the Rays that the commands start; short, as Ray's sockets lie below it."""
+#: The interval that Grafana takes for numbers that are renewed every 10 s.
+ASKED = {query: panel for panel, query in board.queries(rate_interval="40s")}
+TRAINING = {query for query in ASKED if "ray_activations_train_" in query}
+ON_GPUS = {query for query, panel in ASKED.items() if "GPU" in panel.needs}
+
+
+@contextmanager
+def ray_here() -> Iterator[dict[str, str]]:
+    """The environment of commands that start a Ray of their own, in a short folder, as Ray's sockets lie below it."""
     with tempfile.TemporaryDirectory(prefix="w", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        monkeypatch.setenv("RAY_TMPDIR", folder)
-        variables = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "TMPDIR")}
-        yield variables | {"RAY_TMPDIR": folder, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+        inherited = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "TMPDIR")}
+        yield inherited | {"RAY_TMPDIR": folder, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
 
 
-def ask_while_it_runs(
-    command: list[str], environment: dict[str, str], prometheus: Prometheus, targets: Targets, asked: dict[str, str]
-) -> tuple[set[str], str]:
-    """Run a command; the queries that had data at some time until shortly after its end, and what it printed."""
-    answered: set[str] = set()
-    with tempfile.TemporaryFile("w+") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *command], cwd=REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT
-        )
-        try:
-            until = time.monotonic() + LIMIT_S
-            while process.poll() is None and time.monotonic() < until:
-                targets.renew()
-                answered |= {query for query in asked if query not in answered and prometheus.query(query)}
-                time.sleep(1)
-        finally:
-            if process.poll() is None:
-                process.terminate()
-            process.wait(60)
+def unanswered(command: list[str], asked: set[str], folder: Path) -> dict[str, str]:
+    """Run a command beside a Prometheus; titles of the queries that had no number at any time, with the queries."""
+    waiting = set(asked)
+    with ray_here() as environment, pytest.MonkeyPatch.context() as patch, (folder / "said").open("w+") as output:
+        patch.setenv("RAY_TMPDIR", environment["RAY_TMPDIR"])
+        targets = Targets(None, folder)
+        targets.renew()
+        with serving(files=[targets.file], every_s=2, folder=folder / "prometheus") as prometheus:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *command],
+                cwd=REPOSITORY,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+            try:
+                while process.poll() is None:
+                    targets.renew()
+                    waiting -= {query for query in waiting if has_numbers(prometheus, query)}
+                    time.sleep(1)
+            finally:
+                if process.poll() is None:
+                    process.terminate()
+                process.wait(60)
         output.seek(0)
-        said = output.read()
-    assert process.returncode == 0, said
-    return answered, said
+        assert process.returncode == 0, output.read()
+    return {ASKED[query].title: query for query in waiting}
 
 
-def test_every_query_has_data_during_a_run(ray_here, tmp_path):
-    store, run = str(tmp_path / "digits"), str(tmp_path / "run")
-    # The interval that Grafana takes for numbers that are renewed every 10 s and scraped every second.
-    asked = {query: panel for panel, query in board.queries(rate_interval="40s")}
-    training = {query for query in asked if "ray_activations_train_" in query}
-    on_gpus = {query for query, panel in asked.items() if "GPU" in panel.needs}
-    targets = Targets(None, tmp_path)
-    targets.renew()
-    with serving(files=[targets.file], every_s=1, folder=tmp_path / "prometheus") as prometheus:
-        extraction = {query: asked[query].title for query in asked.keys() - training - on_gpus}
-        found, said = ask_while_it_runs(
-            ["pipeline", "extract", "--images", "digits", "--store", store], ray_here, prometheus, targets, extraction
-        )
-        missing = {extraction[query]: query for query in extraction.keys() - found}
-        assert not missing, said
-        trained = {query: asked[query].title for query in training - on_gpus}
-        found, said = ask_while_it_runs(
-            [
-                *("trainer", "train", "--block", "0-3", "--store", store, "--run", run, "--workers", "1"),
-                *("--steps", "600", "--device", "cpu"),
-            ],
-            ray_here,
-            prometheus,
-            targets,
-            trained,
-        )
-        missing = {trained[query]: query for query in trained.keys() - found}
-        assert not missing, said
-        assert "up" in set(prometheus.targets().values()) or targets.renew() == []
+def has_numbers(prometheus: Prometheus, query: str) -> bool:
+    """0 / 0 is no number."""
+    return any(math.isfinite(sample.value) for sample in prometheus.query(query))
+
+
+@pytest.fixture(scope="module")
+def extracted(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, str]]:
+    """A store, and what had no data while it was made."""
+    folder = tmp_path_factory.mktemp("extraction")
+    store = str(folder / "digits")
+    command = ["pipeline", "extract", "--images", "digits", "--store", store]
+    return store, unanswered(command, set(ASKED) - TRAINING - ON_GPUS, folder)
+
+
+def test_every_query_has_data_during_an_extraction(extracted):
+    _, missing = extracted
+    assert missing == {}
+
+
+def test_every_query_has_data_during_a_training(extracted, tmp_path):
+    store, _ = extracted
+    command = ["trainer", "train", "--block", "0-3", "--store", store, "--run", str(tmp_path / "run")]
+    command += ["--workers", "1", "--steps", "200", "--device", "cpu"]
+    assert unanswered(command, TRAINING - ON_GPUS, tmp_path) == {}
