@@ -2,14 +2,13 @@
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ import psutil
 from tests.marked import end_marked, new_mark
 
 START_S = 180.0
-STARTED = "Ray runtime started."
 OBJECT_STORE_NBYTES = 100 * 2**20
 
 
@@ -102,42 +100,30 @@ def _ray_head(n_cpus: int, environment: Mapping[str, str]) -> Iterator[RayCluste
         "temp-dir": folder,
     }
     words = [f"--{name}={value}" for name, value in flags.items()]
-    log = folder / "ray-start.log"
-    with log.open("wb") as told:
-        process = subprocess.Popen(
-            [Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--disable-usage-stats", *words],
-            env={**inherited, **settings, **environment, **mark},
-            cwd=folder,
-            stdout=told,
-            stderr=told,
-            start_new_session=True,
-        )
     cluster = RayCluster(
         dashboard=f"http://127.0.0.1:{dashboard}", address=f"127.0.0.1:{gcs}", mark=mark, folder=folder
     )
     try:
-        # The dashboard may answer while the node is still coming up, or going to fail.
-        _await(lambda: STARTED in log.read_text(), process, log)
-        _await(lambda: _answers(f"{cluster.dashboard}/api/jobs/"), process, log)
+        started = subprocess.run(
+            [Path(sys.executable).with_name("ray"), "start", "--head", "--disable-usage-stats", *words],
+            env={**inherited, **settings, **environment, **mark},
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        if started.returncode:
+            raise _StartError(started.stdout)
+        deadline = time.monotonic() + START_S
+        while not _answers(f"{cluster.dashboard}/api/jobs/"):
+            if time.monotonic() > deadline:
+                raise _StartError(f"the dashboard does not answer: {started.stdout}")
+            time.sleep(0.2)
         yield cluster
     finally:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
         end_marked(mark)
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _await(what: Callable[[], bool], process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline and process.poll() is None:
-        if what():
-            return
-        time.sleep(0.2)
-    raise _StartError(f"Ray did not start: {log.read_text()}")
 
 
 def _answers(url: str) -> bool:
