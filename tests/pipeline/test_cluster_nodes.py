@@ -26,8 +26,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"),
 ]
 
-DIGITS = {"images": "digits", "limit": 240, "samples-per-shard": 8, "samples-per-chunk": 8, "device": "cpu"}
-N_TRAIN_SHARDS = 30
+DIGITS = {"images": "digits", "samples-per-shard": 8, "samples-per-chunk": 8, "device": "cpu"}
+N_TRAIN_SHARDS = 180
 
 
 @pytest.fixture
@@ -150,13 +150,14 @@ def test_nodes_that_die_drain_and_come_late_change_nothing(
         return True
 
     late: list[Any] = []
-    command.wait_for(lambda: look() and n_committed() >= 3, "3 shards were committed")
+    command.wait_for(lambda: look() and n_committed() >= 10, "10 shards were committed")
+    late.append(nodes.add(s3_keys=True))
+    command.wait_for(lambda: look() and workers_of(late[0]), "the late node got a worker")
     at_kill = n_committed()
     nodes.remove(first[0])
     nodes.drain(first[1])
     drained_at, draining_workers = time.monotonic(), workers_of(first[1])
-    late.append(nodes.add(s3_keys=True))
-    assert at_kill < N_TRAIN_SHARDS / 2, "too fast for this test: it is to happen half-way"
+    assert at_kill < 0.8 * N_TRAIN_SHARDS, "too fast for this test: it is to happen while there is work"
     assert draining_workers
     command.wait_for(lambda: look() and not workers_of(first[1]), "the draining node's worker had gone")
     left_after_s = time.monotonic() - drained_at
@@ -169,8 +170,9 @@ def test_nodes_that_die_drain_and_come_late_change_nothing(
     print("object store peak:", peak)
 
     shards = shards_of(train.location)
+    everywhere = [*shards, *shards_of(f"{bucket}/store/val")]
     by_node = {
-        node_id: sum(int(shard["worker"].rpartition(":")[2]) in mine for shard in shards)
+        node_id: sum(int(shard["worker"].rpartition(":")[2]) in mine for shard in everywhere)
         for node_id, mine in pids.items()
     }
     print("shards by node:", by_node)
