@@ -71,7 +71,7 @@ def test_what_could_be_taken_for_something_else_is_refused(variable: str, text: 
 PLAIN = yaml.safe_load(render("kubernetes", Deployment(**GOOD))["extract.yaml"])
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(text=st.text(st.characters(codec="ascii"), min_size=1, max_size=40))
 def test_no_text_of_the_person_changes_the_shape_of_a_file(text: str):
     """Free text stays in the place that it was put in, and nothing else moves."""
@@ -117,6 +117,7 @@ def test_what_a_kind_does_not_need_need_not_be_given():
             render(what, Deployment())
 
 
+@settings(max_examples=40)
 @given(notice_s=st.integers(30, 600), gpus=st.integers(1, 16), cores=st.integers(1, 256), nodes=st.integers(1, 200))
 def test_what_follows_is_consistent(notice_s: int, gpus: int, cores: int, nodes: int):
     try:

@@ -18,7 +18,7 @@ from infra.deployment import Deployment
 from infra.manifests import render
 from infra.objects import ObjectAccessError, ObjectMissingError, open_objects
 from tests.policies import Request, allows, asked, policy_server, without
-from tests.s3_servers import S3Server, environment_of
+from tests.s3_servers import S3Server, environment_of, settings_of
 
 DOORS = {"pipeline": pipeline.__main__, "storage_schemas": storage_schemas.__main__, "trainer": trainer.__main__}
 SMALL = "--limit 8 --layers 0 --samples-per-shard 8 --samples-per-chunk 8"
@@ -212,20 +212,16 @@ def test_it_would_not_take_a_wrong_one():
         IAMPolicyDocumentValidator(wrong).validate()
 
 
-def test_unfinished_uploads_are_ended_and_nothing_else():
+def test_unfinished_uploads_are_ended_and_nothing_else(moto: S3Server):
     """Read back from a server that keeps lifecycle rules: nothing that is whole is ever deleted by age."""
-    from botocore.session import Session
-    from moto import mock_aws
-
-    found = policies(DEPLOYMENT)["lifecycle.json"]
-    with mock_aws():
-        session = Session()
-        session.set_credentials("k", "s")
-        client = session.create_client("s3", region_name="us-east-1")
-        client.create_bucket(Bucket="my-bucket")
-        client.put_bucket_lifecycle_configuration(Bucket="my-bucket", LifecycleConfiguration=found)
-        (rule,) = client.get_bucket_lifecycle_configuration(Bucket="my-bucket")["Rules"]
-        client.put_bucket_policy(Bucket="my-bucket", Policy=render("bucket", DEPLOYMENT)["bucket-policy.json"])
+    bucket = moto.make_bucket()
+    found = render("bucket", Deployment(bucket=bucket))
+    client = settings_of(moto.direct).make_client(timeout_s=30)
+    client.put_bucket_lifecycle_configuration(Bucket=bucket, LifecycleConfiguration=json.loads(found["lifecycle.json"]))
+    (rule,) = client.get_bucket_lifecycle_configuration(Bucket=bucket)["Rules"]
+    client.put_bucket_policy(Bucket=bucket, Policy=found["bucket-policy.json"])
+    (kept,) = json.loads(client.get_bucket_policy(Bucket=bucket)["Policy"])["Statement"]
+    assert (kept["Effect"], kept["Condition"]) == ("Deny", {"Bool": {"aws:SecureTransport": "false"}})
     assert rule["AbortIncompleteMultipartUpload"] == {"DaysAfterInitiation": 3}
     assert rule["Status"] == "Enabled"
     assert not {"Expiration", "NoncurrentVersionExpiration", "Transitions"} & set(rule)

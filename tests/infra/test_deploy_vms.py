@@ -150,7 +150,7 @@ def test_ray_start_takes_the_commands():
     head, worker = (start.make_context("start", list(words)).params for words in starts)
     assert (head["head"], head["num_cpus"], head["dashboard_host"]) == (True, 0, "127.0.0.1")
     assert head["object_store_memory"] == worker["object_store_memory"] == 2**30
-    assert (worker["address"], head["port"]) == ("$RAY_HEAD_IP:6379", "6379")
+    assert (worker["address"], head["port"]) == ("$RAY_HEAD_IP:6379", 6379)
     with pytest.raises(NoSuchOption):
         start.make_context("start", ["--object-store-memroy=1"])
 
