@@ -374,7 +374,7 @@ class _Pool:
         self.on_event(WorkerLost(worker=worker.name, cause=f"it could not start{where}: {cause}"))
         self.failed_on[worker.node_id] += 1
         others = any(other.ready and other.node_id != worker.node_id for other in self.workers)
-        if others and self.failed_on[worker.node_id] == NODE_TRIES and worker.node_id:
+        if others and self.failed_on[worker.node_id] >= NODE_TRIES and worker.node_id not in ("", *self.left_out):
             self.left_out.add(worker.node_id)
             self.failed_boots = 0
             self.next_look = 0.0

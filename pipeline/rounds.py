@@ -254,8 +254,13 @@ class Rounds:
             return
         from pipeline.dispatch_ray import run_on_ray
 
+        on_gpus = False
+
         def wanted(without: Set[str] = frozenset()) -> Wanted:
-            return wanted_workers(run, machines_of_ray(without))
+            nonlocal on_gpus
+            found = wanted_workers(run, machines_of_ray(without), on_gpus=on_gpus)
+            on_gpus = bool(found.num_gpus)
+            return found
 
         if run.depth is None:
             depth = DEPTH_ON_GPU if wanted().num_gpus else DEPTH_ON_CPU  # the GPUs are the workers', not ours

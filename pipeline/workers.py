@@ -120,7 +120,7 @@ def machines_of_ray(without: Set[str] = frozenset()) -> list[MachineRoom]:
     return [MachineRoom(int(has.get("CPU", 0)), int(has.get("GPU", 0))) for has in alive]
 
 
-def wanted_workers(run: RunConfig, machines: Sequence[MachineRoom]) -> Wanted:
+def wanted_workers(run: RunConfig, machines: Sequence[MachineRoom], *, on_gpus: bool = False) -> Wanted:
     """Workers for these machines: WORKERS of them if that was typed, else as many as there is room for now.
 
     Each gets a GPU if there are any and DEVICE allows it, and as many cores as there are for each GPU on the machine
@@ -128,9 +128,14 @@ def wanted_workers(run: RunConfig, machines: Sequence[MachineRoom]) -> Wanted:
     over: one worker per machine where machines are alike.
 
     Where no machine has room yet, one worker is wanted all the same: it is what makes a cluster grow from nothing.
+
+    Args:
+        run: As typed.
+        machines: Those that are there.
+        on_gpus: GPUs are in use already: if they are gone, others are awaited, for a CPU's states differ in their bits.
     """
     with_gpus = [machine for machine in machines if machine.gpus and machine.cpus] if run.device != "cpu" else []
-    if with_gpus or run.device.startswith("cuda"):
+    if with_gpus or on_gpus or run.device.startswith("cuda"):
         cpus = run.cpus_per_worker or min([MOST_CORES, *(max(1, one.cpus // one.gpus) for one in with_gpus)])
         if not with_gpus:
             cpus = run.cpus_per_worker or 1  # of machines that are still to come

@@ -58,6 +58,14 @@ def test_a_cluster_that_has_no_machine_yet_is_asked_for_one_worker() -> None:
     assert "2 CPUs and 0 GPUs" in wanted_workers(CUDA, [MachineRoom(2)]).have
 
 
+def test_gpus_that_are_gone_are_awaited() -> None:
+    """A spot market may take all of them; the machines that stay would make other bits, slowly."""
+    left = [MachineRoom(64)]
+    assert shape(wanted_workers(AUTO, left)) == (1, 64, 0)
+    assert shape(wanted_workers(AUTO, left, on_gpus=True)) == (1, 1, 1)
+    assert wanted_workers(AUTO, left, on_gpus=True).n_fit == 0
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 128), st.integers(0, 8)), max_size=12),
     st.sampled_from(["auto", "cpu", "cuda"]),
