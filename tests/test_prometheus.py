@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -49,30 +50,42 @@ cluster.shutdown()
 """
 
 DRIVER = """
+import os
 import sys
-from tests.test_prometheus import deadly_teacher
+from tests.test_prometheus import DeadlyTeacher
 from pipeline.extract import extract_and_tell
 from pipeline.settings import ExtractConfig
 from pipeline.workers import RunConfig
 run = RunConfig(device="cpu", workers=2, cpus_per_worker=1)
-sys.exit(extract_and_tell(ExtractConfig(store=sys.argv[1]), run, teacher_factory=deadly_teacher))
+teacher = DeadlyTeacher(marker=sys.argv[2], driver=os.getpid())
+sys.exit(extract_and_tell(ExtractConfig(store=sys.argv[1]), run, teacher_factory=teacher))
 """
 
 
-def deadly_teacher(device: str) -> Teacher:
-    """The digits' own; the first worker that commits shard 3 dies in that very moment, before it can tell anybody."""
-    marker = Path(os.environ["KILLED"])
-    put = ShardWriter.put
+@dataclass(frozen=True, kw_only=True)
+class DeadlyTeacher:
+    """Makes the digits' own. The first worker that commits shard 3 dies in that very moment and tells nobody.
 
-    def deadly_put(self: ShardWriter, key: str, data: object) -> None:
-        put(self, key, data)  # type: ignore[arg-type]
-        if key == KILL_AT and not marker.exists():
-            marker.touch()
-            os.kill(os.getpid(), 9)
+    Attributes:
+        marker: File that tells that it has happened.
+        driver: The process that is to live.
+    """
 
-    if os.environ["DRIVER"] != str(os.getpid()):
-        ShardWriter.put = deadly_put  # type: ignore[method-assign]
-    return load_teacher("digits_vit", device=device)
+    marker: str
+    driver: int
+
+    def __call__(self, device: str) -> Teacher:
+        put, marker = ShardWriter.put, Path(self.marker)
+
+        def deadly_put(writer: ShardWriter, key: str, data: object) -> None:
+            put(writer, key, data)  # type: ignore[arg-type]
+            if key == KILL_AT and not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), 9)
+
+        if os.getpid() != self.driver:
+            ShardWriter.put = deadly_put  # type: ignore[method-assign]
+        return load_teacher("digits_vit", device=device)
 
 
 @contextmanager
@@ -129,12 +142,10 @@ def test_totals_are_exact_though_a_worker_is_killed_and_the_driver_ends_with_the
 ) -> None:
     address, prometheus = scraped
     root, marker = tmp_path / "digits", tmp_path / "killed"
-    # DRIVER: sh replaces itself by python, so that its number is known before it is.
-    script = f'DRIVER=$$ exec "{sys.executable}" -c "$0" "$1"'
     environment = {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": address, "PYTHONPATH": str(REPO)}
     done = subprocess.run(
-        ["sh", "-c", script, DRIVER, str(root)],
-        env={**os.environ, **environment, "KILLED": str(marker)},
+        [sys.executable, "-c", DRIVER, str(root), str(marker)],
+        env={**os.environ, **environment},
         cwd=REPO,
         capture_output=True,
         text=True,
