@@ -150,7 +150,7 @@ class TestNumbers:
             ([None], "samples are object values, expected sample indices"),
             (np.zeros((2, 3), int), r"samples were given as an array of shape \(2, 3\), expected one axis"),
         ],
-        ids=str,
+        ids=["set", "generator", "dict", "str", "float", "float64", "texts", "none", "two axes"],
     )
     def test_what_has_no_order_or_is_no_number(self, asked, message):
         with pytest.raises(TypeError, match=message):
