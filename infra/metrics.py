@@ -82,6 +82,10 @@ SERIES: Mapping[str, Series] = {
     ),
     "train_loss": Series(kind="gauge", description="Mean training loss of the last interval.", tags=_RUN),
     "train_planned_samples": Series(kind="gauge", description="Samples of the whole run.", tags=_RUN),
+    "train_done_samples": Series(
+        kind="gauge", description="Those that it has been trained on, by earlier processes too.", tags=_RUN
+    ),
+    "train_done_steps": Series(kind="gauge", description="Its steps, those of earlier processes too.", tags=_RUN),
     "train_mfu_ratio": Series(
         kind="gauge", description="Products per second, over the device's peak as its vendor states it.", tags=_RUN
     ),

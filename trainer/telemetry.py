@@ -39,6 +39,7 @@ _TOTALS = {
     "needed_bytes": "train_needed_bytes",
 }
 _GAUGES = {"loss": "train_loss", "samples_total": "train_planned_samples", "mfu": "train_mfu_ratio"}
+_DONE = {"samples_done": "train_done_samples", "step": "train_done_steps"}
 _STAGES = ("loader", "step", "validation", "checkpoint")
 
 
@@ -209,10 +210,10 @@ class Export:
         for name, value in new.items():
             self._count(name, value - self._told.get(name, 0.0))
         self._told = new
-        if document.get("state") == "running":
-            for name, series in _GAUGES.items():
-                if isinstance(found := document.get(name), int | float):
-                    self._metrics.set(series, found)
+        shown = {**_GAUGES, **_DONE} if document.get("state") == "running" else _DONE  # what is done stays true
+        for name, series in shown.items():
+            if isinstance(found := document.get(name), int | float):
+                self._metrics.set(series, found)
 
     def _numbers(self, document: Mapping[str, Any]) -> dict[str, float]:
         errors = {f"error {name}": n for name, n in document.get("errors", {}).items()}

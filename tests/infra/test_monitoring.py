@@ -93,6 +93,7 @@ def test_every_series_of_ours_is_on_the_board_or_told_why_not():
     aside = {
         *("shard_duration_seconds_sum", "shard_duration_seconds_count"),
         *("train_validation_seconds_total", "train_checkpoint_seconds_total", "train_planned_samples"),
+        *("train_done_samples", "train_done_steps"),
     }
     assert unseen == aside
 

@@ -102,6 +102,11 @@ def test_a_run_that_was_stopped_and_goes_on_counts_its_own_part(data: TrainingDa
     assert counted.found["train_steps"] == 12
     assert counted.found["train_samples"] == 164
 
+    anew = Counted()  # as a process that goes on: its counters begin at zero, the run does not
+    Export(anew)(done)
+    assert (anew.found["train_steps"], anew.found["train_samples"]) == (7, 164 - 73)
+    assert (anew.found["train_done_steps"], anew.found["train_done_samples"]) == (12, 164)
+
 
 def test_a_run_that_fails_says_why(data: TrainingData, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
