@@ -33,6 +33,13 @@ _NOT_IN_A_JOB = {
 }
 _MACHINERY = {"PYTHON", "READY", "MAKEFILE_LIST", "MAKEFLAGS", "MAKE", "SHELL", "CMD", "JOB"}
 _MAKE_S = 60
+# Up to the @: also where the password holds what an address cannot, such as a slash.
+_USER_INFO = re.compile(r"://([^/\s]*@|[^/@\s\[]+:(?!\d*([/,]|$))\S*@)")
+_SIGNATURE = re.compile(
+    r"((?:[?&]|%3f|%26)(?:x-amz-[a-z-]+|x-goog-[a-z-]+|awsaccesskeyid|googleaccessid|signature|sig|[a-z_-]*token"
+    r"|key|api_?key|secret|password)(?:=|%3d))[^&\s'\"]+",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +122,10 @@ def parse_command(typed: str, *, makefile: Path) -> JobCommand:
     if not problems:
         taken, problems = _known(target, variables, makefile)
         words = _make_words(target, taken, makefile)
+        problems += _secret_problems(words, taken)
         problems += _place_problems(target, words)
     if problems:
-        raise UserError("\n  ".join([f"CMD={shlex.quote(typed)} cannot be submitted:", *problems]))
+        raise UserError(_masked("\n  ".join([f"CMD={shlex.quote(typed)} cannot be submitted:", *problems])))
     warnings = [
         f"{name}={place}: every node of the cluster must see this folder (a shared file system); else use s3://"
         for name, place in _places(words)
@@ -201,9 +209,32 @@ def _places(words: Sequence[str]) -> list[tuple[str, str]]:
     return found
 
 
+def _secret_problems(words: Sequence[str], variables: Mapping[str, str]) -> list[str]:
+    """Addresses that hold a secret, wherever in the command they are and wherever they come from."""
+    found = list(variables.items())
+    typed = set(variables.values()) | set(shlex.split(variables.get("ARGS", "")))
+    for before, word in pairwise(("", *words)):
+        if word not in typed:  # it is from the environment or from local.mk
+            option = word.partition("=")[0] if word.startswith("--") else before
+            found.append((option[2:].upper().replace("-", "_") if option.startswith("--") else "an address", word))
+    problems = []
+    for name, text in found:
+        if _USER_INFO.search(text):
+            problems.append(f"{name}: the address holds a password, and everybody who sees the dashboard would see it")
+        if "://" in text and _SIGNATURE.search(text):
+            problems.append(
+                f"{name}: the address is signed, and everybody who sees the dashboard could use it. Expected one "
+                "without, such as s3://bucket/prefix, and machines that have a role or keys of their own"
+            )
+    return problems
+
+
+def _masked(text: str) -> str:
+    """Without what `_secret_problems` finds: what is refused may be printed into a log too."""
+    return _SIGNATURE.sub(r"\1...", _USER_INFO.sub("://...@", text))
+
+
 def _place_problem(name: str, place: str) -> str:
-    if re.search(r"://[^/]*@", place):
-        return f"{name}: the address holds a password, and everybody who sees the dashboard would see it"
     if "://" in place or os.path.isabs(place):
         return ""
     here = os.path.abspath(os.path.expanduser(place))
@@ -221,11 +252,17 @@ def _is_used(target: str, name: str, makefile: Path) -> bool:
 def _make_words(target: str, variables: Mapping[str, str], makefile: Path) -> tuple[str, ...]:
     line = _make_line(target, variables, makefile)
     try:
-        python, *words = shlex.split(line)
+        words = shlex.split(line)
     except ValueError as error:
-        raise UserError(f"make {target} would run a line that cannot be taken apart ({error}): {line}") from error
-    assert [python, words[0]] == [PYTHON, "-m"], line
-    return tuple(words)
+        raise UserError(
+            f"make {target} would run a line that cannot be taken apart ({error}): {_masked(line)}"
+        ) from error
+    if words[:2] != [PYTHON, "-m"] or len(words) < 4:
+        raise UserError(
+            f"make {target} would run {_masked(line) or 'nothing'}, which a cluster cannot. Expected {PYTHON} -m ...: "
+            f"take out of local.mk what sets PYTHON, or makes {target} another target"
+        )
+    return tuple(words[1:])
 
 
 def _make_line(target: str, variables: Mapping[str, str], makefile: Path) -> str:

@@ -16,18 +16,15 @@ import tyro
 from infra.console import ExitCode, UserError, human_bytes, human_duration, say
 from infra.job_code import pack_code
 from infra.job_command import JobCommand, endpoint_warning, parse_command
+from infra.job_follow import follow, last_line, stop
 from infra.jobs import (
     GRACE_S,
     JobRow,
     connect_jobs,
     dashboard_address,
-    describe_rows,
     exit_code,
     find_job,
-    follow,
     job_rows,
-    last_line,
-    stop,
     submission_of,
     submit,
 )
@@ -204,3 +201,26 @@ def quoted(command: str) -> str:
     """A command in quotes that a shell, and then make, leaves alone."""
     text = command.replace("$", "$$")
     return f'"{text}"' if not set(text) & set('"\\$`!') else shlex.quote(text)
+
+
+def describe_rows(rows: list[JobRow], *, now: float, width: int) -> str:
+    """The table of `make jobs`."""
+    if not rows:
+        return "no job was submitted to this cluster yet"
+    head = ("JOB", "STATE", "SINCE", "TOOK", "COMMAND")
+    lines = []
+    for row in rows:
+        took = human_duration(max(0.0, (row.ended or now) - row.began))
+        lines.append((row.job, row.state, time.strftime("%m-%d %H:%M", time.localtime(row.began)), took, row.command))
+    sizes = [max(len(line[column]) for line in (head, *lines)) for column in range(4)]
+    said = []
+    for line, message in zip([head, *lines], ["", *(row.message for row in rows)]):
+        text = "  ".join([*(word.ljust(size) for word, size in zip(line, sizes)), line[4]])
+        said.append(_cut(text, width))
+        if message:
+            said.append(_cut(f"    {message}", width))
+    return "\n".join(said)
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: max(1, width - 3)] + "..."

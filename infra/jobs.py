@@ -1,33 +1,29 @@
-"""Jobs of a Ray cluster: submit one, list them, follow one, stop one.
+"""Jobs of a Ray cluster: submit one, list them. `infra.job_follow` follows and stops them.
 
 Thin over `ray.job_submission`, which speaks HTTP with the dashboard of the cluster's head. Nothing secret is sent: what
 a job is told (its command, its variables, its environment) can be read by everybody who sees the dashboard.
 """
 
-import asyncio
 import logging
 import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import aclosing
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from infra.console import ExitCode, JobError, UserError, human_duration
+from infra.console import ExitCode, JobError, UserError
 from infra.job_command import TARGETS, JobCommand, is_loopback
 
 KNOCK_TIMEOUT_S = 10.0
-POLL_S = 1.0
 GRACE_S = 600
 EXPECTED = "Expected RAY_ADDRESS=http://HOST:8265, the address of the cluster's dashboard"
 _STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"  # Ray's: SIGTERM, then so many seconds (3 if nobody says), then SIGKILL
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
-_RECONNECTS = 30
-_ROOM_S = 15.0  # for a job that is asked to stop before it has begun
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +140,36 @@ def connect_jobs(address: str) -> Any:
             "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=<file>"
         ) from error
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"no Ray dashboard answers at {address} ({_first_line(error)}). {EXPECTED}") from error
+        raise UserError(f"no Ray dashboard answers at {address} ({first_line(error)}). {EXPECTED}") from error
+
+
+def no_answer() -> tuple[type[Exception], ...]:
+    """What Ray's client raises when the cluster, or the way there, fails."""
+    from aiohttp import ClientError
+    from ray.exceptions import AuthenticationError
+
+    return OSError, RuntimeError, ClientError, AuthenticationError
+
+
+@contextmanager
+def answering(otherwise: str) -> Iterator[None]:
+    """For what asks the cluster.
+
+    Args:
+        otherwise: What a person must know, or can do, if it does not answer.
+
+    Raises:
+        JobError: It does not.
+    """
+    try:
+        yield
+    except no_answer() as error:
+        raise JobError(f"the cluster answers no more ({first_line(error)}); {otherwise}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What it says, on one line; its name if it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def submission_of(
@@ -193,6 +218,7 @@ def submit(client: Any, submission: Submission, *, now: float | None = None) -> 
 
     Raises:
         UserError: The cluster refuses it.
+        JobError: The cluster answers no more: the job may be there or not.
     """
     stamp = time.strftime("%m%d-%H%M%S", time.gmtime(now))
     runtime_env: dict[str, Any] = {"env_vars": dict(submission.environment)}
@@ -214,11 +240,20 @@ def submit(client: Any, submission: Submission, *, now: float | None = None) -> 
             if "already exists" not in str(error):
                 raise UserError(f"the cluster refuses the job: {error}") from error
             attempt += 1
+        except no_answer() as error:
+            raise JobError(
+                f"the cluster answers no more ({first_line(error)}); whether {job} was submitted, make jobs tells"
+            ) from error
 
 
 def job_rows(client: Any) -> list[JobRow]:
-    """All jobs that the cluster knows, newest first."""
-    return sorted(map(_row, client.list_jobs()), key=lambda row: -row.began)
+    """All jobs that the cluster knows, newest first.
+
+    Raises:
+        JobError: The cluster answers no more.
+    """
+    with answering("the same command may be typed again"):
+        return sorted(map(job_row, client.list_jobs()), key=lambda row: -row.began)
 
 
 def find_job(client: Any, job: str) -> JobRow:
@@ -226,6 +261,7 @@ def find_job(client: Any, job: str) -> JobRow:
 
     Raises:
         UserError: There is none of this name; lists those there are.
+        JobError: The cluster answers no more.
     """
     rows = job_rows(client)
     for row in rows:
@@ -235,7 +271,8 @@ def find_job(client: Any, job: str) -> JobRow:
     raise UserError(f"JOB={job}: the cluster knows no such job; there are: {there}")
 
 
-def _row(details: Any) -> JobRow:
+def job_row(details: Any) -> JobRow:
+    """From what Ray tells of a job."""
     submitted = details.submission_id is not None
     command = (details.metadata or {}).get("make", "")
     return JobRow(
@@ -268,102 +305,6 @@ def code_meaning(code: int) -> str:
     return f"exit code {code}" + (f": ended by signal {number}" if number else "")
 
 
-def follow(client: Any, job: str, write: Callable[[str], None], *, poll_s: float = POLL_S) -> JobRow:
-    """Write the log of a job from its beginning until it has ended; returns what became of it.
-
-    A connection that breaks is made again, and what was shown is not shown twice.
-
-    Raises:
-        JobError: It breaks again and again.
-    """
-    counted = _Counted(write)
-    for _ in range(_RECONNECTS):
-        try:
-            while True:
-                asyncio.run(_tail(client, job, counted.n, counted))
-                row = _row(client.get_job_info(job))
-                if not row.lives:
-                    return row
-                time.sleep(poll_s)
-        except _no_answer() as error:
-            last = error
-        time.sleep(poll_s)
-    raise JobError(f"the cluster answers no more ({_first_line(last)}); {job} may still run there") from last
-
-
-class _Counted:
-    """Counts what is written through it."""
-
-    def __init__(self, write: Callable[[str], None]) -> None:
-        self._write, self.n = write, 0
-
-    def __call__(self, text: str) -> None:
-        self._write(text)
-        self.n += len(text)
-
-
-def _no_answer() -> tuple[type[Exception], ...]:
-    """What Ray's client raises when the cluster, or the way there, fails."""
-    from aiohttp import ClientError
-
-    return OSError, RuntimeError, ClientError
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-async def _tail(client: Any, job: str, skip: int, write: Callable[[str], None]) -> None:
-    async with aclosing(client.tail_job_logs(job)) as pieces:
-        async for piece in pieces:
-            if len(piece) > skip:
-                write(piece[skip:])
-            skip = max(0, skip - len(piece))
-
-
-def last_line(client: Any, job: str) -> str:
-    """The last line of a job's log: how far it is."""
-    lines = client.get_job_logs(job).splitlines()
-    return lines[-1] if lines else ""
-
-
-def stop(client: Any, job: str, tell: Callable[[str], None], *, poll_s: float = POLL_S) -> JobRow:
-    """Ask a job to stop, and wait until it has.
-
-    It gets SIGTERM, finishes and saves what is in flight, and ends; after the grace that it was submitted with (Ray's
-    own is 3 s) it is killed, and what is committed or saved by then stays valid.
-
-    A job that still waits for room cannot be told before it gets some; then it ends at once. That is not waited for.
-
-    Args:
-        tell: Gets every line that the job writes meanwhile.
-
-    Raises:
-        UserError: There is no such job, or it was not submitted.
-        JobError: The cluster answers no more.
-    """
-    row = find_job(client, job)
-    if not row.lives:
-        return row
-    if not row.submitted:
-        raise UserError(f"JOB={job} was not submitted but typed on some machine; stop it there with Ctrl-C")
-    try:
-        n_told = len(client.get_job_logs(job))
-        client.stop_job(job)
-        gives_up = time.monotonic() + _ROOM_S
-        while row.lives and not (row.state == "PENDING" and time.monotonic() > gives_up):
-            time.sleep(poll_s)
-            row = _row(client.get_job_info(job))
-            text = client.get_job_logs(job)
-            whole = text.rfind("\n") + 1 if row.lives else len(text)
-            for line in text[n_told:whole].splitlines():
-                tell(line)
-            n_told = max(n_told, whole)
-    except _no_answer() as error:
-        raise JobError(f"the cluster answers no more ({_first_line(error)}); {job} was asked to stop") from error
-    return row
-
-
 def exit_code(row: JobRow) -> int:
     """How a followed job ended, as an exit code of ours."""
     if row.state == "SUCCEEDED":
@@ -371,26 +312,3 @@ def exit_code(row: JobRow) -> int:
     if row.state == "STOPPED":
         return ExitCode.INTERRUPTED
     return next((code for code in ExitCode if code == row.exit_code and code), ExitCode.ERROR)
-
-
-def describe_rows(rows: list[JobRow], *, now: float, width: int) -> str:
-    """The table of `make jobs`."""
-    if not rows:
-        return "no job was submitted to this cluster yet"
-    head = ("JOB", "STATE", "SINCE", "TOOK", "COMMAND")
-    lines = []
-    for row in rows:
-        took = human_duration(max(0.0, (row.ended or now) - row.began))
-        lines.append((row.job, row.state, time.strftime("%m-%d %H:%M", time.localtime(row.began)), took, row.command))
-    sizes = [max(len(line[column]) for line in (head, *lines)) for column in range(4)]
-    said = []
-    for line, message in zip([head, *lines], ["", *(row.message for row in rows)]):
-        text = "  ".join([*(word.ljust(size) for word, size in zip(line, sizes)), line[4]])
-        said.append(_cut(text, width))
-        if message:
-            said.append(_cut(f"    {message}", width))
-    return "\n".join(said)
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: max(1, width - 3)] + "..."

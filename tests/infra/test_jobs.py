@@ -16,17 +16,15 @@ from infra.cluster import cluster_address
 from infra.console import ExitCode, JobError, UserError
 from infra.job_code import MAX_NBYTES, pack_code
 from infra.job_command import TARGETS, endpoint_warning, parse_command
-from infra.job_doors import quoted, s3_environment
+from infra.job_doors import describe_rows, quoted, s3_environment
+from infra.job_follow import RECONNECTS, follow, stop
 from infra.jobs import (
     JobRow,
     connect_jobs,
     dashboard_address,
-    describe_rows,
     exit_code,
     find_job,
-    follow,
     job_rows,
-    stop,
     submission_of,
     submit,
 )
@@ -102,6 +100,25 @@ def test_every_target_is_one_of_the_makefile_and_is_tested() -> None:
         ("extract STORE=s3://b/x WEIGHTS=~/w.pt", ["WEIGHTS=~/w.pt is a path of this folder"]),
         ("extract STORE=s3://b/x IMAGES=https://me:secret@h/x", ["IMAGES: the address holds a password"]),
         ("extract STORE=s3://b/x ARGS='--images pictures'", ["IMAGES=pictures is a path of this folder"]),
+        *[
+            (f"extract STORE=s3://b/x {typed}", [said])
+            for typed, said in [
+                ("ENDPOINT_URL=http://me:secret@h:9000", "ENDPOINT_URL: the address holds a password"),
+                ("ENDPOINT_URL=HTTP://me:se/cret@h:9000", "ENDPOINT_URL: the address holds a password"),
+                ("IMAGES=s3://secret@b/x", "IMAGES: the address holds a password"),
+                ("ARGS='--endpoint-url http://me:secret@h:9000'", "ARGS: the address holds a password"),
+                ("ARGS='--endpoint-url=http://me:secret@h:9000'", "ARGS: the address holds a password"),
+                ("IMAGE=http://me:secret@h:9000", "takes no IMAGE"),
+                ("JOIN=http://me:secret@h:9000", "JOIN: the address holds a password"),
+                ("'IMAGES=https://h/x?a=1&X-Amz-Signature=secret'", "IMAGES: the address is signed"),
+                ("IMAGES=https://h/x?X-Amz-Credential=secret%2Fx", "IMAGES: the address is signed"),
+                ("IMAGES=https://h/x?AWSAccessKeyId=secret", "IMAGES: the address is signed"),
+                ("IMAGES=https://h/x%3Fx-amz-signature%3Dsecret", "IMAGES: the address is signed"),
+                ("WEIGHTS=https://h/x.pt?sig=secret", "WEIGHTS: the address is signed"),
+            ]
+        ],
+        ("table RUNS=s3://b/r,https://me:secret@h/x PROBES=s3://b/p OUT=s3://b/o", ["RUNS: the address holds"]),
+        ("copy STORE=s3://b/x TO=https://me:secret@h/x", ["TO: the address holds a password"]),
     ],
 )
 def test_what_cannot_work_is_refused_with_what_to_do(typed: str, said: list[str]) -> None:
@@ -109,7 +126,42 @@ def test_what_cannot_work_is_refused_with_what_to_do(typed: str, said: list[str]
         parse_command(typed, makefile=MAKEFILE)
     for part in said:
         assert part in str(error.value)
-    assert "secret" not in str(error.value).partition("\n")[2]
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "typed", ["IMAGES=s3://b/me@home/x", "IMAGES=https://h:9000/a:b@c?page=2", "'IMAGES=s3://b/x-0?.tar'"]
+)
+def test_an_address_without_secrets_may_look_odd(typed: str) -> None:
+    assert parse_command(f"extract STORE=s3://b/x {typed}", makefile=MAKEFILE).target == "extract"
+
+
+def with_local_mk(folder: Path, text: str) -> Path:
+    """This project's Makefile, with a local.mk beside it."""
+    makefile = folder / "Makefile"
+    makefile.write_text(MAKEFILE.read_text())
+    (folder / "local.mk").write_text(text)
+    return makefile
+
+
+def test_secrets_of_local_mk_are_found_too(tmp_path: Path) -> None:
+    makefile = with_local_mk(tmp_path, "ENDPOINT_URL = http://me:secret@h:9000\n")
+    with pytest.raises(UserError, match="ENDPOINT_URL: the address holds a password") as error:
+        parse_command("extract STORE=s3://b/x", makefile=makefile)
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "runs"),
+    [
+        ("override PYTHON := python3\n", "python3 -m pipeline extract"),
+        ("override PYTHON :=\n", "m pipeline extract"),
+        ("override ARGS = 'a\n", "cannot be taken apart"),
+    ],
+)
+def test_a_local_mk_with_a_python_of_its_own_is_refused_in_words(tmp_path: Path, text: str, runs: str) -> None:
+    with pytest.raises(UserError, match=f"make extract would run .*{runs}"):
+        parse_command("extract STORE=s3://b/x", makefile=with_local_mk(tmp_path, text))
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:
@@ -338,8 +390,105 @@ def test_a_cluster_that_is_gone_is_told_and_not_waited_for_for_ever() -> None:
             ask(Gone(details("j", "RUNNING"), logs=("a\n",)))
 
 
+class Breaking(Cluster):
+    """Whose log breaks off again and again, each time with or without something new; the job may live for all that."""
+
+    def __init__(self, state: str, *, pieces: int = 0, broken: int, knows: bool = True) -> None:
+        super().__init__(details("j", state), logs=("",))
+        self.pieces, self.broken, self.knows, self.n = pieces, broken, knows, 0
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        self.n += 1
+        for number in range(min(self.n, self.pieces)):
+            yield f"{number}\n"
+        if self.n <= self.broken:
+            raise ConnectionResetError("the proxy has had enough")
+        self.jobs[0].status = SimpleNamespace(value="SUCCEEDED")
+
+    def get_job_info(self, job: str) -> Any:
+        if not self.knows and self.n <= self.broken:
+            raise ConnectionResetError("no route to the head")
+        return super().get_job_info(job)
+
+
+def test_a_job_that_lives_is_followed_however_often_the_connection_breaks() -> None:
+    assert follow(Breaking("RUNNING", broken=5 * RECONNECTS), "j", print, poll_s=0).state == "SUCCEEDED"
+
+
+def test_a_log_that_goes_on_is_followed_however_often_the_connection_breaks() -> None:
+    said: list[str] = []
+    n = 3 * RECONNECTS
+    row = follow(Breaking("RUNNING", pieces=n, broken=n, knows=False), "j", said.append, poll_s=0)
+    assert (row.state, "".join(said)) == ("SUCCEEDED", "".join(f"{number}\n" for number in range(n)))
+
+
+@pytest.mark.parametrize(("knows", "said"), [(True, "has ended there: FAILED"), (False, "may still run there")])
+def test_a_log_of_which_nothing_more_comes_is_given_up(knows: bool, said: str) -> None:
+    cluster = Breaking("FAILED", pieces=3, broken=10**6, knows=knows)
+    with pytest.raises(JobError, match=f"j {said}"):
+        follow(cluster, "j", print, poll_s=0)
+    assert cluster.n == 3 + RECONNECTS
+
+
+class Speechless(Cluster):
+    """A cluster that has lost the log of its first job."""
+
+    def get_job_logs(self, job: str) -> str:
+        if job == self.jobs[0].submission_id:
+            raise RuntimeError("Request failed with status code 500: no such file\nTraceback ...")
+        return "step 7"
+
+
+def _serve(monkeypatch: pytest.MonkeyPatch, cluster: Any) -> None:
+    monkeypatch.setattr("infra.job_doors.connect_jobs", lambda address: cluster)
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+
+
+def test_one_log_that_is_lost_hides_no_other_job(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _serve(monkeypatch, Speechless(details("extract-a", "RUNNING", began=2), details("extract-b", "RUNNING", began=1)))
+    assert main(["jobs"]) == ExitCode.OK
+    assert [line.strip() for line in capsys.readouterr().out.splitlines()[2::2]] == [
+        "its log cannot be shown: Request failed with status code 500: no such file",
+        "step 7",
+    ]
+
+
+def test_a_job_that_failed_ends_so_even_if_its_log_is_lost(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _serve(monkeypatch, Speechless(details("j", "FAILED", driver_exit_code=3), logs=("all it said\n",)))
+    assert main(["logs", "j"]) == ExitCode.PROBLEMS
+    assert "all it said" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("no route to the head"), RuntimeError("status code 503")])
+@pytest.mark.parametrize("words", [["jobs"], ["logs", "j"], ["stop", "j"], ["submit", EXTRACT]])
+def test_a_cluster_that_stops_answering_is_one_line_and_no_traceback(
+    error: Exception, words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Gone(Cluster):
+        def list_jobs(self) -> list[Any]:
+            raise error
+
+    _serve(monkeypatch, Gone())
+    assert main(words) == ExitCode.PROBLEMS
+    assert f"error: the cluster answers no more ({error})" in capsys.readouterr().err
+
+
+def test_a_job_that_may_have_been_taken_is_told_with_its_id() -> None:
+    class Gone(Sent):
+        def submit_job(self, **what: Any) -> str:
+            raise ConnectionResetError("no route to the head")
+
+    submission = submission_of(parse_command(EXTRACT, makefile=MAKEFILE), address="http://head:1", environment={})
+    with pytest.raises(JobError, match="whether extract-acts-0101-000000 was submitted, make jobs tells"):
+        submit(Gone(), submission, now=0)
+
+
 def test_a_job_that_has_no_room_yet_is_told_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("infra.jobs._ROOM_S", 0.0)
+    monkeypatch.setattr("infra.job_follow._ROOM_S", 0.0)
     cluster = Cluster(details("j", "PENDING"), logs=("", "x"))
     assert stop(cluster, "j", print, poll_s=0.01).state == "PENDING"
     assert cluster.stopped
