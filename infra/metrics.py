@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 NAMESPACE = "activations"
 PREFIX = f"ray_{NAMESPACE}_"  # of the series, as Prometheus sees them
-STAGES = ("decode", "waiting", "device", "copy", "encode", "write", "commit")
+STAGES = ("read", "decode", "waiting", "device", "copy", "encode", "write", "commit")
 
 
 @dataclass(frozen=True, kw_only=True)

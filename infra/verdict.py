@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 ADVICE: Mapping[str, str] = {
+    "read": "a source of images that is nearer or faster, or more workers, would help",
     "decode": "give each worker more cores",
     "device": "a faster device or more workers would help",
     "copy": "fewer LAYERS, or fewer bytes a value (PRECISION), would help",

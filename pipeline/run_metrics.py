@@ -7,13 +7,14 @@ killed right after a commit takes no image with it: the shard is found committed
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from infra.console import Window
 from infra.faults import COMMON, FAULTS, Kind, Where
-from infra.metrics import Metrics, place_label, sum_stages
+from infra.metrics import STAGES, Metrics, place_label, sum_stages
 from infra.verdict import Pool, Verdict, verdict
 from pipeline.dispatch import Event, ShardQuarantined, ShardRetried, WorkersReady
 from pipeline.shard import ShardElsewhere, ShardReport
@@ -26,6 +27,15 @@ def told(verdict: Verdict) -> dict[str, Any]:
     """A verdict as fields of status.json."""
     busy = {stage: round(share, 4) for stage, share in verdict.busy.items()}
     return {"verdict": str(verdict), "limited_by": verdict.limit, "busy": busy}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Mark:
+    """The end of a shard: when it was, and what had come together by then, the shard's own seconds with it."""
+
+    at: float
+    worker_s: float = 0.0
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 class RunMetrics:
@@ -58,7 +68,7 @@ class RunMetrics:
         self._worker_s, self._ready_since = 0.0, clock()
         self._pools: dict[str, tuple[Pool, ...]] = {}  # by worker, as it said last
         self._seconds: dict[str, float] = {}
-        self._marks: deque[tuple[float, float, dict[str, float]]] = deque([(clock(), 0.0, {})])
+        self._marks: deque[_Mark] = deque([_Mark(at=clock())])
         self._shards = Counter({"done": 0, "retried": 0, "quarantined": 0})
         self._faults: Counter[str] = Counter()
         self._nbytes = 0
@@ -73,6 +83,8 @@ class RunMetrics:
             self._metrics.expect("errors", where=where, kind=kind)
         for name in ("images", "bad_images", "written_bytes"):
             self._metrics.expect(name)
+        for stage in STAGES:
+            self._metrics.expect("stage_seconds", stage=stage)
         self._show_gauges()
 
         def tell(where: Where, kind: Kind) -> None:
@@ -89,8 +101,8 @@ class RunMetrics:
             self._faults.update(report.faults)
             self._pools[report.worker] = report.pools
             self._seconds = sum_stages([self._seconds, report.seconds])
-            self._marks.append((self._clock(), self._worker_seconds(), self._seconds))
-            while len(self._marks) > 2 and self._marks[1][0] < self._clock() - RECENT_S:
+            self._marks.append(_Mark(at=self._clock(), worker_s=self._worker_seconds(), seconds=self._seconds))
+            while len(self._marks) > self._n_ready + 1 and self._marks[1].at < self._clock() - RECENT_S:
                 self._marks.popleft()
             self._show_lanes()
         self._metrics.observe("shard_duration_seconds", report.wall_s)
@@ -126,7 +138,7 @@ class RunMetrics:
     def verdict(self) -> Verdict:
         """What has limited the whole run."""
         with self._lock:
-            return self._verdict((0.0, 0.0, {}))
+            return self._verdict(_Mark(at=0.0), _Mark(at=0.0, worker_s=self._worker_seconds(), seconds=self._seconds))
 
     def status(self) -> dict[str, Any]:
         """Numbers for status.json, as they are now; called every few seconds, it also shows all gauges again."""
@@ -134,7 +146,6 @@ class RunMetrics:
             self._show_gauges()
             rate = self._images.per_s()
             left = self._n_planned - self._n_committed
-            recent = self._verdict(self._marks[0])
             return {
                 "images_per_s": round(rate, 3),
                 "bytes_per_s": round(self._bytes.per_s()),
@@ -144,7 +155,7 @@ class RunMetrics:
                 "workers_wanted": self._n_wanted,
                 "shards": dict(self._shards),
                 "errors": dict(self.faults()),
-                **told(recent),
+                **told(self._recent()),
             }
 
     def faults(self) -> Counter[str]:
@@ -199,7 +210,15 @@ class RunMetrics:
             for stage in pool.stages:
                 self._metrics.set("stage_lanes", pool.lanes * self._n_ready, stage=stage)
 
-    def _verdict(self, since: tuple[float, float, dict[str, float]]) -> Verdict:
-        _, worker_s, before = since
-        spent = {stage: seconds - before.get(stage, 0.0) for stage, seconds in self._seconds.items()}
-        return verdict(spent, worker_s=self._worker_seconds() - worker_s, pools=self._lanes())
+    def _recent(self) -> Verdict:
+        """Of the time between the ends of two shards: what the shards under way have cost is not known before theirs.
+
+        Workers that began together end their shards together, so between the two there are as many shards for each.
+        """
+        n = len(self._marks) - 1
+        whole = n - n % max(self._n_ready, 1) or n
+        return self._verdict(self._marks[n - whole], self._marks[n])
+
+    def _verdict(self, begin: _Mark, end: _Mark) -> Verdict:
+        spent = {stage: seconds - begin.seconds.get(stage, 0.0) for stage, seconds in end.seconds.items()}
+        return verdict(spent, worker_s=end.worker_s - begin.worker_s, pools=self._lanes())

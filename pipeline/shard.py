@@ -287,8 +287,7 @@ class ShardRunner:
     def _micro_batch(
         self, rows: range, place: int, buffers: ShardBuffers, clock: StageClock
     ) -> tuple[list[tuple[int, str]], Reduced]:
-        with clock("decode"):
-            pixels, bad = self._read_images(rows)
+        pixels, bad = self._read_images(rows, clock)
         bad_rows = {index - rows.start for index, _ in bad}
         valid = [row for row in range(len(rows)) if row not in bad_rows] if bad else None
         if not self._on_gpu:
@@ -300,14 +299,17 @@ class ShardRunner:
         finally:
             self._device_turn.release()
 
-    def _read_images(self, rows: range) -> tuple[torch.Tensor, list[tuple[int, str]]]:
+    def _read_images(self, rows: range, clock: StageClock) -> tuple[torch.Tensor, list[tuple[int, str]]]:
         """Always a full micro-batch: the same shapes give the same arithmetic. Missing and bad images are black."""
         size = self._preprocessing.image_size
         pixels = np.zeros((self.spec.micro_batch, 3, size, size), np.uint8)
         bad = []
         for i, index in enumerate(rows):
             try:
-                pixels[i] = decode_image(self._read_bytes(self._samples[index]), self._preprocessing)
+                with clock("read"):
+                    data = self._read_bytes(self._samples[index])
+                with clock("decode"):
+                    pixels[i] = decode_image(data, self._preprocessing)
             except BadImageError as error:
                 bad.append((index, error.code))
         return torch.from_numpy(pixels), bad
@@ -390,7 +392,8 @@ def _thread_pools(n_threads: int, *, depth: int, on_gpu: bool, remote: bool) -> 
     """Which threads of a worker do what; the device is one more, as micro-batches take turns on it."""
     on_device = ("device", "copy")
     writing = () if remote else ("write",)
-    micro_batches = ("decode", "encode", *writing) if on_gpu else ("decode", *on_device, "encode", *writing)
+    images = ("read", "decode")
+    micro_batches = (*images, "encode", *writing) if on_gpu else (*images, *on_device, "encode", *writing)
     pools = [Pool(stages=micro_batches, lanes=n_threads), Pool(stages=("commit",), lanes=depth)]
     if on_gpu:
         pools.append(Pool(stages=on_device, lanes=1))

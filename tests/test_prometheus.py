@@ -177,7 +177,7 @@ def test_totals_are_exact_though_a_worker_is_killed_and_the_driver_ends_with_the
         assert told == len(commits) if split == "val" else len(commits) - 2 <= told < len(commits)
 
         status = json.loads(next((root / split).glob("log/*/status.json")).read_text())
-        for stage in ("decode", "device", "copy", "encode", "write", "commit"):
+        for stage in ("read", "decode", "device", "copy", "encode", "write", "commit"):
             spent = value(prometheus, of("stage_seconds_total", f',stage="{stage}"'))
             lanes = value(
                 prometheus, f'max_over_time({PREFIX}stage_lanes{{store="digits/{split}",stage="{stage}"}}[1h])'
