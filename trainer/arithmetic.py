@@ -1,11 +1,25 @@
 """How much arithmetic a training step is, and how much a GPU could do in that time."""
 
+import re
+
 import torch
 
 from trainer.config import TrainConfig
 
-PEAK_FLOP_PER_S = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
-"""Dense bfloat16 products per second, from the vendors' data sheets, by a part of the device's name."""
+PEAK_FLOP_PER_S = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100 SXM4": 312e12,
+    "A100 PCIE": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+}
+"""Dense bfloat16 products per second, from the vendors' data sheets, by the device's name without maker and memory.
+
+An H100 of another form (PCIe, NVL) or a part of one (MIG) has another peak, and other words in its name.
+"""
+
+_ASIDE = re.compile(r"NVIDIA|\d+GB|HBM3E?")
 
 
 def block_flop(dim: int, n_tokens: int) -> float:
@@ -34,7 +48,8 @@ def training_flop(config: TrainConfig, dim: int, n_tokens: int, forcing: float) 
 
 def stated_peak(device_name: str) -> float | None:
     """The peak of a GPU as its vendor states it; None where we do not know it."""
-    return next((peak for name, peak in PEAK_FLOP_PER_S.items() if name in device_name), None)
+    words = re.split(r"[\s-]+", device_name.upper().strip())
+    return PEAK_FLOP_PER_S.get(" ".join(word for word in words if not _ASIDE.fullmatch(word)))
 
 
 def mfu(flop_per_s: float, device: torch.device, n_devices: int) -> float | None:

@@ -107,16 +107,26 @@ class Meter:
             "loss": math.fsum(loss * size for loss, size in zip(losses, self._sizes)) / n,
             "gradient_norm": math.fsum(norms) / len(norms),
         }
+        elapsed, waited = self._spend()
+        rates = {"samples_per_s": self.spent.n_samples / elapsed, "loader_wait": waited}
+        self._start_anew()
+        return means, rates
+
+    def spend_rest(self) -> Spent:
+        """What was spent since the last line, where none will follow; the device must have done its steps."""
+        self._spend()
+        return self.spent
+
+    def _spend(self) -> tuple[float, float]:
+        """Seconds since the last line, and which share of them was waited; they are what `spent` says."""
         elapsed = time.monotonic() - self._began
         waited, stepping = (self._feed.waited_s - self._waited_s) / elapsed, self.timed.take() / elapsed
         if self._on_gpu:  # while it has steps in its queue, the host may wait for data and nobody else does
             waited = min(waited, max(0.0, 1.0 - stepping))
         elapsed, waited = self._workers.largest([elapsed, waited])  # all go at the pace of the slowest
         self.spent = self._spent(elapsed, waited)
-        rates = {"samples_per_s": self._n_timed / elapsed, "loader_wait": waited}
-        self._start_anew()
         self.restart_clock()
-        return means, rates
+        return elapsed, waited
 
     def _spent(self, elapsed: float, waited: float) -> "Spent":
         fetched, needed = self._feed.fetched_nbytes, self._feed.needed_nbytes

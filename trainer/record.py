@@ -96,6 +96,10 @@ class Record:
         self._telemetry.interval(means, rates, spent, mfu)
         self._progress.fields(step=f"{done:,}", loss=f"{means['loss']:.4g}", loader_wait=f"{rates['loader_wait']:.1%}")
 
+    def rest(self, spent: Spent) -> None:
+        """What was spent since the last line of metrics, where none will follow."""
+        self._telemetry.spent(spent)
+
     def validation(self, done: int) -> None:
         """A validation on a sample."""
         found = self._validate(done)

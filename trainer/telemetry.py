@@ -64,6 +64,7 @@ class Totals:
 @dataclass(frozen=True, kw_only=True)
 class _Mark:
     at: float
+    steps: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -114,12 +115,16 @@ class Telemetry:
             ObjectError: Nothing could be written for a minute.
         """
         self._beat.check()
-        for name in ("loader_s", "step_s", "fetched_bytes", "needed_bytes"):
-            setattr(self.totals, name, getattr(self.totals, name) + getattr(spent, name))
+        self.spent(spent)
         self._found |= {"loss": means["loss"], "loader_wait": rates["loader_wait"]}
         if mfu is not None:
             self._found["mfu"] = mfu
-        self._marks.append(_Mark(at=self._clock(), seconds=self.totals.seconds()))
+
+    def spent(self, spent: Spent) -> None:
+        """Note what the time since this was last noted was spent on."""
+        for name in ("loader_s", "step_s", "fetched_bytes", "needed_bytes"):
+            setattr(self.totals, name, getattr(self.totals, name) + getattr(spent, name))
+        self._marks.append(_Mark(at=self._clock(), steps=self.totals.steps, seconds=self.totals.seconds()))
         while len(self._marks) > 2 and self._marks[1].at < self._clock() - RECENT_S:
             self._marks.popleft()
 
@@ -167,8 +172,8 @@ class Telemetry:
         }
         if totals.needed_bytes:
             found["amplification"] = round(totals.fetched_bytes / totals.needed_bytes, 4)
-        if totals.steps and totals.step_s:
-            found["step_s"] = totals.step_s / totals.steps
+        if marks[-1].steps:  # the seconds of later steps are not known yet
+            found["step_s"] = marks[-1].seconds["step"] / marks[-1].steps
         return found
 
     def _write(self) -> None:

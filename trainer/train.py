@@ -155,6 +155,8 @@ def train(
                         tensors = take_tensors(model, optimizer, random)
                         workers.first_does(record.checkpoint, done, tensors, state)
                 if stopping:
+                    if not log_due:
+                        workers.first_does(record.rest, meter.spend_rest())
                     return None
             return _finish(record, {**describe_model(model, config), **describe_teacher(data)}, workers)
 

@@ -20,6 +20,7 @@ from trainer.arithmetic import mfu, n_block_calls, stated_peak, training_flop
 from trainer.chunk_reader import ChunkReader
 from trainer.data import TrainingData, open_training_data
 from trainer.losses import mse
+from trainer.meter import Spent
 from trainer.objectives import annealed_loss
 from trainer.run_files import STATUS_KEY, RunFiles
 from trainer.telemetry import Export, Relay, Telemetry
@@ -134,6 +135,34 @@ def test_time_left_and_the_rate_are_of_the_recent_past() -> None:
     assert "amplification" not in found  # nothing was read yet
 
 
+def test_a_step_takes_what_the_steps_of_the_lines_took() -> None:
+    telemetry = Telemetry(
+        RunFiles(MemoryObjects()), tiny_config(), n_samples=200, first_step=2, samples_before=40, clock=lambda: 0.0
+    )
+    for _ in range(4):
+        telemetry.step(20)
+    assert "step_s" not in telemetry.document()
+    spent = Spent(loader_s=2.0, step_s=6.0, n_samples=80, fetched_bytes=100.0, needed_bytes=50.0)
+    telemetry.interval({"loss": 0.5}, {"loader_wait": 0.25}, spent, None)
+    for _ in range(3):  # whose seconds come with the next line
+        telemetry.step(20)
+    assert telemetry.document()["step_s"] == 1.5
+    telemetry.spent(Spent(step_s=1.0))
+    assert telemetry.document()["step_s"] == 1.0
+    assert telemetry.document()["totals"]["step_s"] == 7.0
+
+
+def test_what_was_spent_before_a_stop_is_told_though_no_line_was_due(data: TrainingData) -> None:
+    run = RunFiles(MemoryObjects())
+    asked = iter([False] * 4 + [True])
+    assert train(tiny_config(log_every=100), data, run, machine=CPU, stop=lambda: next(asked)) is None
+    status = json.loads(run.read_status())
+    assert status["step"] == status["totals"]["steps"] == 5
+    assert status["totals"]["needed_bytes"] > 0
+    assert status["amplification"] >= 1.0
+    assert 0 < 5 * status["step_s"] < status["seconds"]
+
+
 def test_a_process_without_ray_is_told_about_by_its_document(monkeypatch: pytest.MonkeyPatch) -> None:
     objects = MemoryObjects()
     run = RunFiles(objects)
@@ -171,9 +200,28 @@ def test_flops_count_the_calls_that_a_step_makes() -> None:
         assert len(calls) == n_block_calls(7, forcing)
     config = tiny_config(spans=(Span(0, 7),))
     assert training_flop(config, 768, 261, 0.0) == pytest.approx(3 * 7 * 5.14e9, rel=1e-3)
-    assert stated_peak("NVIDIA H200") == 989e12
-    assert stated_peak("Some Card") is None
     assert mfu(1e12, torch.device("cpu"), 1) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", None),  # no L4
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GH200 480GB", None),
+        ("Some Card", None),
+    ],
+)
+def test_a_peak_is_that_of_the_very_device(name: str, peak: float | None) -> None:
+    assert stated_peak(name) == peak
 
 
 # ---------------------------------------------------------------- the verdict
