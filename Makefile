@@ -158,7 +158,7 @@ s3: $(READY) ## a local S3 server for trying things; prints what to export. PORT
 
 DEPLOY_VARIABLES := BUCKET PREFIX IMAGES WEIGHTS BLOCKS EXTRACT_ARGS TRAIN_ARGS IMAGE CLUSTER REGION ENDPOINT_URL NODES \
   GPUS_PER_NODE CORES_PER_NODE MEMORY_GIB NOTICE_S HOURS NAMESPACE ROLE_ARN S3_SECRET SPOT_LABEL ON_DEMAND_LABEL \
-  INSTANCE_TYPE HEAD_INSTANCE_TYPE OUT
+  INSTANCE_TYPE HEAD_INSTANCE_TYPE AMI HEAD_AMI OUT
 
 deploy: $(READY) ## files for a cluster, and what to type with them: WHAT=docker, bucket, kubernetes or vms, IMAGE= BUCKET=
 	@$(PYTHON) -m infra deploy $(call quote,$(WHAT)) $(call flags,$(DEPLOY_VARIABLES)) $(if $(filter 0,$(SPOT)),--no-spot) $(ARGS)

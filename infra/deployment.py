@@ -13,6 +13,7 @@ from infra.console import UserError
 What = Literal["docker", "bucket", "kubernetes", "vms"]
 
 STOPPING_S = 15  # of the grace period, for what Ray does after it has waited for the work in flight
+LEAST_DRIVER = 580  # of NVIDIA, which CUDA 13 needs: that is what the pinned PyTorch brings
 LEAST_NOTICE_S = 30
 HEAD_CORES, HEAD_MEMORY_GIB = 2, 8  # with less the head runs out of memory while the driver reads commits
 OBJECT_STORE_GIB = 1  # activations never pass through it
@@ -35,6 +36,7 @@ _LABEL = re.compile(
     r"[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?=[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
 )
 _INSTANCE = re.compile(r"[a-z0-9-]+\.[a-z0-9-]+")
+_AMI = re.compile(r"ami-[0-9a-f]{8}([0-9a-f]{9})?")
 _SPANS = re.compile(r"\d+-\d+(,\d+-\d+)*")
 _LONGEST_NAME = 38  # KubeRay takes 47 characters for a RayJob; "-extract" is put behind
 
@@ -69,6 +71,8 @@ class Deployment:
         on_demand_label: Of nodes that stay, for the head; empty: anywhere.
         instance_type: EC2 type of a GPU machine.
         head_instance_type: EC2 type of the head.
+        ami: Image of GPU machines, with Docker, its NVIDIA runtime and an NVIDIA driver of 580 or newer.
+        head_ami: Image of the head, with Docker; empty is the same.
     """
 
     bucket: str = ""
@@ -96,6 +100,8 @@ class Deployment:
     on_demand_label: str = "karpenter.sh/capacity-type=on-demand"
     instance_type: str = "g5.4xlarge"
     head_instance_type: str = "m5.xlarge"
+    ami: str = ""
+    head_ami: str = ""
 
     def check(self, what: What) -> None:
         """Refuse what could not work.
@@ -123,6 +129,11 @@ class Deployment:
             )
         if what != "docker" and not self.bucket:
             yield "BUCKET is missing: expected the name of an S3 bucket, such as my-bucket"
+        if what == "vms" and not self.ami:
+            yield (
+                "AMI is missing: expected the id of an image of Amazon's with Docker and an NVIDIA driver of "
+                f"{LEAST_DRIVER} or newer, such as ami-0123456789abcdef0; docs/deploy.md says how to find one"
+            )
 
     def _texts_wrong(self, what: What) -> Iterator[str]:
         named = f"a label as Kubernetes takes it: at most {_LONGEST_NAME} of a-z, 0-9 and -, beginning with a letter"
@@ -143,6 +154,8 @@ class Deployment:
             ("ON_DEMAND_LABEL", self.on_demand_label, _is(_LABEL, self.on_demand_label), "key=value"),
             ("INSTANCE_TYPE", self.instance_type, _is(_INSTANCE, self.instance_type), "such as g5.4xlarge"),
             ("HEAD_INSTANCE_TYPE", self.head_instance_type, _is(_INSTANCE, self.head_instance_type), "as m5.xlarge"),
+            ("AMI", self.ami, _is(_AMI, self.ami), "such as ami-0123456789abcdef0"),
+            ("HEAD_AMI", self.head_ami, _is(_AMI, self.head_ami), "such as ami-0123456789abcdef0"),
         )
         required = {"CLUSTER": self.cluster, "REGION": self.region, "NAMESPACE": self.namespace, "IMAGES": self.images}
         if what == "vms":
@@ -212,6 +225,16 @@ class Deployment:
     def drain_s(self) -> int:
         """How long a node that is told to go waits for the work in flight; less than its grace period."""
         return self.notice_s - STOPPING_S
+
+    @property
+    def head_drain_s(self) -> int:
+        """How long a deleted head waits for its driver: until the last worker is gone, and some seconds to wind up."""
+        return self.notice_s + STOPPING_S
+
+    @property
+    def head_grace_s(self) -> int:
+        """Time between the deletion of the head and its end."""
+        return self.head_drain_s + STOPPING_S
 
     def extract_command(self) -> str:
         """What the driver of an extraction runs, quoted for one shell."""

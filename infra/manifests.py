@@ -25,6 +25,7 @@ from infra.deployment import (
     What,
     keys_below,
 )
+from infra.jobs import GRACE_S
 
 TEMPLATES = Path(__file__).with_name("deploy")
 _TOKEN_PATH = f"{CONTAINER_HOME}/.ray/auth_token"
@@ -163,7 +164,9 @@ def _arn(d: Deployment, service: str) -> str:
 
 def _kubernetes(d: Deployment) -> dict[str, str]:
     variables = _variables(d)
-    draining = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": str(d.drain_s)}
+    drain = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+    # Not told, Ray kills a driver 3 s after it has asked it to stop.
+    stopping = {"RAY_JOB_STOP_WAIT_TIME_S": str(max(GRACE_S, d.head_drain_s)), drain: str(d.head_drain_s)}
     values: dict[str, Any] = {
         "namespace": d.namespace,
         "name": d.cluster,
@@ -175,9 +178,10 @@ def _kubernetes(d: Deployment) -> dict[str, str]:
         "head_nodes": _labels(d.on_demand_label),
         "worker_nodes": _labels(d.spot_label if d.spot else d.on_demand_label),
         "grace_s": d.notice_s,
+        "head_grace_s": d.head_grace_s,
         "user": CONTAINER_USER,
-        "head_environment": _environment(variables),
-        "worker_environment": _environment(variables | draining),
+        "head_environment": _environment(variables | stopping),
+        "worker_environment": _environment(variables | {drain: str(d.drain_s)}),
         "secrets": [{"secretRef": {"name": d.s3_secret}}] if d.s3_secret else [],
         "head_cores": str(HEAD_CORES),
         "head_memory": f"{HEAD_MEMORY_GIB}Gi",
@@ -229,6 +233,7 @@ def _vms(d: Deployment) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": _TOKEN_PATH,
         "RAY_JOB_START_TIMEOUT_SECONDS": "86400",  # a job may wait a day for its machine; Ray's own is 15 minutes
     }
+    service = "ec2.amazonaws.com.cn" if d.partition == "aws-cn" else "ec2.amazonaws.com"
     values: dict[str, Any] = {
         "name": d.cluster,
         "region": d.region,
@@ -242,6 +247,8 @@ def _vms(d: Deployment) -> dict[str, str]:
         "token_path": _TOKEN_PATH,
         "head_instance_type": d.head_instance_type,
         "instance_type": d.instance_type,
+        "head_ami": d.head_ami or d.ami,
+        "ami": d.ami,
         "head_profile": f"{d.cluster}-head",
         "worker_profile": f"{d.cluster}-worker",
         "cores": d.cores_per_node,
@@ -252,7 +259,9 @@ def _vms(d: Deployment) -> dict[str, str]:
         # What an instance is started from and with; Amazon's images belong to no account of the person's.
         "parts": [f"{_arn(d, 'ec2')}:{d.region}::image/*", *(f"{ec2}:{part}/*" for part in _PARTS)],
         "worker_role": f"{_arn(d, 'iam')}::*:role/{d.cluster}-worker",
-        "ec2": "ec2.amazonaws.com.cn" if d.partition == "aws-cn" else "ec2.amazonaws.com",
+        "ec2": service,
+        # What the role is passed to has the name that it trusts, or the world's also where it trusts another.
+        "passed_to": sorted({service, "ec2.amazonaws.com"}),
     }
     market = "\n      InstanceMarketOptions: {MarketType: spot}" if d.spot else ""
     return {name: _filled(f"vms/{name}", values, {"market": market}) for name in _NAMES["vms"]}

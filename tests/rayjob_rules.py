@@ -26,6 +26,7 @@ _GROUP_FIELDS = {
 }
 _MODES = {"K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"}
 _SECRET = re.compile(r"SECRET|TOKEN$|PASSWORD|ACCESS_KEY", re.IGNORECASE)
+_DRAIN, _STOP_WAIT = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "RAY_JOB_STOP_WAIT_TIME_S"
 _RESOURCES_IN_PARAMS = {"num-cpus", "num-gpus", "memory", "resources"}
 
 
@@ -91,6 +92,9 @@ def _cluster(cluster: Document) -> Iterator[str]:
         if not pod.get("serviceAccountName"):
             yield f"{where}: without serviceAccountName it has no access to S3"
         yield from _container(where, pod, container)
+    keys = [group["template"]["spec"]["containers"][0].get("envFrom", []) for _, group in _named_groups(cluster)]
+    if any(one != keys[0] for one in keys):
+        yield "head and workers have different secrets"
     images = {group["template"]["spec"]["containers"][0]["image"] for _, group in _named_groups(cluster)}
     if len(images) != 1 or any(":" not in image.rpartition("/")[2] or image.endswith(":latest") for image in images):
         yield f"images {images}: one is wanted, with a tag that stays"
@@ -120,6 +124,7 @@ def _groups(cluster: Document) -> Iterator[str]:
         yield "the head has less than 4 GiB"
     if "spot" in head["template"]["spec"].get("nodeSelector", {}).values():
         yield "the head is on a spot machine"
+    yield from _end_of_the_head(cluster)
     for where, group in _named_groups(cluster):
         if unknown := set(group) - _GROUP_FIELDS:
             yield f"{where}: unknown fields {unknown}"
@@ -134,6 +139,20 @@ def _groups(cluster: Document) -> Iterator[str]:
         yield from _worker(cluster, group)
 
 
+def _end_of_the_head(cluster: Document) -> Iterator[str]:
+    """Whether the driver has the time to end, when the job is stopped and when it is deleted."""
+    head = cluster["headGroupSpec"]["template"]["spec"]
+    grace, drain = _grace_s(head), _seconds(head, _DRAIN, 30)
+    stop = _seconds(head, _STOP_WAIT, 3)
+    longest = max(_grace_s(one["template"]["spec"]) for one in cluster["workerGroupSpecs"])
+    if not 0 < drain < grace:
+        yield f"head: it is killed after {grace} s while it drains for {drain} s"
+    if drain < longest:
+        yield f"head: it drains for {drain} s, and its workers may end their work for {longest} s"
+    if stop < drain:
+        yield f"head: a driver that is stopped is killed after {stop} s; its pod would wait for {drain} s"
+
+
 def _worker(cluster: Document, group: Document) -> Iterator[str]:
     where, pod = group["groupName"], group["template"]["spec"]
     least, most = group.get("minReplicas"), group.get("maxReplicas")
@@ -141,8 +160,7 @@ def _worker(cluster: Document, group: Document) -> Iterator[str]:
         yield f"{where}: without autoscaling minReplicas and maxReplicas are required"
     if least is None or most is None or not 0 <= least <= group.get("replicas", 0) <= most:
         yield f"{where}: minReplicas <= replicas <= maxReplicas does not hold"
-    grace = pod.get("terminationGracePeriodSeconds", 30)
-    drain = int(_environment(pod["containers"][0]).get("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", {}).get("value", 30))
+    grace, drain = _grace_s(pod), _seconds(pod, _DRAIN, 30)
     if not 0 < drain < grace:
         yield f"{where}: it is killed after {grace} s while it drains for {drain} s"
     if int(_limits(group).get("nvidia.com/gpu", 0)) and not any(
@@ -158,6 +176,10 @@ def _work(job: Document, cluster: Document) -> Iterator[str]:
     """Whether what the driver asks for fits the pods."""
     words = shlex.split(job["entrypoint"])
     flags = dict(pairwise(words))
+    if "extract" in words and "--workers" not in words:
+        yield "how many workers is not said, and a cluster that begins with none cannot be counted"
+    if flags.get("--device") != "cuda":
+        yield "the device is not said, and the head, where the command runs, has no GPU"
     (group,) = cluster["workerGroupSpecs"]
     cores, gpus = float(_limits(group).get("cpu", 0)), int(_limits(group).get("nvidia.com/gpu", 0))
     if gpus < 1:
@@ -178,6 +200,14 @@ def _named_groups(cluster: Document) -> Iterator[tuple[str, Document]]:
 
 def _environment(container: Document) -> dict[str, Document]:
     return {one["name"]: one for one in container.get("env", [])}
+
+
+def _seconds(pod: Document, name: str, default: int) -> int:
+    return int(_environment(pod["containers"][0]).get(name, {}).get("value", default))
+
+
+def _grace_s(pod: Document) -> int:
+    return pod.get("terminationGracePeriodSeconds", 30)
 
 
 def _limits(group: Document) -> Document:

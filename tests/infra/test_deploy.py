@@ -16,7 +16,7 @@ from infra.console import ExitCode, UserError
 from infra.deployment import Deployment, What
 from infra.manifests import TEMPLATES, render, write
 
-GOOD = {"bucket": "my-bucket", "image": "registry.example.org/raptor:1"}
+GOOD = {"bucket": "my-bucket", "image": "registry.example.org/raptor:1", "ami": "ami-0123456789abcdef0"}
 HOSTILE = (
     "x\ny: z",
     '"',
@@ -60,7 +60,16 @@ def test_every_kind_can_be_rendered_and_is_what_it_says(what: What):
             "s3_secret",
             "blocks",
         ),
-        *("spot_label", "on_demand_label", "instance_type", "head_instance_type", "images", "weights"),
+        *(
+            "spot_label",
+            "on_demand_label",
+            "instance_type",
+            "head_instance_type",
+            "images",
+            "weights",
+            "ami",
+            "head_ami",
+        ),
     ],
 )
 def test_what_could_be_taken_for_something_else_is_refused(variable: str, text: str):
@@ -95,7 +104,15 @@ def test_all_that_is_wrong_is_said_at_once():
             "gpus_per_node": 8,
             "cores_per_node": 4,
         },
-        **{"memory_gib": 16, "notice_s": 10, "hours": 0, "role_arn": "x", "s3_secret": "y", "extract_args": "'"},
+        **{
+            "memory_gib": 16,
+            "notice_s": 10,
+            "hours": 0,
+            "role_arn": "x",
+            "ami": "ubuntu",
+            "s3_secret": "y",
+            "extract_args": "'",
+        },
     }
     with pytest.raises(UserError) as caught:
         render("kubernetes", Deployment(**wrong))
@@ -128,7 +145,7 @@ def test_what_follows_is_consistent(notice_s: int, gpus: int, cores: int, nodes:
     except UserError:
         assert cores < gpus
         return
-    assert 0 < found.drain_s < found.notice_s
+    assert 0 < found.drain_s < found.notice_s < found.head_drain_s < found.head_grace_s
     assert 1 <= found.cpus_per_worker * gpus <= cores
     assert found.workers == nodes * gpus
 
@@ -159,8 +176,18 @@ def test_a_folder_that_cannot_be_is_said(tmp_path: Path):
 
 def test_make_passes_the_variables_on():
     line = "make -n deploy WHAT=vms BUCKET=b IMAGE=r/x:1 NODES=7 SPOT=0 EXTRACT_ARGS=--precision\\ int8 OUT=x"
+    line += " AMI=ami-1 HEAD_AMI=ami-2"
     said = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True).stdout
-    for words in ("infra deploy 'vms'", "--bucket 'b'", "--image 'r/x:1'", "--nodes '7'", "--no-spot", "--out 'x'"):
+    for words in (
+        "infra deploy 'vms'",
+        "--bucket 'b'",
+        "--image 'r/x:1'",
+        "--nodes '7'",
+        "--no-spot",
+        "--out 'x'",
+        "--ami 'ami-1'",
+        "--head-ami 'ami-2'",
+    ):
         assert words in said
     assert "--extract-args '--precision int8'" in said
 

@@ -50,6 +50,7 @@ def become(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
+@pytest.mark.slow
 def test_our_commands_need_the_writer_policy_and_nothing_else(
     moto: S3Server, type_in, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):

@@ -59,6 +59,7 @@ POD = ("template", "spec")
 CONTAINER = (*POD, "containers", 0)
 LIMITS = (*CONTAINER, "resources", "limits")
 GONE = object()
+STOP_WAIT, DRAIN = -2, -1  # of the environment of the head
 
 BROKEN: list[tuple[tuple[str | int, ...], Any, str]] = [
     (("metadata", "name"), "x" * 48, "at most 47"),
@@ -110,9 +111,19 @@ BROKEN: list[tuple[tuple[str | int, ...], Any, str]] = [
     ((*WORKERS, "maxReplicas"), 3, "than the cluster can ever hold"),
     ((*WORKERS, *POD, "terminationGracePeriodSeconds"), GONE, "killed after 30 s"),
     ((*WORKERS, *POD, "terminationGracePeriodSeconds"), 105, "killed after 105 s while it drains for 105"),
+    ((*HEAD, *CONTAINER, "env", STOP_WAIT), GONE, "is stopped is killed after 3 s"),
+    ((*HEAD, *CONTAINER, "env", STOP_WAIT, "value"), "134", "is stopped is killed after 134 s"),
+    ((*HEAD, *CONTAINER, "env", DRAIN), GONE, "drains for 30 s, and its workers may end their work for 120 s"),
+    ((*HEAD, *POD, "terminationGracePeriodSeconds"), GONE, "head: it is killed after 30 s while it drains for 135 s"),
+    ((*HEAD, *POD, "terminationGracePeriodSeconds"), 135, "head: it is killed after 135 s"),
+    ((*WORKERS, *CONTAINER, "envFrom"), [{"secretRef": {"name": "others"}}], "different secrets"),
+    ((*HEAD, *CONTAINER, "envFrom"), [{"secretRef": {"name": "others"}}], "different secrets"),
     ((*WORKERS, *POD, "tolerations"), [], "does not tolerate"),
     ((*WORKERS, "labels"), {"ray.io/market-type": "on-demand"}, "not what its machines are"),
     (("spec", "entrypoint"), "python -m pipeline extract --store data/x", "on no machine that all see"),
+    (("spec", "entrypoint"), "python -m pipeline extract --device cuda", "cannot be counted"),
+    (("spec", "entrypoint"), "python -m pipeline extract --workers 4", "the device is not said"),
+    (("spec", "entrypoint"), "python -m trainer train --at-once 3 --device cpu", "the device is not said"),
 ]
 
 

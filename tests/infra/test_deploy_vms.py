@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import pytest
 import yaml
 from moto.iam.policy_validation import IAMPolicyDocumentValidator
 
-from infra.deployment import Deployment
+from infra.console import UserError
+from infra.deployment import LEAST_DRIVER, Deployment
 from infra.manifests import render
 
-DEPLOYMENT = Deployment(bucket="my-bucket", image="registry.example.org/team/raptor:1", region="us-east-1")
+AMI = "ami-0123456789abcdef0"
+DEPLOYMENT = Deployment(bucket="my-bucket", image="registry.example.org/team/raptor:1", region="us-east-1", ami=AMI)
 
 
 def cluster(deployment: Deployment = DEPLOYMENT) -> dict[str, Any]:
@@ -44,6 +47,8 @@ def problems(config: dict[str, Any], cpus_per_worker: int) -> list[str]:
         if cpus_per_worker * has.get("GPU", 0) > has.get("CPU", 0):
             found.append("a worker fits no machine")
     for one in (head, *workers):
+        if not one["node_config"].get("ImageId", "").startswith("ami-"):
+            found.append("Ray would take an image of 2023, whose driver is too old")
         if "IamInstanceProfile" not in one["node_config"]:
             found.append("Ray would make a role that may do everything")
         if one["node_config"].get("MetadataOptions", {}).get("HttpTokens") != "required":
@@ -72,9 +77,12 @@ def problems(config: dict[str, Any], cpus_per_worker: int) -> list[str]:
     "deployment",
     [
         DEPLOYMENT,
-        Deployment(bucket="b-2", image="localhost:5000/x:1", spot=False, endpoint_url="http://s3.example.org:9000"),
         Deployment(
-            bucket="b-2", image="r.example.org/x:1", gpus_per_node=4, cores_per_node=46, memory_gib=180, nodes=16
+            bucket="b-2", image="localhost:5000/x:1", ami=AMI, spot=False, endpoint_url="http://s3.example.org:9000"
+        ),
+        Deployment(
+            **{"bucket": "b-2", "image": "r.example.org/x:1", "ami": AMI, "nodes": 16},
+            **{"gpus_per_node": 4, "cores_per_node": 46, "memory_gib": 180},
         ),
     ],
 )
@@ -98,6 +106,8 @@ HEAD, GPU = ("available_node_types", "head"), ("available_node_types", "gpu")
         ((*HEAD, "resources"), {}, "work may be placed on the head"),
         ((*HEAD, "node_config", "InstanceMarketOptions"), {"MarketType": "spot"}, "head is on a spot machine"),
         ((*GPU, "resources", "CPU"), 8, "fits no machine"),
+        ((*GPU, "node_config", "ImageId"), GONE, "driver is too old"),
+        ((*HEAD, "node_config", "ImageId"), "latest_dlami", "driver is too old"),
         ((*GPU, "node_config", "IamInstanceProfile"), GONE, "may do everything"),
         ((*HEAD, "node_config", "MetadataOptions"), GONE, "by any program"),
         (("docker", "run_options"), ["--ulimit=nofile=65536:65536"], "does not fit /dev/shm"),
@@ -153,6 +163,45 @@ def test_ray_start_takes_the_commands():
     assert (worker["address"], head["port"]) == ("$RAY_HEAD_IP:6379", 6379)
     with pytest.raises(NoSuchOption):
         start.make_context("start", ["--object-store-memroy=1"])
+
+
+@pytest.mark.parametrize("region", ["us-east-1", "eu-north-1", "cn-north-1"])
+def test_any_region_will_do_as_the_image_is_given(region: str):
+    """Ray has images for 15 regions and ends with an error in others; it is not asked."""
+    from ray.autoscaler._private.aws.config import DEFAULT_AMI, _check_ami
+
+    assert (region in DEFAULT_AMI) is (region == "us-east-1")
+    config = prepared(cluster(replace(DEPLOYMENT, region=region, head_ami="ami-00000001")))
+    _check_ami(config)
+    images = {name: one["node_config"]["ImageId"] for name, one in config["available_node_types"].items()}
+    assert images == {"head": "ami-00000001", "gpu": AMI}
+
+
+def test_the_driver_that_is_asked_for_runs_the_cuda_that_is_pinned():
+    """CUDA 13 runs on drivers of 580 and newer; with another major version this number must be looked up again."""
+    pinned = re.search(r"^cuda-toolkit==(\d+)\.", Path("requirements.txt").read_text(), re.MULTILINE)
+    assert pinned is not None
+    assert {"13": 580}[pinned[1]] == LEAST_DRIVER
+    assert f"{LEAST_DRIVER} or newer" in Path("docs/deploy.md").read_text()
+    assert f"{LEAST_DRIVER} or newer" in render("vms", DEPLOYMENT)["cluster.yaml"]
+    with pytest.raises(UserError, match=rf"AMI is missing: .* driver of {LEAST_DRIVER} or newer"):
+        render("vms", replace(DEPLOYMENT, ami="", head_ami=AMI))
+
+
+@pytest.mark.parametrize(
+    ("region", "trusted", "passed"),
+    [
+        ("eu-west-1", "ec2.amazonaws.com", ["ec2.amazonaws.com"]),
+        ("us-gov-west-1", "ec2.amazonaws.com", ["ec2.amazonaws.com"]),
+        ("cn-north-1", "ec2.amazonaws.com.cn", ["ec2.amazonaws.com", "ec2.amazonaws.com.cn"]),
+    ],
+)
+def test_the_head_may_pass_the_role_to_the_service_that_the_role_trusts(region: str, trusted: str, passed: list[str]):
+    found = {name: text for name, text in render("vms", replace(DEPLOYMENT, region=region)).items() if "policy" in name}
+    (trust,) = json.loads(found["trust-policy.json"])["Statement"]
+    (gives,) = [one for one in json.loads(found["head-policy.json"])["Statement"] if one["Action"] == "iam:PassRole"]
+    assert trust["Principal"] == {"Service": trusted}
+    assert gives["Condition"]["StringEquals"]["iam:PassedToService"] == passed
 
 
 @pytest.mark.parametrize("name", ["head-policy.json", "trust-policy.json"])
