@@ -1,8 +1,8 @@
 """Make docs/images/ anew, from a real extraction: .venv/bin/python docs/screenshots.py
 
-Needs Debian's chromium and prometheus. The digits are extracted in a temporary folder by a Ray of their own; meanwhile
-Chromium is shown the Ray dashboard and Prometheus, and the terminal view is drawn as `make watch` draws it. Names of
-this machine, its addresses and its folders are replaced in the pages before a picture is taken.
+Needs Debian's chromium. The digits are extracted in a temporary folder by a Ray of their own; meanwhile Chromium is
+shown the Ray dashboard, and the terminal view is drawn as `make watch` draws it. Names of this machine, its addresses
+and its folders are replaced in the pages before a picture is taken.
 """
 
 import asyncio
@@ -20,15 +20,11 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from urllib.parse import quote
 
 import aiohttp
 from rich.console import Console
 from rich.terminal_theme import MONOKAI
 
-from infra.board import ROWS
-from infra.dashboard import Targets
-from infra.prometheus import Prometheus, serving
 from infra.running_ray import dashboard_url, living_sessions, metrics_addresses, read_metrics
 from infra.watch_source import Place, Status, machines
 from infra.watch_view import picture, short_names
@@ -139,12 +135,11 @@ async def take_terminal(page: Page, statuses: list[Status], nodes: list[str], fo
     await page.call("Emulation.setDeviceMetricsOverride", **(size | {"height": HEIGHT}))
 
 
-async def take_all(folder: Path, store: Path, prometheus: Prometheus, targets: Targets) -> None:
+async def take_all(folder: Path, store: Path) -> None:
     """Wait until the extraction is at work, then take the pictures one after the other."""
     place, found = Place(str(store)), []
     while not any(status.document.get("busy") and status.document["images_done"] > 300 for status in found):
         await asyncio.sleep(1)
-        targets.renew()
         found = [status for status in place.read() if status.living] if store.exists() else []
     (session,) = living_sessions()
     host, url = socket.gethostname(), dashboard_url(session)
@@ -160,11 +155,6 @@ async def take_all(folder: Path, store: Path, prometheus: Prometheus, targets: T
         hidden |= {host: "node-1", str(folder): "data"}
         await page.show(f"{url}/#/actors", until="document.body.innerText.includes('ALIVE')")
         await page.take(IMAGES / "ray-actors.png", hidden, height=400)
-        (query,) = ROWS["What limits this run?"][0].queries.values()
-        query = query.replace("$store", ".*").replace("$__rate_interval", "40s")
-        graph = f"{prometheus.url}/graph?g0.expr={quote(query)}&g0.tab=0&g0.range_input=2m"
-        await page.show(graph, until="document.querySelector('canvas') !== null")
-        await page.take(IMAGES / "prometheus-busy.png", hidden)
 
 
 def main() -> None:
@@ -174,18 +164,15 @@ def main() -> None:
         folder = Path(name)
         os.environ |= {"RAY_TMPDIR": name, "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1"}
         os.environ.pop("RAY_ADDRESS", None)
-        targets = Targets(None, folder)
-        targets.renew()
-        with serving(files=[targets.file], every_s=1, folder=folder / "prometheus") as prometheus:
-            extraction = subprocess.Popen(
-                [sys.executable, "-m", "pipeline", "extract", "--images", "digits", "--store", "data/stores/digits"],
-                cwd=folder,
-            )
-            try:
-                asyncio.run(take_all(folder, folder / "data/stores/digits", prometheus, targets))
-            finally:
-                extraction.terminate()
-                extraction.wait(60)
+        extraction = subprocess.Popen(
+            [sys.executable, "-m", "pipeline", "extract", "--images", "digits", "--store", "data/stores/digits"],
+            cwd=folder,
+        )
+        try:
+            asyncio.run(take_all(folder, folder / "data/stores/digits"))
+        finally:
+            extraction.terminate()
+            extraction.wait(60)
 
 
 if __name__ == "__main__":

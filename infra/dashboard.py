@@ -12,7 +12,7 @@ import socket
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
@@ -57,14 +57,15 @@ def dashboard(
         prometheus = stack.enter_context(
             serving(files=[targets.file], port=_port(port), folder=folder / "prometheus", every_s=5)
         )
-        found = None
+        found, served = None, {"Prometheus": prometheus.process}
         if grafana:
-            found = stack.enter_context(_grafana(grafana, folder / "grafana", grafana_port, prometheus.url))
+            started = _grafana(grafana, folder / "grafana", grafana_port, prometheus.url)
+            found, served["Grafana"] = stack.enter_context(started)
         for line in what_to_open(prometheus.url, found, folder, address, addresses):
             print(line, flush=True)
         while not stopped(LOOK_EVERY_S):
             targets.renew_quietly()
-            _check_alive(prometheus.url, prometheus.process)
+            _check_alive(served)
     say("stopped; Prometheus and Grafana have ended" if grafana else "stopped; Prometheus has ended")
     return ExitCode.OK
 
@@ -167,10 +168,12 @@ def what_to_open(
 
 
 @contextmanager
-def _grafana(grafana: Grafana, folder: Path, port: int, prometheus: str) -> Iterator[str]:
+def _grafana(
+    grafana: Grafana, folder: Path, port: int, prometheus: str
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     folder.mkdir(parents=True, exist_ok=True)
-    with serving_grafana(grafana, folder, port=_port(port), prometheus_url=prometheus) as url:
-        yield url
+    with serving_grafana(grafana, folder, port=_port(port), prometheus_url=prometheus) as served:
+        yield served
 
 
 def _port(wanted: int) -> int:
@@ -184,9 +187,12 @@ def _port(wanted: int) -> int:
     return free_port()
 
 
-def _check_alive(url: str, process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is not None:
-        raise JobError(f"the Prometheus at {url} has ended by itself with {process.returncode}")
+def _check_alive(served: Mapping[str, subprocess.Popen[bytes]]) -> None:
+    ended = [
+        f"{name} has ended by itself with {one.returncode}" for name, one in served.items() if one.poll() is not None
+    ]
+    if ended:
+        raise JobError("; ".join(ended))
 
 
 @contextmanager

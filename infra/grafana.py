@@ -6,6 +6,7 @@ Debian has no package of Grafana; its makers' own, or an unpacked archive with G
 import os
 import secrets
 import shutil
+import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ MISSING = (
     "grafana-server in PATH, or give GRAFANA=/path/to/grafana-server of an unpacked archive"
 )
 SOURCE = "Prometheus"  # the name that Ray's boards and its Metrics page look for
+SCRAPE_EVERY_S = 10  # told to Grafana: reading more often shows nothing new, as Ray renews its numbers every 10 s
+RATE_INTERVAL = f"{4 * SCRAPE_EVERY_S}s"  # Grafana's $__rate_interval is never less than four of them
 _HOST = "127.0.0.1"
 _PACKAGED = Path("/usr/sbin/grafana-server")
 _PACKAGED_HOME = Path("/usr/share/grafana")
@@ -95,8 +98,10 @@ def ray_boards(folder: Path) -> Path:
 
 
 @contextmanager
-def serving_grafana(grafana: Grafana, folder: Path, *, port: int, prometheus_url: str) -> Iterator[str]:
-    """Run Grafana on loopback for the length of a with block; gives its URL.
+def serving_grafana(
+    grafana: Grafana, folder: Path, *, port: int, prometheus_url: str
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Run Grafana on loopback for the length of a with block; gives its URL and its process.
 
     Raises:
         UserError: It does not start; with its last words.
@@ -105,7 +110,7 @@ def serving_grafana(grafana: Grafana, folder: Path, *, port: int, prometheus_url
     log, url = folder / "grafana.log", f"http://{_HOST}:{port}"
     with running(grafana.command(settings), log=log) as process:
         wait_until_ready(f"{url}/api/health", process, log=log, name="Grafana", timeout_s=90)
-        yield url
+        yield url, process
 
 
 def board_url(url: str) -> str:
@@ -122,7 +127,7 @@ def _source(url: str) -> dict[str, Any]:
         "url": url,
         "isDefault": True,
         "editable": False,
-        "jsonData": {"timeInterval": "5s"},  # rates are never over less than four of these
+        "jsonData": {"timeInterval": f"{SCRAPE_EVERY_S}s"},
     }
 
 

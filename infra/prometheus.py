@@ -4,6 +4,7 @@ The program is Debian's package `prometheus`, or any that PROMETHEUS=path names;
 scrape settings and alert rules that are kept in deploy/monitoring/, with where this Ray's metrics are put in.
 """
 
+import http.client
 import json
 import os
 import shutil
@@ -90,7 +91,7 @@ class Prometheus:
         except urllib.error.HTTPError as error:
             said = error.read(2000).decode(errors="replace")
             raise PrometheusError(f"Prometheus refuses {parameters}: {said}") from error
-        except OSError as error:
+        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
             raise PrometheusError(f"no Prometheus answers at {self.url}: {error}") from error
 
 
@@ -242,7 +243,7 @@ def wait_until_ready(
         try:
             with urllib.request.urlopen(url, timeout=5):
                 return
-        except OSError as error:  # HTTPError is one: 503 while it starts
+        except (OSError, http.client.HTTPException) as error:  # HTTPError is an OSError: 503 while it starts
             ended = process.poll()
             if ended is None and time.monotonic() < until:
                 time.sleep(0.1)

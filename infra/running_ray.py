@@ -5,6 +5,7 @@ the node shows its metrics and, while a dashboard runs, a list of all nodes that
 cluster elsewhere the dashboard tells the same list. None of this needs Ray to be imported, or a driver to be started.
 """
 
+import http.client
 import json
 import os
 import socket
@@ -154,7 +155,7 @@ def _told_by_dashboard(url: str) -> list[str]:
                 f'RAY_AUTH_TOKEN_PATH=that file; on the cluster\'s head "{GET_TOKEN}" shows it'
             ) from error
         raise RayError(f"the Ray at {url} does not tell its nodes: {error}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
         raise RayError(f"no Ray dashboard answers at {url} ({error}). Correct RAY_ADDRESS=http://HOST:8265") from error
 
 
@@ -178,11 +179,11 @@ def read_metrics(addresses: list[str], prefix: str) -> tuple[list[Value], list[s
         try:
             with urllib.request.urlopen(f"http://{address}/metrics", timeout=_TIMEOUT_S) as reply:
                 text = reply.read().decode()
-        except (OSError, ValueError):
+            # Only what is asked for is parsed: a page of a busy node has thousands of lines of Ray's own.
+            lines = [line for line in text.splitlines() if line.startswith((prefix, f"# TYPE {prefix}"))]
+            return list(_parse("\n".join(lines) + "\n"))
+        except (OSError, http.client.HTTPException, ValueError):  # it ends while we read, or is no Ray
             return None
-        # Only what is asked for is parsed: a page of a busy node has thousands of lines of Ray's own.
-        lines = [line for line in text.splitlines() if line.startswith((prefix, f"# TYPE {prefix}"))]
-        return list(_parse("\n".join(lines) + "\n"))
 
     with ThreadPoolExecutor(max_workers=16) as pool:
         pages = dict(zip(addresses, pool.map(read, addresses)))

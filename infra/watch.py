@@ -6,16 +6,17 @@ prints a line every few seconds, so that it can be kept in a log.
 
 import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.live import Live
 
-from infra.console import ExitCode, UserError
+from infra.console import ExitCode, StopFlag, UserError
 from infra.metrics import NAMESPACE
+from infra.retry import pointless_once
 from infra.running_ray import Value, metrics_addresses, read_metrics
 from infra.watch_source import Place, Scrape, Status, machines, read_all
 from infra.watch_view import line, picture, short_names
@@ -25,6 +26,22 @@ _OUR_PREFIX = f"ray_{NAMESPACE}_"
 _LINE_EVERY_S = 5.0
 _PAINT_EVERY_S = 2.0
 _PAUSE_S = 20.0
+_BLINK_S = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """One look.
+
+    Attributes:
+        statuses: The jobs.
+        nodes: A line for each machine of Ray.
+        troubles: What could not be read.
+    """
+
+    statuses: list[Status]
+    nodes: list[str]
+    troubles: list[str]
 
 
 @dataclass(kw_only=True)
@@ -44,30 +61,30 @@ class Watch:
     only_places: bool = False
     _scrape: Scrape = field(default_factory=Scrape)
 
-    def look(self) -> tuple[list[Status], list[str], list[str]]:
-        """The jobs, the machines of Ray, and what went wrong.
+    def look(self) -> Seen:
+        """What there is now.
 
         Raises:
             UserError: Only Ray was asked for, and it does not answer.
         """
-        statuses, notes = read_all(self.places)
+        statuses, troubles = read_all(self.places)
         # A run that is over says nothing about the Rays that run here now.
         if statuses and not any(status.living for status in statuses) and not self.ray_address:
-            return statuses, [], notes
+            return Seen(statuses=statuses, nodes=[], troubles=troubles)
         try:
             addresses = metrics_addresses(self.ray_address)
         except UserError as error:
             if self.needs_ray:
                 raise
-            return statuses, [], [*notes, str(error)]
+            return Seen(statuses=statuses, nodes=[], troubles=[*troubles, str(error)])
         values, silent = read_metrics(addresses, "ray_")
         if silent and len(silent) == len(addresses):
-            notes.append(f"no node of {self.ray_address or 'this machine'} lets us read its metrics from here")
+            troubles.append(f"no node of {self.ray_address or 'this machine'} lets us read its metrics from here")
         ours = [value for value in values if value.name.startswith(_OUR_PREFIX)]
         here = bool(self.ray_address) or not statuses or any(_is_of(value, statuses) for value in ours)
         if not statuses and not self.only_places:
             statuses = self._scrape.statuses(ours)
-        return statuses, machines(values) if here else [], notes
+        return Seen(statuses=statuses, nodes=machines(values) if here else [], troubles=troubles)
 
 
 def watch(
@@ -85,6 +102,12 @@ def watch(
         ray_address: A cluster's dashboard, http://HOST:8265; else RAY_ADDRESS, else the Rays of this machine.
         endpoint_url: S3 endpoint, such as http://127.0.0.1:9000.
         once: Show one picture and end.
+
+    Raises:
+        UserError: The only thing asked for is a Ray that does not answer.
+
+    Returns:
+        The exit code: for one picture BAD_INPUT if what was asked for is not there, or cannot be read; else OK.
     """
     if endpoint_url:
         from infra.s3_settings import use_endpoint  # imported late: botocore is slow to load
@@ -100,42 +123,54 @@ def watch(
         only_places=bool(given),
     )
     console = Console()
-    with _ended_by_signals() as ended:
-        if once or not console.is_terminal:
-            _lines(watched, console, once=once, wait=ended)
+    with _ended_by_signals() as ended, pointless_once(ended):
+        if once:
+            return _once(watched, console)
+        if console.is_terminal:
+            _live(watched, console, ended)
         else:
-            _live(watched, console, wait=ended)
+            _lines(watched, ended)
     return ExitCode.OK
 
 
-def _lines(watched: Watch, console: Console, *, once: bool, wait: Callable[[float], bool]) -> None:
-    """Print a line for each job every few seconds; on a terminal, ONCE=1 prints the whole picture."""
+def _once(watched: Watch, console: Console) -> ExitCode:
+    """One picture on a terminal, else a line for each job and machine."""
+    seen = watched.look()
+    names, notes = short_names(seen.statuses), _notes(watched, seen)
+    if console.is_terminal:
+        console.print(picture(seen.statuses, names, seen.nodes, notes))
+    else:
+        texts = [line(status, name) for status, name in zip(seen.statuses, names)]
+        print("\n".join([*texts, *(f"Ray {node}" for node in seen.nodes), *notes]), flush=True)
+    missed = not seen.statuses and (seen.troubles or watched.only_places)
+    return ExitCode.BAD_INPUT if missed else ExitCode.OK
+
+
+def _lines(watched: Watch, ended: StopFlag) -> None:
+    """Print a line for each job every few seconds."""
     over = Over()
     while True:
-        statuses, nodes, notes = watched.look()
-        if not statuses:
-            notes.append(_nothing(watched))
-        names = short_names(statuses)
-        if once and console.is_terminal:
-            console.print(picture(statuses, names, nodes, notes))
-        else:
-            texts = [line(status, name) for status, name in zip(statuses, names)]
-            print("\n".join([*texts, *(f"Ray {node}" for node in nodes if once), *notes]), flush=True)
-        if once or over(statuses) or wait(_LINE_EVERY_S):
+        seen = watched.look()
+        texts = [line(status, name) for status, name in zip(seen.statuses, short_names(seen.statuses))]
+        print("\n".join([*texts, *_notes(watched, seen)]), flush=True)
+        if over(seen) or _wait(ended, _LINE_EVERY_S):
             return
 
 
-def _live(watched: Watch, console: Console, *, wait: Callable[[float], bool]) -> None:
+def _live(watched: Watch, console: Console, ended: StopFlag) -> None:
     """Repaint one picture until all is over, or somebody has seen enough; the last one stays."""
     over = Over()
     with Live(console=console, auto_refresh=False, screen=False) as live:
         while True:
-            statuses, nodes, notes = watched.look()
-            if not statuses:
-                notes.append(_nothing(watched))
-            live.update(picture(statuses, short_names(statuses), nodes, notes), refresh=True)
-            if over(statuses) or wait(_PAINT_EVERY_S):
+            seen = watched.look()
+            shown = picture(seen.statuses, short_names(seen.statuses), seen.nodes, _notes(watched, seen))
+            live.update(shown, refresh=True)
+            if over(seen) or _wait(ended, _PAINT_EVERY_S):
                 return
+
+
+def _notes(watched: Watch, seen: Seen) -> list[str]:
+    return seen.troubles if seen.statuses else [*seen.troubles, _nothing(watched)]
 
 
 def _is_of(value: Value, statuses: Sequence[Status]) -> bool:
@@ -159,25 +194,30 @@ class Over:
         self._clock = clock
         self._lived: float | None = None
 
-    def __call__(self, statuses: Sequence[Status]) -> bool:
-        if any(status.living for status in statuses):
+    def __call__(self, seen: Seen) -> bool:
+        if any(status.living for status in seen.statuses):
             self._lived = self._clock()
             return False
-        if not statuses:
-            return False
+        if not seen.statuses and (self._lived is None or seen.troubles):
+            return False  # nothing has begun yet; or it may live on where we cannot see it now
         return self._lived is None or self._clock() - self._lived > _PAUSE_S
 
 
-class _ended_by_signals:
-    """Ctrl-C and SIGTERM end the watching in good order; waiting is what they interrupt."""
-
-    def __enter__(self) -> Callable[[float], bool]:
-        ended = threading.Event()
-        self._former = {
-            number: signal.signal(number, lambda *_: ended.set()) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        return ended.wait
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._former.items():
+@contextmanager
+def _ended_by_signals() -> Iterator[StopFlag]:
+    """Ctrl-C and SIGTERM end the watching in good order."""
+    ended = StopFlag()
+    former = {number: signal.signal(number, lambda *_: ended.request()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield ended
+    finally:
+        for number, handler in former.items():
             signal.signal(number, handler)
+
+
+def _wait(ended: StopFlag, seconds: float) -> bool:
+    """Wait so long, or until somebody has seen enough; true if so."""
+    until = time.monotonic() + seconds
+    while not ended() and (left := until - time.monotonic()) > 0:
+        time.sleep(min(_BLINK_S, left))
+    return ended()

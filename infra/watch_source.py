@@ -12,13 +12,16 @@ rest; every field but `time` (seconds since 1970, by the job's clock) may be abs
 """
 
 import json
+import re
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from infra.metrics import NAMESPACE
 from infra.objects import ObjectError, ObjectMissingError, Objects, open_objects
+from infra.retry import Patience
 from infra.running_ray import Value
 from infra.status import DEAD_AFTER_S
 
@@ -29,6 +32,14 @@ LIVING = ("starting", "running")
 LOOK_EVERY_S = 10.0  # for new runs; a listing on S3 costs more than the reading of one document
 _DEEPEST = 3  # folders below a place in which runs are looked for: all stores, a store's splits, a run's blocks
 _MOST_RUNS = 32
+#: What S3 does not answer is asked again at the next look, and who presses Ctrl-C waits for no more than this.
+_PATIENCE, _STALL_S = Patience(deadline_s=8.0, longest_wait_s=1.0), 4.0
+_OF_ONE_RUN = re.compile(rf"(.*/)?{LOG}[^/]+/{re.escape(STATUS)}")  # no later run writes there
+
+RATES_OVER_S = 300.0  # as the board: counters of shards, and of a training's intervals, may grow once a minute
+_MARK_EVERY_S = 20.0
+#: Gauges that each driver sets for its own workers; two jobs may fill one store. The others are of the store or run.
+_OF_ONE_DRIVER = ("workers_ready", "workers_wanted", "stage_lanes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +79,10 @@ class Place:
         self, location: str, *, objects: Objects | None = None, clock: Callable[[], float] = time.time
     ) -> None:
         self.location = location.rstrip("/")
-        self._objects = open_objects(location) if objects is None else objects
+        self._objects = _open(location) if objects is None else objects
         self._clock = clock
         self._keys: list[str] = []
-        self._ended: dict[str, Status] = {}  # these do not change any more
+        self._ended: dict[str, Status] = {}  # documents that do not change any more
         self._looked = float("-inf")
 
     def read(self) -> list[Status]:
@@ -98,8 +109,8 @@ class Place:
             return None
         place = key.partition(LOG)[0] if LOG in key else key.removesuffix(STATUS)
         status = self._aged(Status(place=f"{self.location}/{place}".rstrip("/"), document=document, age_s=0.0))
-        if document.get("state") not in LIVING:
-            self._ended[key] = status
+        if document.get("state") not in LIVING and _OF_ONE_RUN.fullmatch(key):
+            self._ended[key] = status  # a training that goes on writes its own anew
         return status
 
     def _aged(self, status: Status) -> Status:
@@ -127,8 +138,17 @@ class Place:
             yield f"{folder}{STATUS}"
 
 
+def _open(location: str) -> Objects:
+    """As `open_objects`, with little patience."""
+    if not location.startswith("s3://"):
+        return open_objects(location)
+    from infra.s3 import S3Objects  # imported late: half a second that local work need not wait
+
+    return S3Objects(location, patience=_PATIENCE, stall_s=_STALL_S)
+
+
 class Scrape:
-    """Two looks at /metrics make rates; each call is a look.
+    """Looks at /metrics make rates over the last five minutes; each call is a look.
 
     Args:
         clock: Seconds, monotonic.
@@ -136,13 +156,13 @@ class Scrape:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._before: tuple[float, dict[tuple[str, str, str], float]] | None = None
+        self._marks: deque[tuple[float, dict[tuple[str, str, str], float]]] = deque()
         self._rates: dict[tuple[str, str, str], float] = {}
 
     def statuses(self, values: Sequence[Value]) -> list[Status]:
         """The same pictures that status.json gives, made of counters and gauges, one for each store and run.
 
-        Ray renews its numbers every 10 s, so rates are over the time between two values that differ.
+        Ray renews its numbers every 10 s, so a mark is kept when one of them differs, and else every 20 s.
         """
         sums = _sums(values)
         self._renew(sums)
@@ -155,12 +175,23 @@ class Scrape:
 
     def _renew(self, sums: dict[tuple[str, str, str], float]) -> None:
         now = self._clock()
-        if self._before is None:
-            self._before = now, sums
-        elif sums != self._before[1]:
-            since, before = self._before
-            self._rates = {key: (value - before[key]) / (now - since) for key, value in sums.items() if key in before}
-            self._before = now, sums
+        if self._marks and sums == self._marks[-1][1] and now - self._marks[-1][0] < _MARK_EVERY_S:
+            return
+        self._marks.append((now, sums))
+        while len(self._marks) > 2 and self._marks[1][0] <= now - RATES_OVER_S:
+            self._marks.popleft()
+        self._rates = {key: rate for key in sums if (rate := self._rate(key)) is not None}
+
+    def _rate(self, key: tuple[str, str, str]) -> float | None:
+        """Per second since the oldest mark from which on a number was there, and never fell as when a node is gone."""
+        marks = reversed(self._marks)
+        end, last = next(marks)
+        began, first = end, last[key]
+        for at, sums in marks:
+            if sums.get(key, float("inf")) > first:
+                break
+            began, first = at, sums[key]
+        return (last[key] - first) / (end - began) if end > began else None
 
     def _extraction(self, sums: Mapping[tuple[str, str, str], float], store: str) -> dict[str, Any]:
         def of(name: str) -> dict[str, float]:
@@ -199,14 +230,14 @@ class Scrape:
         steps, samples = rate("steps_total"), rate("samples_total")
         wait, working = rate("loader_wait_seconds_total"), rate("step_seconds_total")
         fetched, needed = rate("fetched_bytes_total"), rate("needed_bytes_total")
-        done, total = now("samples_total"), now("planned_samples")
+        done, total = now("done_samples"), now("planned_samples")
         both = (wait or 0.0) + (working or 0.0)
         errors = {
             kind: value for (name, who, kind), value in sums.items() if name == "train_errors_total" and who == run
         }
         return _without_none(
             state="running",
-            step=now("steps_total"),
+            step=now("done_steps"),  # its counters begin at zero when it goes on
             samples_done=done,
             samples_total=total,
             samples_per_s=samples,
@@ -221,7 +252,10 @@ class Scrape:
 
 
 def _sums(values: Sequence[Value]) -> dict[tuple[str, str, str], float]:
-    """By (series, store or run, stage or result or kind): counters added over workers, of gauges the largest."""
+    """By (series, store or run, stage or result or kind): counters and gauges of one driver each are added.
+
+    Of the other gauges the largest counts: each of two drivers knows the whole plan, and some of what the other did.
+    """
     found: dict[tuple[str, str, str], float] = {}
     for value in values:
         name = value.name.removeprefix(f"ray_{NAMESPACE}_")
@@ -230,7 +264,7 @@ def _sums(values: Sequence[Value]) -> dict[tuple[str, str, str], float]:
         kind = labels.get("stage") or labels.get("result") or ""
         kind = kind or " ".join(filter(None, (labels.get("where"), labels.get("kind"))))
         key = name, labels.get("store") or run, kind
-        summed = name.endswith("_total")
+        summed = name.endswith("_total") or name in _OF_ONE_DRIVER
         found[key] = found.get(key, 0.0) + value.value if summed else max(found.get(key, value.value), value.value)
     return found
 

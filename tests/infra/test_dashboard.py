@@ -18,8 +18,9 @@ import yaml
 
 from infra import dashboard, grafana
 from infra.board import BOARD_PATH
-from infra.console import UserError
-from infra.running_ray import TARGETS_FILE, living_sessions, ray_folder, read_token
+from infra.console import JobError, UserError
+from infra.running_ray import TARGETS_FILE, living_sessions, metrics_addresses, ray_folder, read_metrics, read_token
+from tests.infra.broken_pages import BROKEN, serving_page
 
 STAND_IN = f"""#!{sys.executable}
 import http.server, json, os, sys
@@ -103,6 +104,9 @@ def test_what_grafana_is_given(tmp_path):
     assert sources["apiVersion"] == 1
     (source,) = sources["datasources"]
     assert (source["type"], source["url"], source["isDefault"]) == ("prometheus", "http://127.0.0.1:9999", True)
+    # Ray renews its numbers every 10 s, and a rate takes four of them.
+    assert source["jsonData"] == {"timeInterval": "10s"}
+    assert grafana.RATE_INTERVAL == "40s"
     assert source["name"] == "Prometheus"  # RAY_PROMETHEUS_NAME's default
     boards = yaml.safe_load((provisioning / "dashboards" / "boards.yml").read_text())
     folders = {provider["name"]: Path(provider["options"]["path"]) for provider in boards["providers"]}
@@ -191,6 +195,26 @@ def test_a_cluster_that_is_away_for_a_while_keeps_its_list(tmp_path, capsys):
     targets.renew_quietly()
     assert targets.file.read_text() == "kept"
     assert capsys.readouterr().err.count("no Ray dashboard answers") == 1
+
+
+@pytest.mark.parametrize("reply", BROKEN.values(), ids=BROKEN)
+def test_a_page_that_breaks_off_or_is_none_is_a_node_that_does_not_answer(reply):
+    with serving_page(reply) as port:
+        assert read_metrics([f"127.0.0.1:{port}"], "ray_") == ([], [f"127.0.0.1:{port}"])
+        with pytest.raises(UserError, match="no Ray dashboard answers"):
+            metrics_addresses(f"http://127.0.0.1:{port}")
+
+
+@pytest.mark.parametrize("name", ["Prometheus", "Grafana"])
+@pytest.mark.parametrize("code", [0, 3])
+def test_either_of_them_that_ends_by_itself_is_told(name, code):
+    with subprocess.Popen(["sleep", "60"]) as living, subprocess.Popen(["sh", "-c", f"exit {code}"]) as ended:
+        ended.wait()
+        served = {"Prometheus": living, "Grafana": living}
+        dashboard._check_alive(served)
+        with pytest.raises(JobError, match=f"^{name} has ended by itself with {code}$"):
+            dashboard._check_alive(served | {name: ended})
+        living.terminate()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Ray leaves its templates open

@@ -15,6 +15,7 @@ import pytest
 
 from infra import board
 from infra.dashboard import Targets
+from infra.grafana import RATE_INTERVAL
 from infra.prometheus import Prometheus, serving
 
 pytestmark = [
@@ -27,8 +28,7 @@ pytestmark = [
 REPOSITORY = Path(__file__).parents[2]
 
 
-#: The interval that Grafana takes for numbers that are renewed every 10 s.
-ASKED = {query: panel for panel, query in board.queries(rate_interval="40s")}
+ASKED = {query: panel for panel, query in board.queries(RATE_INTERVAL)}
 TRAINING = {query for query in ASKED if "ray_activations_train_" in query}
 ON_GPUS = {query for query, panel in ASKED.items() if "GPU" in panel.needs}
 

@@ -5,15 +5,17 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import yaml
 
 from infra import board
+from infra.grafana import RATE_INTERVAL, SCRAPE_EVERY_S
 from infra.metrics import NAMESPACE, SERIES
 from infra.monitoring import manifests, monitoring
 from infra.prometheus import MONITORING, scrape_settings
-from tests.infra.exported import label_names, series_names
+from tests.infra.exported import exported_names, label_names, series_names
 
 RULES = yaml.safe_load((MONITORING / "alerts.yml").read_text())
 promtool = pytest.mark.skipif(
@@ -58,7 +60,7 @@ def check(query: str) -> None:
 
 
 def test_the_board_asks_only_for_what_is_exported():
-    asked = board.queries()
+    asked = board.queries(RATE_INTERVAL)
     assert len(asked) > 30
     for _, query in asked:
         check(query)
@@ -86,14 +88,13 @@ def test_the_check_sees_what_is_wrong(query):
 
 
 def test_every_series_of_ours_is_on_the_board_or_told_why_not():
-    shown = set().union(*(names_in(query) for _, query in board.queries()))
+    shown = set().union(*(names_in(query) for _, query in board.queries(RATE_INTERVAL)))
     ours = {name for name in series_names() if name.startswith(f"ray_{NAMESPACE}_")}
     unseen = {name.removeprefix(f"ray_{NAMESPACE}_") for name in ours - shown}
     # Parts of a histogram that quantiles do not take; and what passes outside the loop, a few times a run.
     aside = {
         *("shard_duration_seconds_sum", "shard_duration_seconds_count"),
-        *("train_validation_seconds_total", "train_checkpoint_seconds_total", "train_planned_samples"),
-        *("train_done_samples", "train_done_steps"),
+        *("train_validation_seconds_total", "train_checkpoint_seconds_total"),
     }
     assert unseen == aside
 
@@ -149,7 +150,7 @@ def test_every_alert_is_tried():
 def test_gauges_of_ours_are_read_over_two_minutes():
     """Ray shows a gauge only for the interval in which it was set, so a bare one is there now and gone then."""
     gauges = {f"ray_{NAMESPACE}_{name}" for name, series in SERIES.items() if series.kind == "gauge"}
-    for query in [*(query for _, query in board.queries()), *(rule["expr"] for rule in alerts())]:
+    for query in [*(query for _, query in board.queries(RATE_INTERVAL)), *(rule["expr"] for rule in alerts())]:
         for name in names_in(query) & gauges:
             n_all = len(re.findall(rf"\b{name}\b", query))
             assert len(re.findall(rf"last_over_time\({name}(?:{{[^}}]*}})?\[2m\]", query)) == n_all, query
@@ -163,6 +164,7 @@ def test_local_settings_are_the_kept_ones_with_this_ray_put_in(tmp_path):
     assert ray["file_sd_configs"][0]["files"] == [str(tmp_path / "sd.json")]
     assert here["global"]["scrape_interval"] == here["global"]["evaluation_interval"] == "2s"
     assert here["rule_files"] == [str(MONITORING / "alerts.yml")]
+    assert kept["global"]["scrape_interval"] == f"{SCRAPE_EVERY_S}s"  # as Grafana is told
     assert kept["scrape_configs"][0]["job_name"] == ray["job_name"] == "ray"  # which the alerts ask for
 
 
@@ -186,6 +188,7 @@ def test_on_kubernetes_the_same_rules_and_board_are_applied():
     (endpoint,) = pods["spec"]["podMetricsEndpoints"]
     rayjob = (MONITORING.parent / "kubernetes" / "rayjob.yaml").read_text()
     assert rayjob.count(f"{{name: {endpoint['port']}, containerPort: 8080}}") == 2  # of the head, of the workers
+    assert endpoint["interval"] == f"{SCRAPE_EVERY_S}s"
     assert endpoint["relabelings"] == [{"targetLabel": "job", "replacement": "ray"}]
     assert 'up{job="ray"' in (MONITORING / "alerts.yml").read_text()
 
@@ -244,11 +247,82 @@ def test_promtool_agrees(command):
 def test_promtool_takes_local_settings_and_every_query_of_the_board(tmp_path):
     (tmp_path / "local.yml").write_text(yaml.safe_dump(scrape_settings(files=[tmp_path / "sd.json"])))
     (tmp_path / "sd.json").write_text('[{"labels": {"job": "ray"}, "targets": ["127.0.0.1:1"]}]')
-    rules = [{"record": f"query:{i}", "expr": query} for i, (_, query) in enumerate(board.queries())]
+    rules = [{"record": f"query:{i}", "expr": query} for i, (_, query) in enumerate(board.queries(RATE_INTERVAL))]
     (tmp_path / "queries.yml").write_text(yaml.safe_dump({"groups": [{"name": "board", "rules": rules}]}))
     for command in (["check", "config", "local.yml"], ["check", "rules", "queries.yml"]):
         done = subprocess.run(["promtool", *command], cwd=tmp_path, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def try_queries(folder: Path, series: dict[str, str], expected: dict[str, list[dict]], more: str = "") -> str:
+    """What promtool has to say about the board's queries at minute 20 of planted series; "" if all are as expected."""
+    queries = [query for _, query in board.queries(RATE_INTERVAL)] + ([more] if more else [])
+    rules = [{"record": f"query:{i}", "expr": query} for i, query in enumerate(queries)]
+    (folder / "queries.yml").write_text(yaml.safe_dump({"groups": [{"name": "board", "rules": rules}]}))
+    test = {
+        "interval": "10s",
+        "input_series": [{"series": name, "values": values} for name, values in series.items()],
+        "promql_expr_test": [
+            {"expr": expression, "eval_time": "20m", "exp_samples": samples} for expression, samples in expected.items()
+        ],
+    }
+    kept = {"rule_files": ["queries.yml"], "evaluation_interval": "10s", "tests": [test]}
+    (folder / "test.yml").write_text(yaml.safe_dump(kept))
+    done = subprocess.run(
+        ["promtool", "test", "rules", "test.yml"], cwd=folder, capture_output=True, text=True, timeout=60
+    )
+    return "" if done.returncode == 0 else done.stdout + done.stderr
+
+
+@promtool
+def test_a_run_that_stands_still_shows_no_nan(tmp_path):
+    """All counters stay as they are, and every gauge is zero."""
+    series = {}
+    for name, one in SERIES.items():
+        values = {"stage": "decode", "result": "done", "where": "store", "kind": "reset"}
+        labels = ",".join(f'{tag}="{values.get(tag, "a")}"' for tag in one.tags)
+        for exported in exported_names(name, one):
+            for le in ("1", "+Inf") if exported.endswith("_bucket") else ("",):
+                more = f',le="{le}"' if le else ""
+                series[f"{exported}{{{labels}{more}}}"] = "0x130"
+    n = len(board.queries(RATE_INTERVAL))
+    none = {f"query:{i} != query:{i}": [] for i in range(n)}  # only what is no number differs from itself
+    assert try_queries(tmp_path, series, none) == ""
+    planted = none | {f"query:{n} != query:{n}": []}
+    bare = "rate(ray_activations_train_step_seconds_total[5m]) / rate(ray_activations_train_steps_total[5m])"
+    assert f"query:{n}" in try_queries(tmp_path, series, planted, more=bare)
+
+
+@promtool
+def test_what_two_drivers_do_in_bursts_is_shown_as_it_is(tmp_path):
+    """Each has four lanes that are busy half of the time, and commits a shard of 120 images every two minutes."""
+    burst = 120 // 10
+    steps = [str(i // burst) for i in range(130)]
+    series = {}
+    for driver in ("1", "2"):
+        labels = f'store="s",WorkerId="{driver}"'
+        seconds = " ".join(str(240 * int(step)) for step in steps)
+        images = " ".join(str(120 * int(step)) for step in steps)
+        series |= {
+            f'ray_activations_stage_seconds_total{{{labels},stage="device"}}': seconds,
+            f'ray_activations_stage_lanes{{{labels},stage="device"}}': "4x130",
+            f"ray_activations_images_total{{{labels}}}": images,
+            f"ray_activations_planned_images{{{labels}}}": "6000x130",
+            f"ray_activations_committed_images{{{labels}}}": "3000x130",
+            f"ray_activations_workers_ready{{{labels}}}": "2x130",
+        }
+    titles = [(panel.title, query) for panel, query in board.queries(RATE_INTERVAL)]
+    number = {title: f"query:{i}" for i, (title, _) in reversed(list(enumerate(titles)))}
+    ready = next(f"query:{i}" for i, (_, query) in enumerate(titles) if "workers_ready" in query)
+    one = [{"labels": "{}", "value": 1}]
+    within = {
+        number["Busy share per stage"]: (0.38, 0.62),
+        number["Time left"]: (3000 / 2 * 0.8, 3000 / 2 * 1.3),
+        number["Done"]: (0.5, 0.5),
+        ready: (4, 4),
+    }
+    expected = {f"count({query} >= {low} <= {high})": one for query, (low, high) in within.items()}
+    assert try_queries(tmp_path, series, expected) == ""
 
 
 @promtool

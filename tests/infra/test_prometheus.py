@@ -15,7 +15,8 @@ import pytest
 
 from infra import prometheus
 from infra.console import UserError
-from infra.prometheus import PrometheusError, find_binary, running, serving
+from infra.prometheus import Prometheus, PrometheusError, find_binary, running, serving
+from tests.infra.broken_pages import BROKEN, serving_page
 
 installed = pytest.mark.skipif(
     shutil.which("prometheus") is None, reason="prometheus is not installed (apt-get install prometheus)"
@@ -99,6 +100,16 @@ def until_name(pid: int, name: str) -> None:
     while psutil.Process(pid).name() != name:
         assert time.monotonic() < until
         time.sleep(0.02)
+
+
+@pytest.mark.parametrize("reply", BROKEN.values(), ids=BROKEN)
+def test_an_answer_that_is_none_is_told_in_a_line(reply):
+    with (
+        subprocess.Popen(["true"]) as process,
+        serving_page(reply) as port,
+        pytest.raises(PrometheusError, match="no Prometheus answers at"),
+    ):
+        Prometheus(url=f"http://127.0.0.1:{port}", process=process).query("up")
 
 
 class _Metrics(BaseHTTPRequestHandler):

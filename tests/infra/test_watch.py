@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -20,8 +22,8 @@ from infra.memory_objects import MemoryObjects
 from infra.objects import FolderObjects
 from infra.running_ray import Value
 from infra.status import DEAD_AFTER_S, status_document
-from infra.watch import Over
-from infra.watch_source import LOOK_EVERY_S, Place, Scrape, Status, machines
+from infra.watch import Over, Seen
+from infra.watch_source import LOOK_EVERY_S, RATES_OVER_S, Place, Scrape, Status, machines
 from infra.watch_view import line, panel, short_names
 
 NOW = 1_800_000_000.0
@@ -209,6 +211,19 @@ def test_a_new_run_is_seen_and_the_old_one_goes():
     assert found.living
 
 
+@pytest.mark.parametrize("key", ["log/status.json", "status.json", "digits/0-7/log/status.json"])
+def test_a_training_that_is_resumed_is_seen_in_the_document_that_said_it_had_ended(key):
+    objects, clock = MemoryObjects(), [NOW]
+    place = Place("s3://b/x", objects=objects, clock=lambda: clock[0])
+    for state in ("running", "incomplete", "running", "complete"):
+        clock[0] += 3
+        put(objects, key, {**TRAINING, "state": state}, at=clock[0])
+        for _ in range(2):
+            (found,) = place.read()
+            assert found.document["state"] == state
+            assert found.living == (state == "running")
+
+
 def test_torn_foreign_and_missing_documents_are_nothing():
     objects = MemoryObjects()
     for name, text in {"a": b'{"time": 1', "b": b"[]", "c": b'{"time": "x"}', "d": b"3"}.items():
@@ -265,6 +280,64 @@ def test_metrics_alone_make_the_same_picture():
     assert "2 of 2 ready" in line(found, "x")
 
 
+def of_driver(driver: str, values: list[Value]) -> list[Value]:
+    return [replace(value, labels={**value.labels, "WorkerId": driver}) for value in values]
+
+
+def test_of_two_drivers_that_fill_one_store_workers_and_lanes_are_added():
+    clock = [0.0]
+    scrape = Scrape(clock=lambda: clock[0])
+    scrape.statuses(of_driver("1", extraction_values(100, 10)) + of_driver("2", extraction_values(200, 20)))
+    clock[0] = 20.0
+    both = of_driver("1", extraction_values(300, 70)) + of_driver("2", extraction_values(500, 100))
+    (found,) = scrape.statuses(both)
+    assert found.document["workers_ready"] == found.document["workers_wanted"] == 4.0
+    assert found.document["busy"] == {"decode": pytest.approx((60 + 80) / 20 / (4 + 4))}
+    assert found.document["images_done"] == 500.0  # both know of the same store, one of them more
+    assert found.document["images_total"] == 1000.0
+
+
+def test_what_grows_once_a_minute_has_its_mean_rate_while_others_change_all_the_time():
+    clock = [0.0]
+    scrape = Scrape(clock=lambda: clock[0])
+    rates = []
+    for second in range(0, 1200, 5):
+        clock[0] = float(second)
+        images = min(second, 600) // 60 * 120  # a shard a minute, for ten minutes; errors for ever
+        (found,) = scrape.statuses(extraction_values(images, images / 60, errors=second))
+        rates.append(found.document.get("images_per_s"))
+    assert rates[0] is None
+    settled = rates[60:120]  # from minute 5 to 10
+    assert min(settled) == pytest.approx(2.0, rel=0.21)
+    assert max(settled) == pytest.approx(2.0, rel=0.21)
+    assert rates[-1] == 0.0  # and none of them of more than five minutes ago
+
+
+def test_a_rate_falls_to_zero_when_all_stands_still():
+    clock = [0.0]
+    scrape = Scrape(clock=lambda: clock[0])
+    for second in range(0, 60, 10):
+        clock[0] = float(second)
+        scrape.statuses(extraction_values(10 * second, second))
+    for second in range(60, 60 + int(RATES_OVER_S) + 100, 5):
+        clock[0] = float(second)
+        (found,) = scrape.statuses(extraction_values(500, 50))
+    assert found.document["images_per_s"] == 0.0
+
+
+def test_a_counter_that_falls_as_its_node_is_gone_gives_no_negative_rate():
+    clock = [0.0]
+    scrape = Scrape(clock=lambda: clock[0])
+    one, two = (of_driver(name, extraction_values(1000, 10)) for name in "12")
+    scrape.statuses(one + two)
+    clock[0] = 10.0
+    (found,) = scrape.statuses(one)
+    assert "images_per_s" not in found.document
+    clock[0] = 20.0
+    (found,) = scrape.statuses(of_driver("1", extraction_values(1050, 11)))
+    assert found.document["images_per_s"] == pytest.approx(5.0)
+
+
 def test_training_metrics_make_the_same_picture():
     def values(t: float) -> list[Value]:
         numbers = {
@@ -276,6 +349,8 @@ def test_training_metrics_make_the_same_picture():
             "needed_bytes_total": 2 * t,
             "loss": 0.5,
             "planned_samples": 32000,
+            "done_samples": 320 * (t + 30),  # it has been resumed, and its counters began at zero
+            "done_steps": 10 * (t + 30),
         }
         return [
             Value(name=f"ray_activations_train_{name}", labels={"run": "r", "block": "0-7"}, value=float(value))
@@ -289,9 +364,10 @@ def test_training_metrics_make_the_same_picture():
     (found,) = scrape.statuses(values(20))
     assert found.place == "r 0-7"
     expected = {"loader_wait": 0.25, "step_s": 0.075, "amplification": 1.5, "samples_per_s": 320, "loss": 0.5}
+    expected |= {"step": 500, "samples_done": 16000, "samples_total": 32000}
     for name, value in expected.items():
         assert found.document[name] == pytest.approx(value), name
-    assert found.document["seconds_left"] == pytest.approx((32000 - 6400) / 320)
+    assert found.document["seconds_left"] == pytest.approx((32000 - 16000) / 320)
 
 
 def test_counters_that_an_ended_job_left_are_no_job():
@@ -319,21 +395,36 @@ def test_machines_are_told_in_a_line_each():
     assert two.endswith("GPUs 90 %, 91 %")
 
 
+def seen(*states: str, troubles: list[str] | None = None) -> Seen:
+    statuses = [Status(place="a", document={"state": state}, age_s=0.0) for state in states]
+    return Seen(statuses=statuses, nodes=[], troubles=troubles or [])
+
+
 def test_a_pause_between_two_splits_is_not_the_end():
     clock = [0.0]
     over = Over(clock=lambda: clock[0])
-    living = Status(place="a", document={"state": "running"}, age_s=0.0)
-    ended = replace(living, document={"state": "complete"})
-    assert not over([living])
+    living, ended = seen("running"), seen("complete")
+    assert not over(living)
     clock[0] = 10.0
-    assert not over([ended])
-    assert not over([living])
+    assert not over(ended)
+    assert not over(living)
     clock[0] = 29.0
-    assert not over([ended])
+    assert not over(ended)
     clock[0] = 31.0
-    assert over([ended])
-    assert Over()([ended])  # it was over when we came
-    assert not Over()([])  # nothing has begun yet
+    assert over(ended)
+    assert Over()(ended)  # it was over when we came
+    assert not Over()(seen())  # nothing has begun yet
+
+
+def test_what_is_no_longer_shown_is_over_unless_it_only_cannot_be_read():
+    clock = [0.0]
+    over = Over(clock=lambda: clock[0])
+    assert not over(seen("running"))
+    clock[0] = 15.0
+    assert not over(seen())  # gauges may be missed for a look
+    clock[0] = 300.0
+    assert not over(seen(troubles=["S3 does not answer"]))
+    assert over(seen())
 
 
 # ---- the real command
@@ -439,3 +530,58 @@ def test_a_cluster_is_watched_by_its_dashboard_with_a_token_that_is_never_shown(
         assert done.returncode == 2
         assert "asks for a token (401)" in done.stderr
         assert "wrong" not in done.stderr + done.stdout
+
+
+class _Refusing(BaseHTTPRequestHandler):
+    """As an S3 that is down, or one that lets nobody in."""
+
+    code = 503
+
+    def do_GET(self) -> None:
+        self.server.asked.set()
+        self.send_error(self.code)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class _Forbidding(_Refusing):
+    code = 403
+
+
+@contextmanager
+def s3_that(handler: type[_Refusing]) -> Iterator[tuple[str, threading.Event]]:
+    """Its endpoint, and whether it has been asked."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.asked = threading.Event()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}", server.asked
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_one_picture_of_what_cannot_be_read_or_is_not_there_is_an_error(tmp_path):
+    with s3_that(_Forbidding) as (endpoint, _):
+        forbidden = ("--store", "s3://bucket/digits", "--endpoint-url", endpoint)
+        for arguments, words in ((forbidden, "403"), (("--store", str(tmp_path / "none")), "nothing to be seen in")):
+            process = watch(*arguments, "--once", tmp_path=tmp_path, stdout=subprocess.PIPE, text=True)
+            said, _ = process.communicate(timeout=60)
+            assert words in said
+            assert process.returncode == 2
+
+
+def test_ctrl_c_does_not_wait_for_a_server_that_is_down(tmp_path):
+    with s3_that(_Refusing) as (endpoint, asked):
+        process = watch(
+            *("--store", "s3://bucket/digits", "--endpoint-url", endpoint), tmp_path=tmp_path, stderr=subprocess.DEVNULL
+        )
+        assert asked.wait(30)
+        time.sleep(0.5)  # it is about to try again
+        began = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+    assert time.monotonic() - began < 5
