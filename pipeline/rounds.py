@@ -129,9 +129,16 @@ class Rounds:
         self._looked = time.monotonic()
         others, spec = self._at_work.presence.others(), self._job.planned.spec
         if others:
-            n_committed = len(list_commits(self._job.objects))
+            n_committed = len(self._committed())
             jobs = f"{len(others) + 1} jobs share {spec.n_shards:,} shards"
             self._progress.status(f"{jobs}, {n_committed:,} are done")
+
+    def _committed(self) -> set[int]:
+        """Shards that the store has, by whichever job."""
+        spec = self._job.planned.spec
+        found = {s for s in list_commits(self._job.objects).values() if s is not None and s < spec.n_shards}
+        self._metrics.there(sum(len(spec.shard_samples(shard)) for shard in found))
+        return found
 
     def _done(self, report: ShardReport, attempts: int) -> None:
         result = self._result
@@ -214,7 +221,7 @@ class Rounds:
     def _note_commits(self) -> None:
         """See which shards of others are done by now."""
         job = self._job
-        there = sorted(self._elsewhere.keys() & set(list_commits(job.objects).values()))
+        there = sorted(self._elsewhere.keys() & self._committed())
         assert job.document is not None
         for shard, (_, commit) in zip(there, load_commits(job.objects, job.document, there)):
             if isinstance(commit, Commit):  # a damaged one is done again when its job has ended

@@ -61,6 +61,7 @@ class RunMetrics:
     ) -> None:
         self._metrics = Metrics({"store": place_label(location)})
         self._n_planned, self._n_committed = n_planned, n_committed
+        self._n_there = n_committed  # at least, by the last look at the store
         self._faults_here, self._faults_before = faults_here, FAULTS.counts()
         self._clock, self._lock = clock, threading.RLock()
         self._images, self._bytes = Window(clock=clock), Window(clock=clock)
@@ -119,7 +120,13 @@ class RunMetrics:
                 self._shares_work = True
                 self._n_committed += n_samples
                 self._images.add(n_samples)
-                self._metrics.set("committed_images", self._n_committed)
+                self._show_committed()
+
+    def there(self, n_images: int) -> None:
+        """Note how many images the store was found to have, by this job and by others that share its work."""
+        with self._lock:
+            self._n_there = n_images
+            self._show_committed()
 
     def event(self, event: Event) -> None:
         """Count what happened to workers and shards."""
@@ -174,7 +181,7 @@ class RunMetrics:
         self._metrics.add("bad_images", n_bad)
         self._metrics.add("written_bytes", nbytes)
         self._metrics.add("shards", result="done")
-        self._metrics.set("committed_images", self._n_committed)
+        self._show_committed()
 
     def _ready(self, n_ready: int, n_wanted: int) -> None:
         with self._lock:
@@ -198,10 +205,13 @@ class RunMetrics:
     def _show_gauges(self) -> None:
         """Ray drops a gauge some ten seconds after it was set, so that one which stays the same is set again."""
         self._metrics.set("planned_images", self._n_planned)
-        self._metrics.set("committed_images", self._n_committed)
+        self._show_committed()
         self._metrics.set("workers_ready", self._n_ready)
         self._metrics.set("workers_wanted", self._n_wanted)
         self._show_lanes()
+
+    def _show_committed(self) -> None:
+        self._metrics.set("committed_images", max(self._n_committed, self._n_there))
 
     def _show_lanes(self) -> None:
         if not self._n_ready:

@@ -9,7 +9,7 @@ from infra.metrics import SERIES, STAGES, Metrics
 from infra.verdict import Pool
 from pipeline.dispatch import WorkersReady
 from pipeline.run_metrics import RunMetrics
-from pipeline.shard import ShardReport
+from pipeline.shard import ShardElsewhere, ShardReport
 
 
 def report(**changes) -> ShardReport:
@@ -18,6 +18,12 @@ def report(**changes) -> ShardReport:
     values |= {"seconds": {"decode": 1.0}, "faults": {}, "requests": {}}
     values |= {"pools": (Pool(stages=("decode",), lanes=2),)}
     return ShardReport(**(values | changes))
+
+
+def somewhere(shard: int) -> ShardElsewhere:
+    return ShardElsewhere(
+        shard=shard, run_id="other", committed=True, bad_images=(), nbytes=1000, requests={}, faults={}
+    )
 
 
 def test_every_gauge_is_set_again_whenever_the_status_is_written(monkeypatch: pytest.MonkeyPatch):
@@ -39,6 +45,21 @@ def test_every_gauge_is_set_again_whenever_the_status_is_written(monkeypatch: py
             "workers_wanted": 4,
             "stage_lanes": 6,
         }
+
+
+def test_what_other_jobs_have_committed_is_shown_as_soon_as_it_is_seen(monkeypatch: pytest.MonkeyPatch):
+    shown: dict[str, float] = {}
+    monkeypatch.setattr(Metrics, "set", lambda self, name, value, **tags: shown.__setitem__(name, value))
+    metrics = RunMetrics("data/stores/digits/train", n_planned=100, n_committed=40)
+    metrics.shard(report())
+    metrics.there(80)
+    assert shown["committed_images"] == 80
+    metrics.shard(report())  # a look that is older than our last shards takes nothing away
+    metrics.status()
+    assert shown["committed_images"] == 80
+    for shard in range(4):
+        metrics.elsewhere(somewhere(shard), 10, ours=False)
+    assert shown["committed_images"] == 100
 
 
 def test_every_stage_begins_at_zero(monkeypatch: pytest.MonkeyPatch):

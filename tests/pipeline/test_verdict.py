@@ -14,12 +14,14 @@ import pipeline.shard_writer
 from infra.objects import FolderObjects
 from infra.verdict import BUSY, Pool
 from pipeline.dispatch import ShardQuarantined, WorkersReady
+from pipeline.image_folder import ImageFolderSource
 from pipeline.job import ExtractResult
 from pipeline.run_metrics import RunMetrics
 from pipeline.shard import ShardReport
 from pipeline.teacher import Teacher
 from pipeline.workers import RunConfig
 from storage_schemas.keys import sharded_array_paths
+from storage_schemas.samples import Sample
 from storage_schemas.shard_buffers import ShardBuffers
 from tests.pipeline_jobs import fake_config, make_tree, run_job
 
@@ -32,6 +34,7 @@ UNIT_S = 1.0
 """Seconds of threads that a stage takes for a shard; the throttled one takes half as much again."""
 
 STAGES = ("decode", "device", "encode", "write")
+"""Those that are slowed in every trial; reading is so in its own."""
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +63,12 @@ def throttled(
     config = fake_config(
         images, store, layers="3", limit=n_images, samples_per_shard=8, samples_per_chunk=4, micro_batch=4
     )
-    decode, states = pipeline.shard.decode_image, Teacher.layer_states_list
+    read, decode, states = ImageFolderSource.read, pipeline.shard.decode_image, Teacher.layer_states_list
     encode, put = ShardBuffers.encode, FolderObjects.put
     data_keys = ("layer_", "head_input/", "statistics/")
+
+    def slow_read(self: ImageFolderSource, sample: Sample) -> bytes:
+        return paced(seconds.get("read", 0.0) / 8, read, self, sample)
 
     def slow_decode(*args: Any) -> Any:
         return paced(seconds["decode"] / 8, decode, *args)
@@ -78,6 +84,7 @@ def throttled(
         paced(seconds["write"] / N_OBJECTS if is_data else 0.0, put, self, key, data)
 
     with patch.context() as slow:
+        slow.setattr(ImageFolderSource, "read", slow_read)
         slow.setattr(pipeline.shard, "decode_image", slow_decode)
         slow.setattr(Teacher, "layer_states_list", slow_states)
         slow.setattr(ShardBuffers, "encode", slow_encode)
@@ -101,7 +108,7 @@ def status_of(result: ExtractResult) -> dict[str, Any]:
 
 def verdict_of(images: Path, store: Path, limit: str, patch: pytest.MonkeyPatch) -> dict[str, Any]:
     seconds = dict.fromkeys(STAGES, UNIT_S) | {limit: 1.5 * UNIT_S}
-    return throttled(images, store, seconds, patch)
+    return throttled(images, store, seconds, patch, n_images=16 if limit == "read" else 32)
 
 
 def remote_verdict_of(images: Path, store: Path, limit: str, patch: pytest.MonkeyPatch) -> dict[str, Any]:
@@ -113,7 +120,7 @@ def remote_verdict_of(images: Path, store: Path, limit: str, patch: pytest.Monke
     return throttled(images, store, {**pool_s, "write": write_s}, patch, n_images=32, remote=True)
 
 
-@pytest.mark.parametrize("limit", ["device"])
+@pytest.mark.parametrize("limit", ["read", "device"])
 def test_the_stage_that_is_half_as_slow_again_is_named(
     images: Path, tmp_path: Path, limit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,7 +128,7 @@ def test_the_stage_that_is_half_as_slow_again_is_named(
     assert status["limited_by"] == limit
     assert status["verdict"].startswith(f"limited by {limit}, busy ")
     assert status["busy"][limit] > 1.2 * max(share for stage, share in status["busy"].items() if stage != limit)
-    assert sum(status["busy"][stage] for stage in STAGES) > BUSY, "they share their threads"
+    assert sum(status["busy"][stage] for stage in {*STAGES, limit}) > BUSY, "they share their threads"
 
 
 @pytest.mark.parametrize("limit", ["decode", "write"])
@@ -132,7 +139,7 @@ def test_writing_with_threads_of_its_own_is_weighed_against_all_that_shares_the_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [*STAGES, "remote decode", "remote write"])
+@pytest.mark.parametrize("kind", ["read", *STAGES, "remote decode", "remote write"])
 def test_the_verdict_is_right_in_nineteen_of_twenty(
     images: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
