@@ -1,14 +1,15 @@
 """Several trainings side by side, each in a process of its own, so that they share neither random numbers nor files.
 
 One that fails begins again from its last checkpoint. It is given up once several attempts in a row have saved nothing
-new, or at once where its own exit code says that something must be put right first, or that it would come to the same.
+new, not counting those whose machine was taken away; or at once where its own exit code says that something must be put
+right first, or that it would come to the same.
 """
 
 import os
 import subprocess
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,14 @@ class Attempt(Protocol):
 
     def poll(self) -> int | None:
         """Its exit code once it has ended, negative for a signal; None before."""
+        ...
+
+    def waits_for(self) -> str:
+        """What it waits for before it begins, for people, such as "a GPU"; empty once it has begun."""
+        ...
+
+    def lost(self) -> bool:
+        """Whether it ended because its machine was taken away, which tells nothing about the training."""
         ...
 
     def ask_to_stop(self) -> None:
@@ -189,14 +198,15 @@ def _settle(one: _Running, waits: _Waiting, stopping: bool, progress: Progress, 
         return Outcome(name=name, ended="stopped", n_attempts=n_attempts)
     words = one.attempt.words()
     saved = waits.saved = _saved_step(one.job.run, one.began_at, progress)
-    waits.n_vain = 1 if saved > one.began_at else waits.n_vain + 1
+    lost = one.attempt.lost()
+    waits.n_vain = (0 if saved > one.began_at else waits.n_vain) + (not lost)
     # What was good input at first is refused later where the process of a killed attempt is still saving.
     refused = code == ExitCode.BAD_INPUT and waits.n_attempts == 1
     hopeless = refused or code == ExitCode.WOULD_COME_AGAIN or waits.n_vain == TRIES
-    pause = 0.0 if hopeless else pause_s * 2 ** (waits.n_vain - 1)
+    pause = 0.0 if hopeless else pause_s * 2 ** max(0, waits.n_vain - 1)
     waits.not_before = time.monotonic() + pause
     then = "given up" if hopeless else f"it goes on from step {saved:,} in {pause:.0f} s"
-    progress.say(f"block {name} {_ending(code)}; {then}{_indented(words)}")
+    progress.say(f"block {name} {'lost its machine' if lost else _ending(code)}; {then}{_indented(words)}")
     return Outcome(name=name, ended="failed", n_attempts=n_attempts, words=words) if hopeless else None
 
 
@@ -220,7 +230,9 @@ def _indented(words: str) -> str:
 
 
 def _counts(waiting: Sequence[_Waiting], running: Sequence[_Running]) -> str:
-    return f"{len(running)} running" + (f", {len(waiting)} waiting" if waiting else "")
+    needs = Counter(one.attempt.waits_for() for one in running)
+    parts = [f"{needs.pop('', 0)} running", *(f"{n} waiting for {what}" for what, n in needs.items())]
+    return ", ".join([*parts, *([f"{len(waiting)} waiting"] if waiting else [])])
 
 
 class _Watch:
@@ -282,6 +294,12 @@ class Process:
         if code is not None and self._process.stdin is not None:
             self._process.stdin.close()
         return code
+
+    def waits_for(self) -> str:
+        return ""
+
+    def lost(self) -> bool:
+        return False
 
     def ask_to_stop(self) -> None:
         # No SIGINT: in the workers of Ray it is blocked, and so it is in what they start.

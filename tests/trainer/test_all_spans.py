@@ -1,5 +1,6 @@
 """Trainings side by side: who begins when, what is retried, what a stop does; and a real one that is killed."""
 
+import contextlib
 import io
 import os
 import signal
@@ -10,14 +11,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 
-from infra.console import ExitCode, Progress
+from infra.console import ExitCode, Progress, run_door
 from infra.objects import MemoryObjects, ObjectError, ObjectInfo
 from tests.trainer.tiny import CPU, write_tiny_pair
+from trainer.__main__ import main
 from trainer.all_spans import TRIES, Outcome, Process, SpanRun, process_environment, train_side_by_side
 from trainer.data import open_training_data
 from trainer.run_files import Checkpoint, RunFiles
@@ -26,10 +29,11 @@ from trainer.train import train
 
 @dataclass
 class Script:
-    """What becomes of each attempt of a training: exit codes, and the step saved before each."""
+    """What becomes of each attempt of a training: exit codes, and the step saved before each; whose machine is lost."""
 
     codes: Sequence[int]
     steps: Sequence[int] = ()
+    lost: Sequence[int] = ()
 
 
 @dataclass
@@ -72,6 +76,12 @@ class Played:
                 tensors = {"model": {"w": torch.zeros(1)}}
                 self.job.run.save_checkpoint(Checkpoint(step=script.steps[self.n], tensors=tensors, state={}))
         return script.codes[self.n]
+
+    def waits_for(self) -> str:
+        return "a GPU" if self.looks < 2 else ""
+
+    def lost(self) -> bool:
+        return self.n in self.stage.scripts[self.job.name].lost
 
     def ask_to_stop(self) -> None:
         self.stopped = True
@@ -119,6 +129,34 @@ def test_it_is_given_up_after_attempts_in_a_row_that_saved_nothing_new() -> None
     assert outcomes[0] == Outcome(name="0-7", ended="failed", n_attempts=2 + TRIES, words="last words of 0-7")
     assert outcomes[1].ended == "finished"
     assert "given up" in said
+
+
+def test_machines_that_are_taken_away_cost_no_attempt() -> None:
+    """However often, and with nothing new saved; what it does wrong itself still counts, before and after."""
+    n = 3 * TRIES
+    outcomes, _, said = play({"0-7": Script([-9] * n + [0], lost=range(n)), "7-12": Script([0])})
+    assert [(outcome.ended, outcome.n_attempts) for outcome in outcomes] == [("finished", n + 1), ("finished", 1)]
+    assert said.count("block 0-7 lost its machine; it goes on from step 0") == n
+    outcomes, _, _ = play({"0-7": Script([3, -9, 3, -9, 3, 0], lost=[1, 3])})
+    assert (outcomes[0].ended, outcomes[0].n_attempts) == ("failed", TRIES + 2)
+    # A checkpoint that a lost attempt has saved is new all the same.
+    outcomes, _, _ = play({"0-7": Script([3, 3, -9, 3, 3, 0], steps=[0, 0, 10], lost=[2])})
+    assert (outcomes[0].ended, outcomes[0].n_attempts) == ("finished", 6)
+
+
+def test_what_has_not_begun_is_said_to_wait() -> None:
+    told: list[str] = []
+
+    class Told(Progress):
+        def status(self, text: str) -> None:
+            told.append(text)
+
+    stage = Stage({"0-4": Script([0]), "4-7": Script([0]), "7-12": Script([0])})
+    jobs = [SpanRun(name=n, run=RunFiles(MemoryObjects()), n_steps=100, arguments=()) for n in stage.scripts]
+    with Told(total=300, unit="steps", label="test", stream=io.StringIO(), every_s=60.0) as progress:
+        train_side_by_side(jobs, stage.launch, at_once=2, progress=progress, stop=lambda: False, poll_s=0.0)
+    assert told[0] == "0 running, 2 waiting for a GPU, 1 waiting"
+    assert "2 running, 1 waiting" in told
 
 
 def test_bad_input_is_not_tried_again() -> None:
@@ -299,3 +337,77 @@ def test_ctrl_c_saves_all_children_and_the_same_command_goes_on(tmp_path: Path) 
         steps = [line["step"] for line in run.read_metrics() if "loss" in line]
         assert steps == sorted(set(steps)), "no step was done twice"
         assert 0 < step <= steps[-1] == 3000
+
+
+# ---------------------------------------------------------------- several workers for each
+
+
+def all_blocks(store: str, runs: Path, **more: object) -> list[str]:
+    """BLOCK=all WORKERS=2, as the Makefile types it."""
+    named = {"block": "all", "blocks": "0-2", "store": store, "run": runs, "recipe": RECIPE, "steps": 4, "workers": 2}
+    return ["train", *(text for name, value in (named | more).items() for text in (f"--{name}", str(value)))]
+
+
+@pytest.mark.parametrize(("typed", "given"), [({}, []), ({"device": "cuda"}, ["--device", "cuda"])])
+def test_workers_of_a_block_get_their_devices_from_ray(
+    typed: dict[str, object], given: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With four GPUs here: a block that was told one of them would train with all its workers on that one."""
+    import trainer.commands.train_all as door
+
+    launched: list[tuple[str, ...]] = []
+
+    class Noted(Process):
+        def __init__(self, arguments: Sequence[str], *_: object) -> None:
+            launched.append(tuple(arguments))
+
+    def all_of(jobs: Sequence[SpanRun], launch: Callable[..., object], **_: object) -> list[Outcome]:
+        for job in jobs:
+            launch(job, 0)
+        return [Outcome(name=job.name, ended="failed", n_attempts=1) for job in jobs]
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**12))
+    monkeypatch.setattr(door, "Process", Noted)
+    monkeypatch.setattr(door, "train_side_by_side", all_of)
+    words = all_blocks(write_tiny_pair(tmp_path / "store"), tmp_path / "runs", blocks="0-2,2-3", **typed)
+    assert run_door(lambda: main(words)) == ExitCode.PROBLEMS
+    assert len(launched) == 2
+    for arguments in launched:
+        assert arguments[arguments.index("--workers") + 1] == "2"
+        found = arguments.index("--device") if "--device" in arguments else len(arguments)
+        assert list(arguments[found : found + 2]) == given
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_all_blocks_with_two_workers_each_through_the_door(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The real thing: a process for the block, Ray inside it, two workers of Ray Train, a finished run."""
+    from infra.objects import FolderObjects
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    seen: set[int] = set()
+    ended = threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.1):
+            for child in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if "RayTrainWorker" in " ".join(child.cmdline()):
+                        seen.add(child.pid)
+
+    looker = threading.Thread(target=look, daemon=True)
+    looker.start()
+    code = run_door(lambda: main(all_blocks(write_tiny_pair(tmp_path / "store"), tmp_path / "runs")))
+    ended.set()
+    looker.join()
+    words = (tmp_path / "runs" / "0-2-seed0.log").read_text()
+    assert code == ExitCode.OK, words
+    assert "block 0-2: finished" in capsys.readouterr().err
+    assert len(seen) == 2
+    assert "Ray runs inside this job" in words
+    assert RunFiles(FolderObjects(tmp_path / "runs" / "0-2-seed0")).read_result() is not None

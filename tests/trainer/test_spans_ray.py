@@ -13,7 +13,7 @@ import pytest
 import ray
 import torch
 
-from infra.console import ExitCode, Progress, run_door
+from infra.console import ExitCode, Progress, UserError, run_door
 from infra.objects import FolderObjects, MemoryObjects
 from tests.trainer.test_all_spans import RECIPE, options
 from tests.trainer.tiny import CPU, write_tiny_pair
@@ -22,7 +22,7 @@ from trainer.all_spans import SpanRun, train_side_by_side
 from trainer.commands.start import make_config
 from trainer.data import open_training_data
 from trainer.run_files import RunFiles
-from trainer.spans_ray import Task, room_of_cluster
+from trainer.spans_ray import Task, _is_taken_away, room_of_cluster
 from trainer.train import train
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_cluster")]
@@ -102,6 +102,71 @@ def test_room_follows_what_the_cluster_has() -> None:
     assert (several.at_once, several.resources) == (2, {"num_cpus": 0.0}), "its workers take the cores"
 
 
+def test_a_gpu_that_is_asked_for_by_name_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may come with the next machine; a training must not begin on a CPU in its place."""
+    one_gpu = {"num_cpus": 1.0, "num_gpus": 1.0}
+    room = room_of_cluster("cuda", 1, None)
+    assert (room.at_once, room.resources, room.arguments) == (None, one_gpu, ("--device", "cuda"))
+    assert "no GPU now; they wait" in room.why
+    assert room_of_cluster("cuda", 1, 2).arguments == ("--device", "cuda")
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 32.0, "GPU": 8.0})
+    for device in (None, "cuda"):
+        room = room_of_cluster(device, 1, None)
+        assert (room.at_once, room.resources, room.arguments) == (8, one_gpu, ("--device", "cuda"))
+    assert room_of_cluster("cuda", 1, 4).at_once == 2
+    assert room_of_cluster("cpu", 1, None).resources == ONE_CPU
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        ("cuda:0", "type DEVICE=cuda"),
+        ("cuda:7", "type DEVICE=cuda"),
+        ("gpu", "expected cpu or cuda"),
+        ("mps", "not on mps"),
+    ],
+)
+def test_devices_that_no_cluster_has_are_refused(device: str, said: str) -> None:
+    with pytest.raises(UserError, match=f"DEVICE={device}.*{said}"):
+        room_of_cluster(device, 1, None)
+
+
+def test_a_device_is_refused_with_all_else_before_a_run_is_claimed(
+    store: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    address, runs = ray.get_runtime_context().gcs_address, tmp_path / "runs"
+    typed = {"block": "all", "blocks": "0-2", "store": store, "run": runs, "at-once": 0, "device": "cuda:0"}
+    words = [text for name, value in typed.items() for text in (f"--{name}", str(value))]
+    assert run_door(lambda: main(["train", *words, "--ray-address", address])) == ExitCode.BAD_INPUT
+    err = capsys.readouterr().err
+    assert "AT_ONCE=0" in err
+    assert "DEVICE=cuda:0 is one GPU of one machine" in err
+    assert not runs.exists()
+
+
+def test_a_task_waits_for_what_it_needs_until_it_has_begun(store: str, tmp_path: Path) -> None:
+    never = Task(one_job(store, tmp_path / "never", 4), {"num_cpus": 1.0, "num_gpus": 1.0}, {})
+    begun = Task(one_job(store, tmp_path / "run", 4), ONE_CPU, {})
+    assert begun.waits_for() in ("cores", "")
+    wait_for(lambda: not begun.waits_for(), "a task to begin")
+    assert begun._node == ray.get_runtime_context().get_node_id()
+    assert never.waits_for() == "a GPU"
+    never.ask_to_stop()
+    wait_for(lambda: begun.poll() is not None and never.poll() is not None, "both to end")
+    assert begun.poll() == ExitCode.OK, begun.words()
+    assert not begun.lost()
+    assert not never.lost()
+
+
+def test_a_machine_that_is_gone_or_going_is_told_from_one_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = ray.get_runtime_context().get_node_id()
+    assert not _is_taken_away(here)
+    assert not _is_taken_away(None)
+    assert _is_taken_away("of a machine that is gone")
+    monkeypatch.setattr("trainer.spans_ray.draining_nodes", lambda: {here})
+    assert _is_taken_away(here)
+
+
 @pytest.mark.slow
 def test_a_stop_saves_all_in_the_cluster(store: str, tmp_path: Path) -> None:
     """One that runs saves; one that still waits for a core never begins; neither leaves a process behind."""
@@ -147,7 +212,7 @@ def test_a_killed_worker_of_ray_goes_on_from_the_last_checkpoint(store: str, tmp
     killer.join()
     assert [outcome.ended for outcome in outcomes] == ["finished"], said.getvalue()
     assert outcomes[0].n_attempts >= 2
-    assert "was killed by signal 9" in said.getvalue()
+    assert "was killed by signal 9" in said.getvalue(), "its machine is still there, so this counts"
     expected = weights_alone(store, n_steps)
     assert all(torch.equal(value, expected[name]) for name, value in job.run.read_weights().items())
     assert not trainings(job.run.location)

@@ -80,6 +80,10 @@ def _make_trainings(typed: AllSpans, spans: Sequence[Span]) -> dict[Span, Traini
     problems = list(typed.known_problems)
     if typed.at_once is not None and typed.at_once < 1:
         problems.append(f"AT_ONCE={typed.at_once}: expected 1 or more")
+    if typed.place.ray_address:
+        from trainer.spans_ray import device_problems
+
+        problems += device_problems(typed.place.device)
     opened = open_run_data(
         typed.store,
         ",".join(map(str, spans)),
@@ -203,7 +207,7 @@ def _on_cluster(typed: AllSpans, trainings: Sequence[Training], stack: ExitStack
     connection = stack.enter_context(connected(place.ray_address))
     say(str(connection))
     room = room_of_cluster(place.device, place.threads or torch_threads(dim), place.workers)
-    at_once = min(typed.at_once or room.at_once, len(trainings))
+    at_once = min(typed.at_once or room.at_once or len(trainings), len(trainings))
     say(f"{len(trainings)} blocks to train, {at_once} at a time ({room.why})")
     if trainings[0].run.local_folder is not None:
         say(
