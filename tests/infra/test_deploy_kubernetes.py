@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,12 @@ KINDS = ("extract", "train")
 
 
 def rayjob(kind: str = "extract", deployment: Deployment = DEPLOYMENT) -> dict[str, Any]:
-    found = yaml.safe_load(render("kubernetes", deployment)[f"{kind}.yaml"])
-    return json.loads(json.dumps(found))  # no anchors: what is changed in one place changes there only
+    return json.loads(_rendered(kind, deployment))  # no anchors: what is changed in one place changes there only
+
+
+@cache
+def _rendered(kind: str, deployment: Deployment) -> str:
+    return json.dumps(yaml.safe_load(render("kubernetes", deployment)[f"{kind}.yaml"]))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,12 @@ DEPLOYMENT = Deployment(bucket="my-bucket", image="registry.example.org/team/rap
 
 
 def cluster(deployment: Deployment = DEPLOYMENT) -> dict[str, Any]:
-    return yaml.safe_load(render("vms", deployment)["cluster.yaml"])
+    return json.loads(_rendered(deployment))
+
+
+@cache
+def _rendered(deployment: Deployment) -> str:
+    return json.dumps(yaml.safe_load(render("vms", deployment)["cluster.yaml"]))
 
 
 def prepared(config: dict[str, Any]) -> dict[str, Any]:
