@@ -183,6 +183,20 @@ def test_a_process_without_ray_is_told_about_by_its_document(monkeypatch: pytest
     relay.look()
 
 
+def test_numbers_that_do_not_reach_ray_are_missed_aloud(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from trainer import spans_ray
+
+    def fail(_: Relay) -> None:
+        raise ValueError("no such series")
+
+    monkeypatch.setattr(Relay, "look", fail)
+    with pytest.raises(ValueError, match="no such series"), spans_ray._relaying(("--run", str(tmp_path)), {}):
+        pass
+    assert capsys.readouterr().err == ("the numbers of this training do not reach Ray: ValueError('no such series')\n")
+
+
 # ---------------------------------------------------------------- arithmetic
 
 
