@@ -98,13 +98,29 @@ class NoRoom:
 
 @dataclass(frozen=True, kw_only=True)
 class NodeLeftOut:
-    """Workers cannot start on a machine where others can: it is given no more."""
+    """Workers cannot start on a machine while others have some: it is given no more for a while."""
 
     node: str
     cause: str
+    seconds: float
 
     def __str__(self) -> str:
-        return f"{self.node} is left out, as workers cannot start there: {self.cause}"
+        return f"{self.node} is left out for {self.seconds / 60:g} min, as workers cannot start there: {self.cause}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartsSuspended:
+    """Too many workers in a row could not start: for a while those that are there are all."""
+
+    n_failed: int
+    cause: str
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"no more workers are started for {self.seconds / 60:g} min, unless one that is on its way gets ready, as "
+            f"{self.n_failed} in a row could not: {self.cause}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +170,8 @@ class ShardQuarantined:
         return f"shard {self.shard} is quarantined after {self.attempts} attempts: {self.cause}"
 
 
-Event = WorkersReady | NoRoom | NodeLeftOut | WorkerLost | ShardRetried | ShardSuspected | ShardQuarantined
+PoolEvent = WorkersReady | NoRoom | NodeLeftOut | StartsSuspended | WorkerLost
+Event = PoolEvent | ShardRetried | ShardSuspected | ShardQuarantined
 OnEvent = Callable[[Event], None]
 
 

@@ -36,7 +36,7 @@ from pipeline.shard_writer import counted_requests
 from pipeline.sources import open_sources
 from pipeline.summary import summarise
 from pipeline.teacher import Teacher
-from pipeline.workers import RunConfig, check_run, ray_for
+from pipeline.workers import Demand, RunConfig, check_run, ray_for
 
 
 def extract(
@@ -97,12 +97,16 @@ def extract_planned(
         check_disk((job.planned.location, job.nbytes_left) for job in jobs)
         missing = any(job.shards for job in jobs)
         on_ray = missing and not run.no_ray
-        with ray_for(run) if on_ray else nullcontext(), _spares(on_ray) as spares, stop_on_signals() as stop:
+        with (
+            ray_for(run) if on_ray else nullcontext() as demand,
+            _spares(on_ray) as spares,
+            stop_on_signals() as stop,
+        ):
             results = []
             for n_done, job in enumerate(jobs, start=1):
                 if spares is not None:
                     spares.keeps = any(later.shards for later in jobs[n_done:])
-                results.append(_extract_store(job, run, stop, teacher_factory, spares))
+                results.append(_extract_store(job, run, stop, teacher_factory, demand, spares))
             return results
     except ObjectError as error:
         raise JobError(f"{error}. What is committed stays valid; the same command goes on from there") from error
@@ -114,14 +118,19 @@ def _spares(on_ray: bool) -> Iterator[Any]:
     if not on_ray:
         yield None
         return
-    from pipeline.dispatch_ray import Spares
+    from pipeline.workers_ray import Spares
 
     with closing(Spares()) as spares:
         yield spares
 
 
 def _extract_store(
-    job: Job, run: RunConfig, stop: StopFlag, teacher_factory: Callable[[str], Teacher] | None, spares: Any
+    job: Job,
+    run: RunConfig,
+    stop: StopFlag,
+    teacher_factory: Callable[[str], Teacher] | None,
+    demand: Demand | None = None,
+    spares: Any = None,
 ) -> ExtractResult:
     result = _result_of(job)
     if (job.shards or not was_left_in_order(job.objects)) and not stop():
@@ -131,7 +140,7 @@ def _extract_store(
             job = _begin(job, working)
             working.log.write_provenance({"spec": job.planned.spec.to_json(), "run": asdict(run)})
             if job.shards:
-                Rounds(job, run, stop, teacher_factory, result, working, spares).run()
+                Rounds(job, run, stop, teacher_factory, result, working, demand, spares).run()
             _end(job, result, working)
     result.interrupted = result.interrupted or (stop() and not result.complete)
     result.requests.update(counted_requests(job.objects))

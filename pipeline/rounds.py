@@ -5,7 +5,7 @@ shard that a living job has given up is given up here too.
 """
 
 import time
-from collections.abc import Callable, Generator, Sequence, Set
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -19,7 +19,6 @@ from pipeline.dispatch import (
     Event,
     FatalError,
     Outcome,
-    Wanted,
     WorkersReady,
     run_plain,
 )
@@ -30,7 +29,7 @@ from pipeline.run_metrics import RunMetrics, told
 from pipeline.shard import RunnerConfig, ShardElsewhere, ShardReport, commit_nbytes
 from pipeline.sources import DigitsSource, Source
 from pipeline.teacher import Teacher
-from pipeline.workers import MakeRunner, RunConfig, machines_of_ray, wanted_workers
+from pipeline.workers import Demand, MakeRunner, RunConfig
 from storage_schemas.commit import Commit
 from storage_schemas.reader import list_commits, load_commits
 
@@ -50,7 +49,8 @@ class Rounds:
         make_teacher: Makes the teacher in a worker; None takes the one in the store.
         result: Brought up to date.
         at_work: Of this job.
-        spares: Workers of other stores of this extraction, a `dispatch_ray.Spares`; None shares none.
+        demand: Which workers this extraction wants; None without Ray.
+        spares: Workers of other stores of this extraction, a `workers_ray.Spares`; None shares none.
     """
 
     def __init__(
@@ -61,9 +61,10 @@ class Rounds:
         make_teacher: MakeTeacher,
         result: ExtractResult,
         at_work: AtWork,
+        demand: Demand | None = None,
         spares: Any = None,
     ) -> None:
-        self._spares = spares
+        self._demand, self._spares = demand, spares
         self._job, self._run, self._stop, self._make_teacher = job, run, stop, make_teacher
         self._result, self._at_work, self._log = result, at_work, at_work.log
         self._claims = Claims(job.objects, at_work.presence.run_id)
@@ -261,21 +262,14 @@ class Rounds:
             return
         from pipeline.dispatch_ray import run_on_ray
 
-        on_gpus = False
-
-        def wanted(without: Set[str] = frozenset()) -> Wanted:
-            nonlocal on_gpus
-            found = wanted_workers(run, machines_of_ray(without), on_gpus=on_gpus)
-            on_gpus = bool(found.num_gpus)
-            return found
-
+        assert self._demand is not None
         if run.depth is None:
-            depth = DEPTH_ON_GPU if wanted().num_gpus else DEPTH_ON_CPU  # the GPUs are the workers', not ours
+            depth = DEPTH_ON_GPU if self._demand().num_gpus else DEPTH_ON_CPU  # the GPUs are the workers', not ours
         config = replace(self._runner_config(run.cpus_per_worker), n_buffers=depth)
         yield from run_on_ray(
             shards,
             MakeRunner(config=config),
-            wanted=wanted,
+            wanted=self._demand,
             depth=depth,
             shard_timeout_s=run.shard_timeout_s,
             environment=worker_environment(self._job.planned.location, str(getattr(config.source, "root", ""))),

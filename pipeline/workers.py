@@ -85,13 +85,14 @@ def n_threads(run: RunConfig) -> int:
 
 
 @contextmanager
-def ray_for(run: RunConfig) -> Iterator[None]:
-    """Ray, joined or started, that can hold such workers; left or ended afterwards."""
+def ray_for(run: RunConfig) -> "Iterator[Demand]":
+    """Ray, joined or started, that can hold such workers, and what is wanted of it; left or ended afterwards."""
     with connected(run.ray_address, dashboard=run.dashboard, verbose=run.verbose, say=say) as connection:
         say(str(connection))
-        wanted = wanted_workers(run, machines_of_ray())
+        demand = Demand(run)
+        wanted = demand()
         check_fits(num_cpus=wanted.num_cpus, num_gpus=wanted.num_gpus, connection=connection)
-        yield
+        yield demand
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,22 @@ def machines_of_ray(without: Set[str] = frozenset()) -> list[MachineRoom]:
     gone = without | draining_nodes()
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in gone]
     return [MachineRoom(int(has.get("CPU", 0)), int(has.get("GPU", 0))) for has in alive]
+
+
+class Demand:
+    """The workers that one extraction wants, asked again while machines come and go; one for all of its stores.
+
+    Once there were GPUs it wants GPUs, in every store: if all are gone when the next begins, it waits for others.
+    """
+
+    def __init__(self, run: RunConfig) -> None:
+        self._run, self._on_gpus = run, False
+
+    def __call__(self, without: Set[str] = frozenset()) -> Wanted:
+        """What is wanted now, on machines other than these (ids of nodes). Ray is connected."""
+        found = wanted_workers(self._run, machines_of_ray(without), on_gpus=self._on_gpus)
+        self._on_gpus = bool(found.num_gpus)
+        return found
 
 
 def wanted_workers(run: RunConfig, machines: Sequence[MachineRoom], *, on_gpus: bool = False) -> Wanted:

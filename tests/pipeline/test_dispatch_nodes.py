@@ -90,7 +90,8 @@ def test_a_drained_and_lost_node_costs_no_attempt_and_its_successor_joins(nodes:
 
 def test_a_draining_node_is_given_nothing_more(nodes: Any) -> None:
     from infra.cluster import connected
-    from pipeline.dispatch_ray import LOOK_S, run_on_ray
+    from pipeline.dispatch_ray import run_on_ray
+    from pipeline.pool_ray import LOOK_S
 
     first, second = (nodes.add_node(num_cpus=1, **nodes.small) for _ in range(2))
     drained_at, late_on_second = None, 0

@@ -6,8 +6,9 @@ import psutil
 import pytest
 
 from pipeline.dispatch import Wanted
-from pipeline.dispatch_ray import Spares, run_on_ray
+from pipeline.dispatch_ray import run_on_ray
 from pipeline.extract import extract
+from pipeline.workers_ray import Spares
 from tests.kills import is_alive, wait_for
 from tests.pipeline_jobs import ON_RAY, THREADS, digest_of, fake_config, make_tree
 

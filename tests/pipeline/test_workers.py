@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline import workers
 from pipeline.dispatch import Wanted
-from pipeline.workers import MOST_CORES, MachineRoom, RunConfig, wanted_workers
+from pipeline.workers import MOST_CORES, Demand, MachineRoom, RunConfig, wanted_workers
 
 AUTO, CPU, CUDA = RunConfig(), RunConfig(device="cpu"), RunConfig(device="cuda")
 
@@ -64,6 +65,22 @@ def test_gpus_that_are_gone_are_awaited() -> None:
     assert shape(wanted_workers(AUTO, left)) == (1, 64, 0)
     assert shape(wanted_workers(AUTO, left, on_gpus=True)) == (1, 1, 1)
     assert wanted_workers(AUTO, left, on_gpus=True).n_fit == 0
+
+
+@pytest.mark.parametrize("n_typed", [None, 3])
+def test_an_extraction_that_has_had_gpus_wants_gpus_in_every_store(
+    monkeypatch: pytest.MonkeyPatch, n_typed: int | None
+) -> None:
+    there = [MachineRoom(64), MachineRoom(8, 1)]
+    monkeypatch.setattr(workers, "machines_of_ray", lambda without: there)
+    demand, fresh = Demand(RunConfig(workers=n_typed)), Demand(RunConfig(workers=n_typed, device="cpu"))
+    assert demand().num_gpus == 1
+    assert fresh().num_gpus == 0
+    there = [MachineRoom(64)]
+    assert (demand().num_gpus, demand().n_fit) == (1, 0)
+    there = []
+    assert (demand({"a"}).num_gpus, demand().n_fit) == (1, 0)
+    assert fresh().num_gpus == 0
 
 
 @given(
