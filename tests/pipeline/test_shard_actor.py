@@ -1,6 +1,6 @@
 """The worker process of Ray, without Ray: what it does with a runner that it has no use for any more."""
 
-from pipeline.ray_workers import ShardActor
+from pipeline.workers_ray import ShardActor
 
 
 class Closable:
