@@ -185,8 +185,8 @@ watch: $(READY) ## a run as it is now, in the terminal: STORE=, RUN= or RAY_ADDR
 bench: $(READY) ## side-by-side benchmarks; results under benchmarks/results/
 	@$(PYTHON) -m benchmarks all $(ARGS)
 
-test: $(READY) ## all tests but the slow ones
-	@$(PYTHON) -m pytest $(ARGS)
+test: $(READY) ## all tests but the slow ones, in two processes
+	@$(PYTHON) -m pytest -n 2 $(ARGS)
 
 test-slow: $(READY) ## the slow tests: hundreds of kills and corruptions
 	@$(PYTHON) -m pytest -m slow $(ARGS)
