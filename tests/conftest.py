@@ -16,6 +16,11 @@ from tests.s3_servers import S3Server, shared_server, stop_shared_servers
 # Before torch is imported, here and in every process that a test starts: the matrices are tiny, and a second OpenMP
 # thread on a busy core makes them many times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# What the make that runs us was given is not for the makes that tests run.
+if os.environ.pop("MAKELEVEL", None) is not None:
+    for name in ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "ARGS"):
+        os.environ.pop(name, None)
 # Ray's workers are nice to others by 15 of themselves: on a busy machine the tests would wait for them for ever.
 os.environ.setdefault("RAY_worker_niceness", "0")
 
