@@ -74,14 +74,14 @@ def test_the_joint_training_begins_with_the_blocks_and_an_empty_optimizer(
     place: Path, data: TrainingData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """D6: before step 1 every tensor is that of stage 1, and AdamW has seen nothing."""
-    import trainer.train
+    import trainer.gradient
 
     config = make_config(data, 2, "digits_stage2", 3, seed=5)
     assert config.loss == TokenWeights(cls=0.45, registers=0.10, patches=0.45)
     assert (config.spans, config.teacher_forcing_steps, config.seed) == (SPANS, 0, 5)
     blocks = read_blocks(sources(place), config, data)
     seen: list[tuple[dict[str, torch.Tensor], int]] = []
-    step = trainer.train.clip_and_step
+    step = trainer.gradient.clip_and_step
 
     def spy(optimizer: torch.optim.Optimizer, norm: float) -> object:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -89,7 +89,7 @@ def test_the_joint_training_begins_with_the_blocks_and_an_empty_optimizer(
         seen.append(({str(i): p for i, p in enumerate(before)}, len(optimizer.state)))
         return step(optimizer, norm)
 
-    monkeypatch.setattr(trainer.train, "clip_and_step", spy)
+    monkeypatch.setattr(trainer.gradient, "clip_and_step", spy)
     run = RunFiles(MemoryObjects())
     assert train(config, data, run, machine=CPU, initial=joint_weights(blocks)) is not None
     first, n_moments = seen[0]
