@@ -3,11 +3,8 @@
 import io
 import json
 import math
-import os
-import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePath
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,25 +16,17 @@ from analysis.figures import phases_figure
 from analysis.partitions import spans_text
 from analysis.phase_report import Phases, find_phases, phases_json, phases_table
 from analysis.phases import DEFAULT_OBJECTIVE, MAX_CUT_LAYERS, MIN_SIZE, OBJECTIVES, partition_problems
+from analysis.places import DEFAULT_STORE, make_command, open_out, open_train, store_name
 from analysis.report_command import report_command
 from infra.console import ExitCode, JobError, Progress, UserError, run_door, say
 from infra.objects import (
-    Get,
-    ObjectAccessError,
     ObjectError,
-    ObjectMissingError,
     Objects,
-    ObjectTooLargeError,
-    open_objects,
 )
-from infra.s3_settings import split_location, use_endpoint
-from storage_schemas import Store, open_store
-from storage_schemas.documents import MAX_DOCUMENT_NBYTES
+from infra.s3_settings import use_endpoint
+from storage_schemas import Store
 from storage_schemas.errors import StoreError
-from storage_schemas.find import find_stores
-from storage_schemas.keys import STORE_KEY
 
-DEFAULT_STORE = "data/stores/digits"
 DEFAULT_OUT = "data/phases"
 
 
@@ -68,8 +57,8 @@ def phases_command(
     use_endpoint(endpoint_url)
     place = out or default_out(store)
     problems = _setting_problems(k, epsilon, objective, limit)
-    saved = _open_out(place, store, problems)
-    source = _open_train(store, problems)
+    saved = open_out(place, store, problems)
+    source = open_train(store, problems)
     depth = 0 if source is None else _find_depth(source, problems)
     if source is not None:
         problems += _depth_problems(source, depth, k, epsilon) + _image_problems(source, limit)
@@ -88,7 +77,7 @@ def phases_command(
         "OUT": out or None,
         "LIMIT": limit if limit != N_IMAGES else None,
     }
-    command = _make_command("phases", typed)
+    command = make_command("phases", typed)
     name = _file_name(phases, epsilon)
     _save(saved, name, source, measured, phases, command)
     print(_report(source, measured, phases))
@@ -97,10 +86,8 @@ def phases_command(
 
 
 def default_out(store: str) -> str:
-    """data/phases/<store>; a store called train or val is named with its folder."""
-    path = PurePath(os.path.normpath(store))
-    name = f"{path.parent.name}-{path.name}" if path.name in ("train", "val") and path.parent.name else path.name
-    return f"{DEFAULT_OUT}/{name}"
+    """data/phases/<store>."""
+    return f"{DEFAULT_OUT}/{store_name(store)}"
 
 
 def _setting_problems(k: int | None, epsilon: float | None, objective: str, limit: int) -> list[str]:
@@ -116,57 +103,6 @@ def _setting_problems(k: int | None, epsilon: float | None, objective: str, limi
     if limit < 2:
         problems.append(f"LIMIT={limit}: expected 2 or more images")
     return problems
-
-
-def _open_train(location: str, problems: list[str]) -> Store | None:
-    try:
-        found = find_stores(location)
-        place = found.get("", found.get("train"))
-        if place is None:
-            problems.append(f"STORE={location} has a store val but none called train: make extract")
-            return None
-        return open_store(place)
-    except (StoreError, ObjectError, UserError) as error:
-        problems.append(f"STORE={location}: {error}")
-        return None
-
-
-def _open_out(place: str, store: str, problems: list[str]) -> Objects | None:
-    try:
-        if _lies_in_a_store(place, store):
-            problems.append(f"OUT={place} lies in a store, which is never written to: give another folder")
-            return None
-        objects = open_objects(place)
-        objects.check_writable()
-        return objects
-    except (ObjectError, UserError) as error:
-        problems.append(f"OUT={place}: {error}")
-        return None
-
-
-def _lies_in_a_store(place: str, store: str) -> bool:
-    if "://" in place:
-        return f"{place.rstrip('/')}/".startswith(f"{store.rstrip('/')}/") or _lies_in_a_store_on_s3(place)
-    folder = Path(place).resolve()
-    around = [folder, *folder.parents]
-    return Path(store).resolve() in around or any((parent / STORE_KEY).exists() for parent in around)
-
-
-def _lies_in_a_store_on_s3(place: str) -> bool:
-    bucket, prefix = split_location(place)
-    objects = open_objects(f"s3://{bucket}")
-    parts = prefix.split("/") if prefix else []
-    return any(_is_there(objects, "/".join([*parts[:n], STORE_KEY])) for n in range(len(parts), -1, -1))
-
-
-def _is_there(objects: Get, key: str) -> bool:
-    try:
-        objects.get(key, at_most=MAX_DOCUMENT_NBYTES)
-    except ObjectTooLargeError:
-        return True
-    except (ObjectMissingError, ObjectAccessError):  # many accounts may only use some prefixes of a bucket
-        return False
-    return True
 
 
 def _find_depth(store: Store, problems: list[str]) -> int:
@@ -288,13 +224,8 @@ def _print_blocks(phases: Phases, store: str, endpoint_url: str | None) -> int:
         "STORE": store if store != DEFAULT_STORE else None,
         "ENDPOINT_URL": endpoint_url,
     }
-    print(f"next  {_make_command('train', typed)}")
+    print(f"next  {make_command('train', typed)}")
     return ExitCode.OK
-
-
-def _make_command(target: str, variables: Mapping[str, object]) -> str:
-    typed = [f"{name}={shlex.quote(str(value))}" for name, value in variables.items() if value is not None]
-    return " ".join(["make", target, *typed])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

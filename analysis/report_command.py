@@ -1,9 +1,6 @@
 """`make report`: one HTML page of everything that is asked of a store, and its tables as CSV."""
 
-import os
-import shlex
 from collections.abc import Mapping
-from pathlib import PurePath
 
 from analysis.measure import measure_store
 from analysis.page import Origin, Section, Table, page_html, table_csv
@@ -11,16 +8,14 @@ from analysis.partitions import MIN_SIZE
 from analysis.pass_over import pass_nbytes
 from analysis.phase_report import Phases, find_phases
 from analysis.phases import DEFAULT_OBJECTIVE
+from analysis.places import DEFAULT_STORE, make_command, open_out, open_train, store_name
 from analysis.report import dynamics_section, overview_section, similarity_section, spectra_section
 from analysis.similarity import LEAST_ROWS
 from infra.console import Progress, UserError, human_bytes, say
-from infra.objects import ObjectError, Objects, open_objects
+from infra.objects import Objects
 from infra.s3_settings import use_endpoint
-from storage_schemas import Store, open_store
-from storage_schemas.errors import StoreError
-from storage_schemas.find import find_stores
+from storage_schemas import Store
 
-DEFAULT_STORE = "data/stores/digits"
 DEFAULT_OUT = "data/reports"
 LIMIT = 10_240  # ten batches of CKA
 WIDE_LIMIT = 1_000
@@ -62,10 +57,10 @@ def report_command(
     from analysis.report_models import load_models, model_sections  # torch and timm take seconds to import
 
     use_endpoint(endpoint_url)
-    place = out or f"{DEFAULT_OUT}/{_name(store)}"
+    place = out or f"{DEFAULT_OUT}/{store_name(store)}"
     problems = _setting_problems(k, limit, wide_limit, model_limit)
-    saved = _open_out(place, problems)
-    source = _open_train(store, problems)
+    saved = open_out(place, store, problems)
+    source = open_train(store, problems)
     if source is not None:
         problems += _store_problems(source, k)
     models = {} if source is None else load_models(source, run, device, problems)
@@ -131,17 +126,6 @@ def _save(out: Objects, title: str, facts: Mapping[str, str], sections: list[Sec
     out.put(PAGE, page_html(title, facts, sections).encode())
 
 
-def make_command(target: str, variables: Mapping[str, object]) -> str:
-    """What to type for it: `make target NAME=value`, without those that are None."""
-    typed = [f"{name}={shlex.quote(str(value))}" for name, value in variables.items() if value is not None]
-    return " ".join(["make", target, *typed])
-
-
-def _name(store: str) -> str:
-    path = PurePath(os.path.normpath(store))
-    return f"{path.parent.name}-{path.name}" if path.name in ("train", "val") and path.parent.name else path.name
-
-
 def _setting_problems(k: int, limit: int, wide_limit: int, model_limit: int) -> list[str]:
     problems = []
     if k < 1:
@@ -165,26 +149,3 @@ def _store_problems(store: Store, k: int) -> list[str]:
         most = (len(store.layers) - 1) // MIN_SIZE
         problems.append(f"K={k}: layers 1 to {store.layers[-1]} are cut into at most {most} phases of {MIN_SIZE}")
     return problems
-
-
-def _open_train(location: str, problems: list[str]) -> Store | None:
-    try:
-        found = find_stores(location)
-        place = found.get("", found.get("train"))
-        if place is None:
-            problems.append(f"STORE={location} has a store val but none called train: make extract")
-            return None
-        return open_store(place)
-    except (StoreError, ObjectError, UserError) as error:
-        problems.append(f"STORE={location}: {error}")
-        return None
-
-
-def _open_out(place: str, problems: list[str]) -> Objects | None:
-    try:
-        objects = open_objects(place)
-        objects.check_writable()
-        return objects
-    except (ObjectError, UserError) as error:
-        problems.append(f"OUT={place}: {error}")
-        return None

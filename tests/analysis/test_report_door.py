@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,10 @@ SECTIONS = ["Phases, angular speed and CKA", "Similarity", "Dynamics", "Spectra"
 
 def write(place, **changes):
     write_planted(open_objects(str(place)), make_spec(**{"layers": tuple(range(7))} | changes))
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def report(store, out, *more: str) -> str:
@@ -74,6 +79,15 @@ def test_what_cannot_be_reported_is_refused_before_it_starts(tmp_path, more, cha
     with pytest.raises(UserError, match=re.escape(expected)):
         report(tmp_path / "store", tmp_path / "out", *more)
     assert not (tmp_path / "out" / PAGE).exists()
+
+
+def test_a_store_is_never_written_to(tmp_path):
+    write(tmp_path / "store")
+    before = contents(tmp_path / "store")
+    for out in ("store", "store/reports"):
+        with pytest.raises(UserError, match=f"OUT={re.escape(str(tmp_path / out))} lies in a store"):
+            report(tmp_path / "store", tmp_path / out)
+    assert contents(tmp_path / "store") == before
 
 
 def test_all_problems_come_at_once(tmp_path):
