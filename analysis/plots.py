@@ -71,6 +71,29 @@ def curves(
     return _svg(figure)
 
 
+def pictures(
+    values: Mapping[str, Float[np.ndarray, "height width"]], *, unit: str, limits: tuple[float, float], columns: int = 2
+) -> bytes:
+    """Pictures without axes side by side, each with its title, on one scale of colours; NaN is left white.
+
+    Args:
+        values: By the title of each.
+        unit: Name and unit of the values.
+        limits: Values of the first and the last colour.
+        columns: Pictures side by side.
+    """
+    columns = min(columns, len(values))
+    n_rows = -(-len(values) // columns)
+    figure, axes = _canvas(n_rows * columns, width=9.6, height=9.0 / columns * n_rows, columns=columns)
+    for one, (title, picture) in zip(axes, values.items()):
+        image = one.imshow(picture, cmap="viridis", vmin=limits[0], vmax=limits[1], interpolation="nearest")
+        one.set_title(title, fontsize=10)
+    for one in axes:
+        one.set_axis_off()
+    figure.colorbar(image, ax=axes, label=unit, fraction=0.046, pad=0.03)
+    return _svg(figure)
+
+
 def depth_overview(
     distance: Float[np.ndarray, "layer layer"],
     cka: Float[np.ndarray, "state state"],

@@ -23,8 +23,10 @@ from analysis.model_report import (
 )
 from analysis.page import Origin, Section
 from analysis.phase_report import Phases
+from analysis.positions.map_section import map_section, position_maps
 from infra.console import Progress, UserError, say
 from infra.objects import ObjectError
+from pipeline.positions import positions_of
 from pipeline.teacher import Teacher, teacher_from_files
 from storage_schemas import Store
 from storage_schemas.errors import StoreError
@@ -55,6 +57,7 @@ def model_sections(
         beside = Origin(data=f"{store.location} and {raptor.name}", n_images=total, seed=None, command=command)
         sections.append(raptor_section(raptor.name, compared, beside))
     sections += _attention(models[TEACHER], x, origin)
+    sections += _positions(models[TEACHER], store.location, seed, command)
     depth = store.layers[-1]
     with Progress(total=depth * len(models), unit="layers", label="self-correction") as progress:
         tracked = {
@@ -83,6 +86,21 @@ def _attention(teacher: Teacher, x: torch.Tensor, origin: Origin) -> list[Sectio
     except UserError as error:  # blocks whose attention has another form; the rest of the report does without
         say(f"no attention distances: {error}")
         return []
+
+
+def _positions(teacher: Teacher, location: str, seed: int, command: str) -> list[Section]:
+    """Of the position embeddings as the weights have them, before they were resampled to the images' grid."""
+    own = teacher.positions if teacher.positions is not None else positions_of(teacher.model)
+    if own is None:
+        say(f"no map of positions: {teacher.name} adds no position embeddings to its patches")
+        return []
+    data = f"{location}: weights of {teacher.name} alone"
+    try:
+        found = position_maps(own.numpy(), seed=seed)
+    except ValueError as error:  # embeddings that are all the same
+        say(f"no map of positions of {teacher.name}: {error}")
+        return []
+    return [map_section(found, Origin(data=data, n_images=0, seed=seed, command=command))]
 
 
 def load_models(store: Store, run: str, device: str, problems: list[str]) -> dict[str, Teacher]:

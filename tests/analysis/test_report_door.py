@@ -125,7 +125,13 @@ def digits(tmp_path_factory):
 @pytest.mark.slow
 def test_a_store_with_its_teacher_shows_what_the_teacher_does(digits, tmp_path):
     page = report(digits, tmp_path / "out", "--model-limit", "8")
-    assert re.findall(r"<h2>(.*?)</h2>", page) == [*SECTIONS, "Attention and branches", "Self-correction", "Layer swap"]
+    assert re.findall(r"<h2>(.*?)</h2>", page) == [
+        *SECTIONS,
+        "Attention and branches",
+        "Positions of patches",
+        "Self-correction",
+        "Layer swap",
+    ]
     with (tmp_path / "out/tables/layer_swap.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["where"] for row in rows} == {"none", "intra", "inter"}
