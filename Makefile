@@ -61,6 +61,7 @@ help: ## list targets and variables
 #: FROM        with make import: file of published weights, a state dict                         [must be given]
 #: HEADS       with make import: attention heads of its blocks                            [one per 64 channels]
 #: PARTIAL=1   train on a store that is not finished, with the shards that it has now                      [off]
+#: KEEP        with make teacher: epochs whose checkpoints are kept, 0,1,2,5,10,20,40,60; 0 is untrained       [none]
 #: TASK        of make probe: imagenet, ade20k, nyuv2 or digits                                 [must be given]
 #: EPOCHS BATCH_SIZE LEARNING_RATE   of a probe                                                   [the recipe's]
 #: THREADS     of make probe on a CPU               [1 for teachers of fewer than 256 channels, else one per core]
@@ -124,7 +125,7 @@ phases: $(READY) ## cut the depth into spans, with heat map and controls: make p
 	@$(PYTHON) -m analysis phases $(call flags,K STORE EPSILON OBJECTIVE OUT LIMIT ENDPOINT_URL) $(ARGS)
 
 report: $(READY) ## phases, similarity, dynamics and spectra of a store as one HTML page with figures, in OUT=
-	@$(PYTHON) -m analysis report $(call flags,STORE RUN K OUT LIMIT SEED DEVICE ENDPOINT_URL) $(ARGS)
+	@$(PYTHON) -m analysis report $(call flags,STORE RUN K OUT LIMIT SEED DEVICE RAY_ADDRESS ENDPOINT_URL) $(ARGS)
 
 TRAIN_VARIABLES := STORE BLOCKS RUN STEPS SEED REPLICA HEAD DEVICE RECIPE MICRO_BATCH WORKERS RAY_ADDRESS ENDPOINT_URL
 TRAIN_FLAGS = $(call flags,$(TRAIN_VARIABLES)) $(call switch,PARTIAL) $(ARGS)
@@ -150,8 +151,8 @@ table: $(READY) ## finished runs and probes side by side, with the paper's numbe
 demo: $(READY) ## the whole story on digits, below DEMO=: extract, phases, both stages, probes, table, figures
 	@$(PYTHON) -m analysis demo $(call flags,DEMO SEEDS LIMIT STEPS) $(ARGS)
 
-teacher: $(READY) ## train digits_vit, the small teacher that ships with the project (minutes)
-	@$(PYTHON) -m trainer teacher $(ARGS)
+teacher: $(READY) ## train digits_vit, the small teacher that ships with the project (minutes); KEEP= keeps checkpoints
+	@$(PYTHON) -m trainer teacher $(call flags,OUT SEED KEEP) $(ARGS)
 
 s3: $(READY) ## a local S3 server for trying things; prints what to export. PORT=9000, in memory
 	@$(PYTHON) -m infra s3 $(call flag,PORT) $(ARGS)

@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import nn
 from torch.nn import functional
 
+from infra.console import UserError
 from pipeline.digits import (
     DIGITS_PREPROCESSING,
     N_CLASSES,
@@ -46,6 +47,7 @@ class DigitsTeacherConfig:
         max_scale: Augmentation: scale within 1 - this to 1 + this.
         bfloat16: Autocast to bfloat16.
         seed: Of the initial weights, the order and the augmentation.
+        n_train: Only the first so many training digits, for a training that shall overfit; None for all.
     """
 
     n_epochs: int = 60
@@ -58,6 +60,11 @@ class DigitsTeacherConfig:
     max_scale: float = 0.1
     bfloat16: bool = True
     seed: int = 0
+    n_train: int | None = None
+
+
+Keep = Callable[[int, nn.Module, nn.Linear], None]
+"""Shown the number of an epoch, and model and head in eval mode as that epoch has left them; 0 is untrained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +77,10 @@ class DigitsTeacherResult:
 
 
 def train_digits_teacher(
-    config: DigitsTeacherConfig | None = None, *, report: Callable[[str], None] = print
+    config: DigitsTeacherConfig | None = None,
+    *,
+    report: Callable[[str], None] = print,
+    keep: Keep | None = None,
 ) -> DigitsTeacherResult:
     """Train digits_vit with its linear head on [final-norm CLS; mean of final-norm patches].
 
@@ -79,19 +89,24 @@ def train_digits_teacher(
     Args:
         config: The recipe; None is the shipped one.
         report: Called with a line of progress every few epochs.
+        keep: Called before the first epoch and after each; it changes nothing of the training.
+
+    Raises:
+        UserError: A recipe that trains nothing; every problem is listed.
     """
     config = config or DigitsTeacherConfig()
+    images, labels = load_split("train", config.n_train)
+    if problems := _problems(config, len(images)):
+        raise UserError("\n  ".join(["digits_vit cannot be trained so:", *problems]))
     generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):  # initial weights and dropped branches draw from torch's global generator
         torch.manual_seed(config.seed)
         model, head = make_digits_vit(), nn.Linear(2 * 64, N_CLASSES)
         _set_drop_path(model, config.drop_path)
-        images, labels = _load_split("train")
-        model.train()
-        n_steps = _fit(model, head, images, labels, config, generator, report)
+        n_steps = _fit(model, head, images, labels, config, generator, report, keep or _keep_nothing)
     _set_drop_path(model, 0.0)
     model.eval()
-    accuracy = _accuracy(model, head, *_load_split("val"))
+    accuracy = evaluate(model, head, *load_split("val")).accuracy
     report(f"digits_vit: {n_steps} steps, held-out top-1 {100 * accuracy:.2f} %")
     return DigitsTeacherResult(model=model, head=head, val_accuracy=accuracy)
 
@@ -118,13 +133,16 @@ def _fit(
     config: DigitsTeacherConfig,
     generator: torch.Generator,
     report: Callable[[str], None],
+    keep: Keep,
 ) -> int:
     parameters = [*model.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=config.peak_lr, weight_decay=config.weight_decay)
     n_steps = config.n_epochs * (len(images) // config.batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=config.peak_lr, total_steps=n_steps)
     autocast = torch.autocast("cpu", dtype=torch.bfloat16) if config.bfloat16 else nullcontext()
+    keep(0, model.eval(), head)
     for epoch in range(config.n_epochs):
+        model.train()
         losses = []
         for chosen in _batches(len(images), config.batch_size, generator):
             pixels = augment(normalise(images[chosen], DIGITS_PREPROCESSING), config, generator)
@@ -137,7 +155,23 @@ def _fit(
             losses.append(loss.item())
         if epoch % 5 == 4 or epoch + 1 == config.n_epochs:
             report(f"digits_vit: epoch {epoch + 1} of {config.n_epochs}, loss {sum(losses) / len(losses):.3f}")
+        keep(epoch + 1, model.eval(), head)
     return n_steps
+
+
+def _keep_nothing(_: int, model: nn.Module, head: nn.Linear) -> None:
+    pass
+
+
+def _problems(config: DigitsTeacherConfig, n_images: int) -> list[str]:
+    problems = []
+    if config.n_epochs < 1:
+        problems.append(f"n_epochs is {config.n_epochs}; expected 1 or more")
+    if not 1 <= config.batch_size <= n_images:
+        problems.append(f"batch_size is {config.batch_size}; expected 1 to {n_images}, the training images there are")
+    if not 0 <= config.drop_path < 1:
+        problems.append(f"drop_path is {config.drop_path}; expected a chance from 0 to below 1")
+    return problems
 
 
 def augment(
@@ -163,15 +197,35 @@ def _logits(model: Any, head: nn.Linear, pixels: torch.Tensor) -> torch.Tensor:
     return head(torch.cat([tokens[:, 0], tokens[:, model.num_prefix_tokens :].mean(1)], dim=-1))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Mean cross-entropy, nats, and share of right names, of images as they are: no augmentation, no dropped branch."""
+
+    loss: float
+    accuracy: float
+
+
 @torch.inference_mode()
-def _accuracy(model: nn.Module, head: nn.Linear, images: torch.Tensor, labels: torch.Tensor) -> float:
-    predicted = _logits(model, head, normalise(images, DIGITS_PREPROCESSING)).argmax(-1)
-    return (predicted == labels).float().mean().item()
+def evaluate(
+    model: nn.Module,
+    head: nn.Linear,
+    images: UInt8[torch.Tensor, "image 3 height width"],
+    labels: Int64[torch.Tensor, "image"],
+) -> Evaluation:
+    """Of a model in eval mode, in float32, 256 images at a time."""
+    logits = torch.cat([_logits(model, head, normalise(part, DIGITS_PREPROCESSING)) for part in images.split(256)])
+    return Evaluation(
+        loss=functional.cross_entropy(logits, labels).item(),
+        accuracy=(logits.argmax(-1) == labels).float().mean().item(),
+    )
 
 
-def _load_split(split: str) -> tuple[UInt8[torch.Tensor, "image 3 height width"], Int64[torch.Tensor, "image"]]:
+def load_split(
+    split: str, limit: int | None = None
+) -> tuple[UInt8[torch.Tensor, "image 3 height width"], Int64[torch.Tensor, "image"]]:
+    """Images and labels of a split of the digits, the first so many in the order of `load_digits`; None for all."""
     levels, labels = load_digit_arrays()
-    places = digits_split(split)
+    places = digits_split(split)[:limit]
     images = [decode_image(encode_pgm(levels[place]), DIGITS_PREPROCESSING) for place in places]
     return torch.from_numpy(np.stack(images)), torch.from_numpy(labels[places].astype(np.int64))
 
