@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Float64
-from timm.layers.attention import Attention
 from torch import Tensor
 
 from analysis.accumulate import Moments, MomentsAccumulator
 from infra.console import UserError
+from pipeline.light_timm import Attention
 from pipeline.teacher import Teacher
 
 # A timm block. As an nn.Module, each of its attributes would be "Tensor | Module" to a type checker.

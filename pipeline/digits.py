@@ -18,7 +18,7 @@ from jaxtyping import UInt8
 from pipeline.preprocess import Preprocessing, resize_size_for
 
 if TYPE_CHECKING:
-    from timm.models.vision_transformer import VisionTransformer
+    from pipeline.light_timm import VisionTransformer
 
 N_DIGITS = 1797
 N_CLASSES = 10
@@ -84,7 +84,7 @@ def make_digits_vit() -> "VisionTransformer":
     Positions are added to patches only, as in DINOv2 with registers. No LayerScale: with it (0.1) training was far
     slower. Stochastic depth belongs to training and is added there (trainer/digits_teacher.py). 0.6 million parameters.
     """
-    from timm.models.vision_transformer import VisionTransformer  # seconds of import that reading digits need not pay
+    from pipeline.light_timm import VisionTransformer  # seconds of import that reading digits need not pay
 
     return VisionTransformer(
         img_size=IMAGE_SIZE,

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from jaxtyping import Float32
-from timm.layers import resample_abs_pos_embed
 from torch import nn
+
+from pipeline.light_timm import resample_abs_pos_embed
 
 Positions = Float32[torch.Tensor, "row column dim"]
 

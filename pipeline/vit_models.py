@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 
@@ -21,6 +20,7 @@ from infra.console import UserError
 from pipeline.checkpoints import WeightsError, explain_mismatch, read_state_dict
 from pipeline.digits import DIGITS_PREPROCESSING, make_digits_vit
 from pipeline.fake import FAKE_PREPROCESSING, make_fake_vit
+from pipeline.light_timm import timm
 from pipeline.positions import Positions, original_positions, positions_before, positions_of, resize_model
 from pipeline.preprocess import Preprocessing, resize_size_for
 
