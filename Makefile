@@ -49,7 +49,7 @@ help: ## list targets and variables
 #: K           number of spans to cut the depth into                                           [must be given]
 #: EPSILON     with make phases: threshold of the max-cut recursion, 0 to 1 of the total distance         [none]
 #: OBJECTIVE   normalised_association, cut, cut_per_layer or mean_distance              [normalised_association]
-#: OUT         where make phases and make report save      [data/phases/<store>, data/reports/<store>]
+#: OUT         where make phases, report and positions save   [data/phases/<store>, data/reports/<store>, data/positions]
 #: BLOCK       a-b: the block takes state a and produces a+1..b                                 [must be given]
 #: RUN         folder of a training run                            [data/runs/<store>/<BLOCK>-seed<SEED>]
 #: STEPS SEED  length and seed of a training                                                   [the recipe's; 0]
@@ -94,7 +94,7 @@ $(READY): requirements.txt pyproject.toml
 	  --config-settings editable_mode=compat
 	@touch $(READY)
 
-.PHONY: help venv extract plan stores inspect copy convert verify phases report train raptor import probe teacher s3 submit jobs logs stop bench test test-slow check format requirements table demo deploy dashboard watch
+.PHONY: help venv extract plan stores inspect copy convert verify phases report positions train raptor import probe teacher s3 submit jobs logs stop bench test test-slow check format requirements table demo deploy dashboard watch
 
 venv: $(READY) ## make .venv and nothing else
 
@@ -126,6 +126,9 @@ phases: $(READY) ## cut the depth into spans, with heat map and controls: make p
 
 report: $(READY) ## phases, similarity, dynamics and spectra of a store as one HTML page with figures, in OUT=
 	@$(PYTHON) -m analysis report $(call flags,STORE RUN K OUT LIMIT SEED DEVICE RAY_ADDRESS ENDPOINT_URL) $(ARGS)
+
+positions: $(READY) ## what attention learns of places: planted sets, transfer, permuted images, positional attention; again to go on
+	@$(PYTHON) -m analysis positions $(call flags,IMAGES OUT SEEDS EPOCHS STEPS THREADS ENDPOINT_URL) $(ARGS)
 
 TRAIN_VARIABLES := STORE BLOCKS RUN STEPS SEED REPLICA HEAD DEVICE RECIPE MICRO_BATCH WORKERS RAY_ADDRESS ENDPOINT_URL
 TRAIN_FLAGS = $(call flags,$(TRAIN_VARIABLES)) $(call switch,PARTIAL) $(ARGS)

@@ -17,6 +17,7 @@ from analysis.partitions import spans_text
 from analysis.phase_report import Phases, find_phases, phases_json, phases_table
 from analysis.phases import DEFAULT_OBJECTIVE, MAX_CUT_LAYERS, MIN_SIZE, OBJECTIVES, partition_problems
 from analysis.places import DEFAULT_STORE, make_command, open_out, open_train, store_name
+from analysis.positions.positions_command import positions_command
 from analysis.report_command import report_command
 from infra.console import ExitCode, JobError, Progress, UserError, run_door, say
 from infra.objects import (
@@ -232,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line, or the given arguments, and do it."""
     try:
         return tyro.extras.subcommand_cli_from_dict(
-            {"phases": phases_command, "report": report_command, "demo": demo_command},
+            {"phases": phases_command, "report": report_command, "demo": demo_command, "positions": positions_command},
             prog="python -m analysis",
             args=arguments,
             description="Questions asked of a store, a teacher or a Raptor.",

@@ -7,6 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
+from infra.objects import Put
+
+PAGE = "report.html"
+
 _STYLE = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
@@ -39,13 +43,13 @@ class Origin:
     Attributes:
         data: Stores and runs.
         n_images: How many images.
-        seed: Of everything random; None where nothing is.
+        seed: Of everything random, "0 to 2" of several; None where nothing is.
         command: What made it.
     """
 
     data: str
     n_images: int
-    seed: int | None
+    seed: int | str | None
     command: str
 
     def __str__(self) -> str:
@@ -105,6 +109,16 @@ def page_html(title: str, facts: Mapping[str, str], sections: Sequence[Section])
         f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
         f"<h1>{escape(title)}</h1>\n<dl>{listed}</dl>\n<nav><p>{links}</p></nav>\n{body}\n</body>\n</html>\n"
     )
+
+
+def save_page(out: Put, title: str, facts: Mapping[str, str], sections: Sequence[Section]) -> str:
+    """Put the page, report.html, and each table as tables/<name>.csv; how many of both there are, in words."""
+    parts = [part for section in sections for part in section.parts]
+    tables = [part for part in parts if isinstance(part, Table)]
+    for table in tables:
+        out.put(f"tables/{table.name}.csv", table_csv(table).encode())
+    out.put(PAGE, page_html(title, facts, sections).encode())
+    return f"{len(parts) - len(tables)} figures; {len(tables)} tables"
 
 
 def _section(number: int, section: Section) -> str:

@@ -1,7 +1,7 @@
 """The positional attention whose training Jelassi et al. analyse, and its gradient descent with the score of its sets.
 
-F(X) = sum_i phi(sum_j S_ij <v, X_j>), phi(z) = z^p + nu z, S = softmax of each row of A. A stands for PᵀP: it is a free
-D x D matrix whose diagonal is held fixed; v is one value vector. The loss is mean log(1 + exp(-y F)).
+F(X) = sum_i phi(g sum_j S_ij <v, X_j>), phi(z) = z^p + nu z, S = softmax of each row of A. A stands for PᵀP: it is a
+free D x D matrix whose diagonal is held fixed; v is one value vector. The loss is mean log(1 + exp(-y F)).
 """
 
 import math
@@ -24,8 +24,10 @@ class Descent:
     Attributes:
         n_steps: Of gradient descent.
         rate: Learning rate.
+        attention_rate: Times this for A, whose gradient has a factor S_ij, about 1 / D, before it.
         power: p of phi, odd, 3 or more.
         linear: nu of phi.
+        gain: g; D in the theory.
         scale: Of the first values of v and of A beside its diagonal.
         diagonal: Of A; None is log log d of the theory.
         learns_attention: Without, A stays as it is given.
@@ -34,8 +36,10 @@ class Descent:
 
     n_steps: int = 2000
     rate: float = 0.1
+    attention_rate: float = 1.0
     power: int = 3
     linear: float = 0.03
+    gain: float = 1.0
     scale: float = 1e-3
     diagonal: float | None = None
     learns_attention: bool = True
@@ -67,12 +71,11 @@ def outputs(
     x: Float[torch.Tensor, "sample patch dim"],
     attention: Float[torch.Tensor, "patch patch"],
     values: Float[torch.Tensor, " dim"],
-    power: int,
-    linear: float,
+    descent: Descent,
 ) -> Float[torch.Tensor, " sample"]:
     """F(X) of each sample."""
-    mixed = (x @ values) @ attention.softmax(dim=1).T
-    return (mixed**power + linear * mixed).sum(dim=1)
+    mixed = descent.gain * (x @ values) @ attention.softmax(dim=1).T
+    return (mixed**descent.power + descent.linear * mixed).sum(dim=1)
 
 
 def train_simple(
@@ -121,11 +124,11 @@ def train_simple(
 
     measure(0)
     for step in range(1, descent.n_steps + 1):
-        loss = softplus(-y * outputs(x, a, v, descent.power, descent.linear)).mean()
+        loss = softplus(-y * outputs(x, a, v, descent)).mean()
         gradients = torch.autograd.grad(loss, learned)
         with torch.no_grad():
-            for one, gradient in zip(learned, gradients):
-                one -= descent.rate * gradient
+            for one, gradient, times in zip(learned, gradients, (1.0, descent.attention_rate)):
+                one -= descent.rate * times * gradient
             a.diagonal().copy_(kept)
         if step % descent.every == 0 or step == descent.n_steps:
             if not math.isfinite(loss.item()):
@@ -146,7 +149,7 @@ def train_simple(
 @torch.no_grad()
 def error_of(samples: Drawn, attention: torch.Tensor, values: torch.Tensor, descent: Descent) -> float:
     """Share of samples on whose wrong side, or on neither, F lies."""
-    found = outputs(torch.from_numpy(samples.x), attention, values, descent.power, descent.linear)
+    found = outputs(torch.from_numpy(samples.x), attention, values, descent)
     return float((found * torch.from_numpy(samples.y) <= 0).double().mean())
 
 

@@ -135,13 +135,13 @@ class TestTraining:
     def test_the_model_is_its_formula(self):
         rng = np.random.default_rng(0)
         x, a, v = rng.standard_normal((3, 5, 4)), rng.standard_normal((5, 5)), rng.standard_normal(4)
-        found = outputs(*(torch.from_numpy(one) for one in (x, a, v)), 3, 0.25).numpy()
+        found = outputs(*(torch.from_numpy(one) for one in (x, a, v)), Descent(power=5, linear=0.25, gain=2.0)).numpy()
         for sample in range(3):
             expected = 0.0
             for i in range(5):
                 weights = np.exp(a[i]) / np.exp(a[i]).sum()
-                mixed = sum(weights[j] * (v @ x[sample, j]) for j in range(5))
-                expected += mixed**3 + 0.25 * mixed
+                mixed = 2 * sum(weights[j] * (v @ x[sample, j]) for j in range(5))
+                expected += mixed**5 + 0.25 * mixed
             assert found[sample] == pytest.approx(expected)
 
     def test_a_step_goes_down_the_gradient_and_keeps_the_diagonal(self):
@@ -152,7 +152,7 @@ class TestTraining:
         x, y = train.x.astype(np.float64), train.y.astype(np.float64)
 
         def loss(a, v):
-            f = outputs(*(torch.from_numpy(value) for value in (x, a, v)), 3, 0.03).numpy()
+            f = outputs(*(torch.from_numpy(value) for value in (x, a, v)), Descent()).numpy()
             return np.log1p(np.exp(-y * f)).mean()
 
         moved = one.attention - none.attention
