@@ -24,6 +24,7 @@ from analysis.model_report import (
 from analysis.page import Origin, Section
 from analysis.phase_report import Phases
 from analysis.positions.map_section import map_section, position_maps
+from analysis.vision.report import vision_sections
 from infra.console import Progress, UserError, say
 from infra.objects import ObjectError
 from pipeline.positions import positions_of
@@ -57,6 +58,7 @@ def model_sections(
         beside = Origin(data=f"{store.location} and {raptor.name}", n_images=total, seed=None, command=command)
         sections.append(raptor_section(raptor.name, compared, beside))
     sections += _attention(models[TEACHER], x, origin)
+    sections += vision_sections(store, models[TEACHER], limit, seed, command)
     sections += _positions(models[TEACHER], store.location, seed, command)
     depth = store.layers[-1]
     with Progress(total=depth * len(models), unit="layers", label="self-correction") as progress:

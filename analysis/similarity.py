@@ -25,8 +25,8 @@ from analysis.accumulate import Moments, MomentsAccumulator, check_finite, unit_
 BATCH_ROWS = 1024
 #: HSIC1 divides by n - 3.
 LEAST_ROWS = 4
-# Share of the mean square that a variance of float32 features can have and still be more than rounding in float64.
-_NOTHING = 1e-24
+#: Share of the mean square that a variance of float32 features can have and still be more than rounding in float64.
+NOTHING = 1e-24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,22 +83,47 @@ def hsic0(kernels: Float64[np.ndarray, "layer row row"]) -> Float64[np.ndarray, 
     return flat @ flat.T / (n - 1) ** 2
 
 
-def hsic1(kernels: Float64[np.ndarray, "layer row row"]) -> Float64[np.ndarray, "layer layer"]:
+def hsic1(
+    kernels: Float64[np.ndarray, "layer row row"], others: Float64[np.ndarray, "other row row"] | None = None
+) -> Float64[np.ndarray, "layer other"]:
     """Unbiased HSIC between each two kernels. Sets the diagonals of the kernels to zero.
+
+    Args:
+        kernels: Of one batch.
+        others: Of the same rows, that each of the first is compared with; None compares these with themselves.
 
     Raises:
         ValueError: Fewer than 4 rows.
     """
-    n_layers, n, _ = kernels.shape
+    sums = _without_diagonal(kernels)
+    beside, sums_beside = (kernels, sums) if others is None else (others, _without_diagonal(others))
+    n = kernels.shape[-1]
+    products = kernels.reshape(len(kernels), -1) @ beside.reshape(len(beside), -1).T
+    products += np.outer(sums.sum(axis=-1), sums_beside.sum(axis=-1)) / ((n - 1) * (n - 2))
+    products -= 2 / (n - 2) * (sums @ sums_beside.T)
+    return products / (n * (n - 3))
+
+
+def own_hsic1(kernels: Float64[np.ndarray, "layer row row"]) -> Float64[np.ndarray, " layer"]:
+    """The diagonal of `hsic1`, alone. Sets the diagonals of the kernels to zero.
+
+    Raises:
+        ValueError: Fewer than 4 rows.
+    """
+    sums = _without_diagonal(kernels)
+    n = kernels.shape[-1]
+    products = np.einsum("lij,lij->l", kernels, kernels) + sums.sum(axis=-1) ** 2 / ((n - 1) * (n - 2))
+    return (products - 2 / (n - 2) * (sums**2).sum(axis=-1)) / (n * (n - 3))
+
+
+def _without_diagonal(kernels: Float64[np.ndarray, "layer row row"]) -> Float64[np.ndarray, "layer row"]:
+    """Set the diagonals to zero; sums of the rows."""
+    n = kernels.shape[-1]
     if n < LEAST_ROWS:
         raise ValueError(f"the unbiased HSIC divides by rows - 3: {n} rows, expected {LEAST_ROWS} or more in a batch")
     diagonal = np.arange(n)
     kernels[:, diagonal, diagonal] = 0
-    flat = kernels.reshape(n_layers, -1)
-    sums = kernels.sum(axis=-1)
-    totals = sums.sum(axis=-1)
-    products = flat @ flat.T + np.outer(totals, totals) / ((n - 1) * (n - 2)) - 2 / (n - 2) * (sums @ sums.T)
-    return products / (n * (n - 3))
+    return kernels.sum(axis=-1)
 
 
 def ratio(hsic: Float64[np.ndarray, "layer layer"]) -> Float64[np.ndarray, "layer layer"]:
@@ -145,11 +170,28 @@ class CkaAccumulator:
         if n < LEAST_ROWS:
             self.n_dropped += n
             return
-        kernels = np.empty((len(self._sums), n, n))
+        kernels, squares = np.empty((len(self._sums), n, n)), np.empty(len(self._sums))
         for model, stop in zip(models, np.cumsum(found).tolist()):
             mine = slice(stop - model.shape[1], stop)
             linear_kernels(model, kernels[mine])
-            self._square[mine] += np.einsum("rld,rld->l", model, model, dtype=np.float64)
+            squares[mine] = np.einsum("rld,rld->l", model, model, dtype=np.float64)
+        self.update_kernels(kernels, squares)
+
+    def update_kernels(
+        self, kernels: Float64[np.ndarray, "layer row row"], squares: Float64[np.ndarray, " layer"]
+    ) -> None:
+        """Count one minibatch by its kernels, for whoever cannot hold the features of all layers at a time.
+
+        Args:
+            kernels: As `linear_kernels`, of centred features; their diagonals are set to zero.
+            squares: Sum of squares of each layer's features before they were centred.
+
+        Raises:
+            ValueError: Fewer than 4 rows, or values that are not finite.
+        """
+        check_finite(kernels[None], what="kernels")
+        n = kernels.shape[-1]
+        self._square += squares
         self._variance += np.einsum("lii->l", kernels)
         self._sums += n * hsic1(kernels)
         self.n_rows += n
@@ -175,7 +217,7 @@ class CkaAccumulator:
                 f"CKA of {self.n_dropped} rows in batches of fewer than {LEAST_ROWS}: the unbiased HSIC is not defined"
             )
         hsic = self._sums.copy()
-        constant = self._variance <= _NOTHING * self._square
+        constant = self._variance <= NOTHING * self._square
         hsic[constant, constant] = 0
         return Cka(values=ratio(hsic), n_rows=self.n_rows, n_batches=self.n_batches, n_dropped=self.n_dropped)
 

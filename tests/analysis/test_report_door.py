@@ -16,6 +16,7 @@ from pipeline.teacher import load_teacher
 from tests.stores import make_spec, write_planted
 
 SECTIONS = ["Phases, angular speed and CKA", "Similarity", "Dynamics", "Spectra"]
+VISION = ["Sub-layers", "Localisation", "Linear probes", "Effective receptive field", "Without skip connections"]
 
 
 def write(place, **changes):
@@ -128,6 +129,7 @@ def test_a_store_with_its_teacher_shows_what_the_teacher_does(digits, tmp_path):
     assert re.findall(r"<h2>(.*?)</h2>", page) == [
         *SECTIONS,
         "Attention and branches",
+        *VISION,
         "Positions of patches",
         "Self-correction",
         "Layer swap",

@@ -1,0 +1,1 @@
+"""What vision transformers see: sub-layers, localisation, probes, receptive fields, skips (Raghu et al. 2021)."""

@@ -1,0 +1,119 @@
+"""The part of a report that shows what the store's teacher sees."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from analysis.interventions import token_kinds
+from analysis.page import Origin, Section
+from analysis.vision.measure import LOCAL_ROWS, TAP_ROWS, local_batches, localise, probe_layers, sub_layer_cka
+from analysis.vision.receptive_field import teacher_fields
+from analysis.vision.sections import (
+    field_section,
+    localisation_section,
+    probe_section,
+    skip_section,
+    sub_layer_section,
+)
+from analysis.vision.skips import ablate_skips
+from infra.console import Progress, UserError, say
+from infra.objects import ObjectError
+from pipeline.teacher import Teacher
+from storage_schemas import Store, open_store
+from storage_schemas.errors import StoreError
+from storage_schemas.find import find_stores
+
+# Images, as multiples of those of the other parts that run models.
+_LAYERS, _PROBES, _SKIPS, _FIELDS = 8, 16, 2, 0.5
+_N_DRAWS = 1
+
+
+def vision_sections(store: Store, teacher: Teacher, limit: int, seed: int, command: str) -> list[Section]:
+    """Sub-layers, localisation, probes, receptive fields and ablated skips; those that the teacher allows.
+
+    Args:
+        store: With all layers from 0.
+        teacher: The store's.
+        limit: Images where models run: 8 times as many for sub-layers and localisation, 16 times for probes (of each
+            store), twice for ablated skips, half for receptive fields.
+        seed: Of channels and shuffled labels.
+        command: That makes the report.
+    """
+    n_images = min(_LAYERS * limit, store.n_valid)
+    data = f"{store.location} ({teacher.name})"
+
+    def origin(n: int, of: str = data, drawn: bool = False) -> Origin:
+        return Origin(data=of, n_images=n, seed=seed if drawn else None, command=command)
+
+    def sub_layers() -> Section:
+        n_batches = len(local_batches(store, n_images, TAP_ROWS))
+        with Progress(total=n_batches * (teacher.n_layers - 1), unit="blocks", label="sub-layers") as progress:
+            found = sub_layer_cka(store, teacher, n_images, progress=progress.advance)
+        return sub_layer_section(found, teacher.n_layers - 1, origin(found.n_rows))
+
+    def localisation() -> Section:
+        total = len(local_batches(store, n_images, LOCAL_ROWS)) * len(store.layers)
+        with Progress(total=total, unit="layers", label="localisation") as progress:
+            found = localise(store, teacher, n_images, progress=progress.advance)
+        return localisation_section(found, origin(n_images))
+
+    def probes() -> Section:
+        val = sibling_val(store)
+        with Progress(total=len(store.layers), unit="layers", label="probes") as progress:
+            found = probe_layers(store, val, _PROBES * limit, seed=seed, progress=progress.advance)
+        return probe_section(found, origin(found.n_fit + found.n_test, f"{data}, tested on {found.tested_on}", True))
+
+    def fields() -> Section:
+        rows = np.flatnonzero(store.valid)[: max(1, int(_FIELDS * limit))]
+        x = torch.from_numpy(store.read([0], rows, "all")[:, 0])
+        with Progress(total=len(x), unit="images", label="receptive fields") as progress:
+            found = teacher_fields(teacher, x, n_draws=_N_DRAWS, seed=seed, progress=progress.advance)
+        return field_section(found, origin(len(x), drawn=True))
+
+    def skips() -> Section:
+        rows = np.flatnonzero(store.valid)[: _SKIPS * limit]
+        x = torch.from_numpy(store.read([0], rows, "all")[:, 0])
+        labels = np.array([-1 if one is None else one for one in store.samples["label"].to_pylist()])[rows]
+        kinds = token_kinds(has_cls=teacher.has_cls, n_registers=teacher.n_registers, n_patches=teacher.n_patches)
+        compared = {kind: tokens for kind, tokens in kinds.items() if kind != "registers"}
+        with Progress(total=teacher.n_layers, unit="models", label="without skips") as progress:
+            found = ablate_skips(teacher, x, labels, compared, progress=progress.advance)
+        return skip_section(found, origin(len(x)))
+
+    parts = {
+        "sub-layers": sub_layers,
+        "localisation": localisation,
+        "probes": probes,
+        "receptive fields": fields,
+        "ablation of skips": skips,
+    }
+    return [section for name, part in parts.items() if (section := _section(name, part)) is not None]
+
+
+def _section(name: str, part: Callable[[], Section]) -> Section | None:
+    try:
+        return part()
+    except UserError as error:  # a teacher of another build; the rest of the report does without
+        say(f"no {name}: {error}")
+        return None
+
+
+def sibling_val(store: Store) -> Store | None:
+    """The store val beside a store train, if it holds the same teacher's states; None if there is none to test on."""
+    folder, _, name = store.location.rpartition("/")
+    if name != "train":
+        return None
+    try:
+        place = find_stores(folder).get("val")
+        val = None if place is None else open_store(place)
+    except (StoreError, ObjectError) as error:
+        say(f"{folder}/val is left aside: {error}")
+        return None
+    if val is None or not val.n_valid:
+        return None
+    same = ("teacher_weights_digest", "layers", "dim", "grid", "n_registers", "has_cls")
+    if any(getattr(val.spec, name) != getattr(store.spec, name) for name in same):
+        say(f"{val.location} is left aside: it holds states of another teacher or of other layers")
+        return None
+    return val

@@ -1,0 +1,363 @@
+"""What a report shows of what a teacher sees: sections of figures, tables, and statements of Raghu et al. 2021."""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from analysis.page import Cell, Figure, Origin, Section, Table
+from analysis.plots import Curve, curves, heat_maps, pictures
+from analysis.similarity import Cka
+from analysis.vision.measure import N_SHOTS, LayerProbes, Localised
+from analysis.vision.receptive_field import ReceptiveField, TeacherFields
+from analysis.vision.skips import SkipAblation
+from analysis.vision.taps import PARTS, tap_names
+
+_N_SHOWN = 6
+
+
+def verdict(holds: bool) -> str:
+    """How a statement ends."""
+    return "This holds here." if holds else "This does not hold here."
+
+
+def sub_layer_section(found: Cka, n_blocks: int, origin: Origin) -> Section:
+    """CKA between all sub-layers."""
+    names = tap_names(n_blocks)
+    values = found.values
+    sums = [i for i, name in enumerate(names) if name.endswith("sum2")]
+    quarter = max(1, n_blocks // 4)
+    across = float(np.nanmean(values[np.ix_(sums[:quarter], sums[-quarter:])]))
+    rows: list[list[Cell]] = [[name, *map(float, row)] for name, row in zip(names, values)]
+    return Section(
+        title="Sub-layers",
+        text=[
+            f"Mean CKA between outputs of the lowest {quarter} and the highest {quarter} blocks: {across:.3f}. Raghu "
+            "et al. report that lower and upper layers of a ViT are much alike; counted as such above 0.5. "
+            + verdict(across > 0.5),
+            f"Mean CKA of a state with what the next block's attention adds to it: {_next(values, 'attention'):.3f}, "
+            f"and with the sum of both: {_next(values, 'sum1'):.3f}. Such differences are the grid of the figure.",
+        ],
+        parts=[
+            Figure(
+                title="Linear CKA between all sub-layers",
+                svg=heat_maps(
+                    {f"{len(names)} sub-layers": values},
+                    rows=range(len(names)),
+                    columns=range(len(names)),
+                    unit="linear CKA, unbiased",
+                    limits=(0, 1),
+                    axis_names=("sub-layer, 7 of each block", "sub-layer, 7 of each block"),
+                ),
+                caption="All tokens of an image as one vector. 0: embedded sequence; then of each block "
+                f"{', '.join(PARTS)}; last, the final norm. Branches as they are added. {found.n_batches} batches, "
+                "minibatch CKA with the unbiased HSIC.",
+                origin=origin,
+            ),
+            Table(
+                name="sub_layer_cka",
+                title="CKA between sub-layers",
+                caption="Rows and columns are sub-layers.",
+                columns=["sub-layer", *names],
+                rows=rows,
+                origin=origin,
+            ),
+        ],
+    )
+
+
+def _next(values: np.ndarray, part: str) -> float:
+    """Mean CKA between the output of each block, the embedding first, and a part of the block that follows."""
+    before = np.arange(0, len(values) - 2, len(PARTS))
+    return float(np.nanmean(values[before, before + 1 + PARTS.index(part)]))
+
+
+def localisation_section(found: Localised, origin: Origin) -> Section:
+    """How well tokens keep to their own places."""
+    layers = list(found.by_layer)
+    x = np.array(layers, dtype=np.float64)
+    shares = np.array([one.own_share() for one in found.by_layer.values()])
+    contrasts = np.array([one.contrast() for one in found.by_layer.values()])
+    rows, columns = found.grid
+    n_patches = rows * columns
+    last = found.by_layer[layers[-1]]
+    known = int(np.isfinite(np.diagonal(last.cka)).sum())
+    places = {
+        "the corner": (0, 0),
+        "the upper border": (0, columns // 2),
+        "the inside": (rows // 4, columns // 4),
+        "the centre": (rows // 2, columns // 2),
+    }
+    maps = {
+        f"layer {layer}, token of {name}": found.by_layer[layer].cka[row * columns + column].reshape(found.grid)
+        for layer in _some(layers, 3)
+        for name, (row, column) in places.items()
+    }
+    seen = "all" if found.n_seen == found.n_values else f"{found.n_seen} of {found.n_values}"
+    shown: dict[str, Curve] = {"own patch is the nearest": (x, shares, None)}
+    lines: dict[str, Curve] = {"own less other patches": (x, contrasts, None)}
+    return Section(
+        title="Localisation",
+        text=[
+            f"At the last layer {shares[-1]:.0%} of the tokens resemble the pixels of their own patch most, of "
+            f"{known} whose pixels differ between images; chance is {1 / n_patches:.1%}. Raghu et al. report that "
+            "tokens of a ViT with CLS keep to their places up to the last layer, and those of one with mean pooling "
+            f"less; counted as such above a half. {verdict(bool(shares[-1] > 0.5))}",
+            f"The share is highest at layer {layers[int(np.nanargmax(shares))]} ({np.nanmax(shares):.0%}) and below a "
+            f"half at {sum(share < 0.5 for share in shares)} of {len(layers)} layers.",
+        ],
+        parts=[
+            Figure(
+                title="CKA of one token with each patch's pixels",
+                svg=pictures(
+                    maps, unit="linear CKA, unbiased", limits=(0, max(0.05, _largest(maps.values()))), columns=4
+                ),
+                caption="Each picture is the grid of patches, for one token at one layer. White: a patch whose pixels "
+                f"are the same in all images. Pixels come back from state 0 in {seen} directions of a patch's values.",
+                origin=origin,
+            ),
+            Figure(
+                title="Tokens at their own places",
+                svg=curves(shown, x_name="layer", y_name="share of tokens"),
+                caption="Share of the tokens whose most similar patch of the image, by CKA, is their own.",
+                origin=origin,
+            ),
+            Figure(
+                title="Contrast of localisation",
+                svg=curves(lines, x_name="layer", y_name="CKA"),
+                caption="Mean CKA of tokens with their own patch's pixels, less that with the other patches.",
+                origin=origin,
+            ),
+            Table(
+                name="localisation",
+                title="Localisation",
+                caption="By layer: share of tokens nearest to their own patch, and the contrast of CKA.",
+                columns=["layer", "own share", "contrast"],
+                rows=[[layer, float(a), float(b)] for layer, a, b in zip(layers, shares, contrasts)],
+                origin=origin,
+            ),
+        ],
+    )
+
+
+def probe_section(found: LayerProbes, origin: Origin) -> Section:
+    """Accuracy of linear probes by layer and token."""
+    x = np.array(found.layers, dtype=np.float64)
+    lines: dict[str, Curve] = {name: (x, values, None) for name, values in found.pooled.items()}
+    for name, values in (("registers", found.registers), ("patches", found.patches)):
+        if values.shape[1]:
+            lines[f"{name}, each by itself"] = (x, values.mean(axis=1), values.std(axis=1))
+    lines["shuffled labels"] = (x, found.shuffled, None)
+    single = found.patches[-1].mean()
+    best = max(found.pooled, key=lambda name: float(found.pooled[name][-1]))
+    top = found.pooled[best][-1]
+    text = [
+        f"At the last layer single patches name {single:.1%} rightly on average, {best} {top:.1%}; chance is "
+        f"{found.chance:.1%}. Raghu et al. report that single patches of a ViT with CLS are poor probes in the last "
+        "layers (6 to 12 %, where tokens of other models give 44 to 58 %); counted as such below half of the best. "
+        + verdict(bool(single < top / 2))
+    ]
+    if "cls" in found.pooled:
+        cls, mean = found.pooled["cls"], found.pooled["mean of all"]
+        ahead = [layer for layer, a, b in zip(found.layers, cls, mean) if a > b]
+        text.append(
+            f"CLS is ahead of the mean of all tokens at {len(ahead)} of {len(found.layers)} layers; at the last one it "
+            f"is {cls[-1]:.1%} against {mean[-1]:.1%}. Raghu et al. report that the mean of a ViT with CLS stays "
+            f"behind in the last layers. {verdict(bool(cls[-1] > mean[-1]))}"
+        )
+    rows: list[list[Cell]] = [
+        [layer, name, float(values[i])] for name, values in found.pooled.items() for i, layer in enumerate(found.layers)
+    ]
+    rows += [
+        [layer, f"register {j + 1}", float(found.registers[i, j])]
+        for i, layer in enumerate(found.layers)
+        for j in range(found.registers.shape[1])
+    ]
+    rows += [
+        [layer, f"patch {place}", float(found.patches[i, j])]
+        for i, layer in enumerate(found.layers)
+        for j, place in enumerate(found.places)
+    ]
+    rows += [[layer, "shuffled labels", float(one)] for layer, one in zip(found.layers, found.shuffled)]
+    parts: list[Figure | Table] = [
+        Figure(
+            title="Linear probes by layer",
+            svg=curves(lines, x_name="layer", y_name="accuracy"),
+            caption=f"Ridge regression to -1 and +1 on {found.n_fit} images ({N_SHOTS} of each class where there are "
+            f"as many), its strength chosen on further ones, accuracy on {found.n_test} images of {found.tested_on}. "
+            "Bands: one standard deviation over tokens. Shuffled labels: the mean of all tokens, fitted to permuted "
+            "labels.",
+            origin=origin,
+        )
+    ]
+    if len(found.places) == found.grid[0] * found.grid[1]:
+        maps = {f"layer {found.layers[i]}": found.patches[i].reshape(found.grid) for i in _indices(len(x), _N_SHOWN)}
+        parts.append(
+            Figure(
+                title="Probes of single patches",
+                svg=pictures(maps, unit="accuracy", limits=(0, 1), columns=3),
+                caption="Each picture is the grid of patches: accuracy of a probe of that token alone.",
+                origin=origin,
+            )
+        )
+    parts.append(
+        Table(
+            name="probes",
+            title="Linear probes",
+            caption="Accuracy by layer and representation.",
+            columns=["layer", "representation", "accuracy"],
+            rows=rows,
+            origin=origin,
+        )
+    )
+    return Section(title="Linear probes", text=text, parts=parts)
+
+
+def field_section(found: TeacherFields, origin: Origin) -> Section:
+    """Effective receptive fields of the patch at the centre."""
+    n_blocks = len(found.sums)
+    blocks = np.arange(1.0, n_blocks + 1)
+    both: Mapping[str, list[ReceptiveField]] = {
+        "after the sum": list(found.sums),
+        "attention before it is added": list(found.branches),
+    }
+    own = {name: np.array([one.own_share for one in fields]) for name, fields in both.items()}
+    reach = {name: np.array([one.reach for one in fields]) for name, fields in both.items()}
+    flat = found.sums[0].flat_reach
+    area = float(np.prod(found.sums[0].cell) / found.sums[0].field.size)
+    after, before = own["after the sum"], own["attention before it is added"]
+    middle = n_blocks // 2
+    maps = {
+        f"{name}, block {i + 1}": np.log10(fields[i].field / fields[i].field.max() + 1e-4)
+        for name, fields in both.items()
+        for i in _indices(n_blocks, 4)
+    }
+    share_lines: dict[str, Curve] = {name: (blocks, values, None) for name, values in own.items()}
+    share_lines["its share of the image"] = (blocks, np.full(n_blocks, area), None)
+    reach_lines: dict[str, Curve] = {name: (blocks, values, None) for name, values in reach.items()}
+    reach_lines["all pixels alike"] = (blocks, np.full(n_blocks, flat), None)
+    wide = reach["after the sum"][middle] / flat
+    return Section(
+        title="Effective receptive field",
+        text=[
+            f"In the middle (block {middle + 1}) the centre's field reaches {wide:.0%} as far as one that sees all "
+            "pixels alike. Raghu et al. report that it turns global in the middle of the network; counted as such "
+            f"above a half. {verdict(bool(wide > 0.5))}",
+            f"Its own patch still has {after[-1]:.1%} of the last block's field, {after[-1] / area:.1f} times its "
+            "share of the image. Raghu et al. report that it stays peaked there; counted as such above twice. "
+            + verdict(bool(after[-1] > 2 * area)),
+            f"Before the sum the own patch has less of the field in {int((before < after).sum())} of {n_blocks} "
+            f"blocks. Raghu et al. report far less peaked fields there. {verdict(bool((before < after).all()))}",
+        ],
+        parts=[
+            Figure(
+                title="Fields of the centre",
+                svg=pictures(maps, unit="log10 of |gradient| over its largest", limits=(-3, 0), columns=4),
+                caption="Each picture is the image: how much a pixel moves the token at the centre, mean over "
+                f"{found.n_images} images and {found.n_draws} channels of each, drawn at random, summed over colours.",
+                origin=origin,
+            ),
+            Figure(
+                title="Share of the own patch",
+                svg=curves(share_lines, x_name="block", y_name="share of the field", log_y=True),
+                caption="Share of the field that lies on the token's own patch.",
+                origin=origin,
+            ),
+            Figure(
+                title="Reach of the field",
+                svg=curves(reach_lines, x_name="block", y_name="mean distance, px"),
+                caption="Distance to the token's centre, weighted by the field.",
+                origin=origin,
+            ),
+            Table(
+                name="receptive_fields",
+                title="Receptive fields",
+                caption="By block: share of the own patch and reach (px).",
+                columns=["block", "where", "own share", "reach"],
+                rows=[
+                    [i + 1, name, float(own[name][i]), float(reach[name][i])] for name in both for i in range(n_blocks)
+                ],
+                origin=origin,
+            ),
+        ],
+    )
+
+
+def skip_section(found: SkipAblation, origin: Origin) -> Section:
+    """What is left when a block loses its skip connections."""
+    without, clean = found.crossing()
+    n_blocks = len(without)
+    blocks = np.arange(1.0, n_blocks + 1)
+    lower = int((without < clean).sum())
+    lines: dict[str, Curve] = {
+        "without the block's skips": (blocks, without, None),
+        "the whole model": (blocks, clean, None),
+    }
+    parts: list[Figure | Table] = [
+        Figure(
+            title="CKA across a block without its skips",
+            svg=curves(lines, x_name="block", y_name="linear CKA, unbiased"),
+            caption="Mean CKA between the states before a block and those after it. Both skips of the block are taken "
+            "away; nothing is trained again.",
+            origin=origin,
+        )
+    ]
+    chosen = _indices(n_blocks, 4)
+    states = range(n_blocks + 1)
+    maps = {f"block {i + 1} without skips": found.cka[i] for i in chosen}
+    parts.append(
+        Figure(
+            title="CKA between layers without the skips of one block",
+            svg=heat_maps(maps, rows=states, columns=states, unit="linear CKA, unbiased", limits=(0, 1)),
+            caption="States 0 to the last. Means of the tokens of each kind, joined.",
+            origin=origin,
+        )
+    )
+    text = [
+        f"Without a block's skips the CKA across it is lower than in the whole model for {lower} of {n_blocks} "
+        f"blocks, {np.nanmean(without[1:]):.3f} against {np.nanmean(clean[1:]):.3f} on average from the second on. "
+        "Raghu et al. report a collapse in ViTs that were trained so; here nothing is trained again. "
+        + verdict(lower == n_blocks)
+    ]
+    if found.accuracy is not None and found.clean_accuracy is not None:
+        drawn: dict[str, Curve] = {
+            "without the block's skips": (blocks, found.accuracy, None),
+            "the whole model": (blocks, np.full(n_blocks, found.clean_accuracy), None),
+        }
+        parts.append(
+            Figure(
+                title="Accuracy without the skips of one block",
+                svg=curves(drawn, x_name="block", y_name="accuracy"),
+                caption="Of the teacher's own head.",
+                origin=origin,
+            )
+        )
+        text.append(
+            f"Accuracy falls from {found.clean_accuracy:.3f} to between {found.accuracy.min():.3f} and "
+            f"{found.accuracy.max():.3f}: blocks that have learned to add to the stream cannot carry it alone."
+        )
+    accuracies = [None] * n_blocks if found.accuracy is None else [float(one) for one in found.accuracy]
+    rows: list[list[Cell]] = [[i + 1, float(without[i]), float(clean[i]), accuracies[i]] for i in range(n_blocks)]
+    parts.append(
+        Table(
+            name="skip_ablation",
+            title="Without skips",
+            caption="By block: mean CKA across it without its skips and with them, and the accuracy without them.",
+            columns=["block", "CKA without", "CKA with", "accuracy"],
+            rows=rows,
+            origin=origin,
+        )
+    )
+    return Section(title="Without skip connections", text=text, parts=parts)
+
+
+def _indices(n: int, n_shown: int) -> list[int]:
+    """At most so many of 0 to n - 1, evenly, both ends included."""
+    return np.unique(np.linspace(0, n - 1, min(n, n_shown)).round().astype(int)).tolist()
+
+
+def _some(layers: list[int], n_shown: int) -> list[int]:
+    return [layers[i] for i in _indices(len(layers), n_shown)]
+
+
+def _largest(maps: Iterable[np.ndarray]) -> float:
+    return max(float(np.nanmax(one, initial=0.0)) for one in maps)
