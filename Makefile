@@ -43,6 +43,9 @@ help: ## list targets and variables
 #: MAX_ERROR   relative MSE, such as 1e-4: a PRECISION that loses more is refused on the first shard       [any]
 #: COMPUTE     of the teacher: float32, tf32, bfloat16 or float16                                      [float32]
 #: LAYERS      states to store, such as 0-12 or 0,6,12                                                    [all]
+#: CHECKPOINTS with make curves: what make teacher KEEP= has made                       [data/teachers/digits_vit]
+#: RECORDS     with make curves, in their place: an epoch_summaries.jsonl of the Geometry Observatory         [none]
+#: RAPTOR_STEPS  of the Raptor that is fitted to each checkpoint, 0.7 s of processor time each; 0: none       [200]
 #: LIMIT       only the first n images of the shuffled order                                              [all]
 #: AT          with make stores: a folder, bucket or prefix                                        [data/stores]
 #: TO          with make copy and convert: where the copy goes                                [must be given]
@@ -94,7 +97,7 @@ $(READY): requirements.txt pyproject.toml
 	  --config-settings editable_mode=compat
 	@touch $(READY)
 
-.PHONY: help venv extract plan stores inspect copy convert verify phases report positions train raptor import probe teacher s3 submit jobs logs stop bench test test-slow check format requirements table demo deploy dashboard watch
+.PHONY: help venv extract plan stores inspect copy convert verify phases report curves positions train raptor import probe teacher s3 submit jobs logs stop bench test test-slow check format requirements table demo deploy dashboard watch
 
 venv: $(READY) ## make .venv and nothing else
 
@@ -129,6 +132,9 @@ report: $(READY) ## phases, similarity, dynamics and spectra of a store as one H
 
 positions: $(READY) ## what attention learns of places: planted sets, transfer, permuted images, positional attention; again to go on
 	@$(PYTHON) -m analysis positions $(call flags,IMAGES OUT SEEDS EPOCHS STEPS THREADS ENDPOINT_URL) $(ARGS)
+
+curves: $(READY) ## what changes while a teacher is trained, from CHECKPOINTS= of make teacher KEEP=, or RECORDS=
+	@$(PYTHON) -m analysis curves $(call flags,CHECKPOINTS RECORDS OUT K RAPTOR_STEPS SEED DEVICE) $(ARGS)
 
 TRAIN_VARIABLES := STORE BLOCKS RUN STEPS SEED REPLICA HEAD DEVICE RECIPE MICRO_BATCH WORKERS RAY_ADDRESS ENDPOINT_URL
 TRAIN_FLAGS = $(call flags,$(TRAIN_VARIABLES)) $(call switch,PARTIAL) $(ARGS)

@@ -19,6 +19,7 @@ from analysis.phases import DEFAULT_OBJECTIVE, MAX_CUT_LAYERS, MIN_SIZE, OBJECTI
 from analysis.places import DEFAULT_STORE, make_command, open_out, open_train, store_name
 from analysis.positions.positions_command import positions_command
 from analysis.report_command import report_command
+from analysis.training.curves_command import curves_command
 from infra.console import ExitCode, JobError, Progress, UserError, run_door, say
 from infra.objects import (
     ObjectError,
@@ -233,7 +234,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line, or the given arguments, and do it."""
     try:
         return tyro.extras.subcommand_cli_from_dict(
-            {"phases": phases_command, "report": report_command, "demo": demo_command, "positions": positions_command},
+            {
+                "phases": phases_command,
+                "report": report_command,
+                "demo": demo_command,
+                "curves": curves_command,
+                "positions": positions_command,
+            },
             prog="python -m analysis",
             args=arguments,
             description="Questions asked of a store, a teacher or a Raptor.",

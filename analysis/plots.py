@@ -145,6 +145,57 @@ def depth_overview(
     return _svg(figure)
 
 
+def depth_curves(
+    lines: Mapping[str, Float[np.ndarray, " point"]],
+    *,
+    x: Sequence[float],
+    x_name: str,
+    y_name: str,
+    log_y: bool = False,
+) -> bytes:
+    """Lines of places in order of depth over one axis, coloured from the first (dark) to the last (light)."""
+    figure, (axes,) = _canvas(1, width=8, height=4.6)
+    for name, colour, values in zip(lines, _depth_colours(len(lines)), lines.values(), strict=True):
+        axes.plot(x, values, marker="o", markersize=3, linewidth=1.5, color=colour, label=name)
+    axes.set(xlabel=x_name, ylabel=y_name)
+    if log_y:
+        axes.set_yscale("log")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return _svg(figure)
+
+
+def plane_paths(
+    paths: Mapping[str, Float[np.ndarray, "point 2"]], *, points: Sequence[str], axis_names: tuple[str, str]
+) -> bytes:
+    """Ways through a plane, coloured from the first (dark) to the last (light); names at the ends of the last one.
+
+    Args:
+        paths: By name, each with one place for each of `points`.
+        points: Their names.
+        axis_names: Of the two directions, with units.
+    """
+    figure, (axes,) = _canvas(1, width=8, height=5.4)
+    for name, colour, path in zip(paths, _depth_colours(len(paths)), paths.values(), strict=True):
+        axes.plot(path[:, 0], path[:, 1], marker="o", markersize=3.5, linewidth=1.5, color=colour, label=name)
+        axes.plot(*path[0], marker="s", markersize=6, color=colour)
+    for at in (0, -1):
+        axes.annotate(points[at], path[at], xytext=(5, 5), textcoords="offset points", fontsize=8)
+    axes.set(xlabel=axis_names[0], ylabel=axis_names[1])
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, frameon=False)
+    return _svg(figure)
+
+
+def _depth_colours(n: int) -> Sequence[Any]:
+    from matplotlib import colormaps
+
+    return [colormaps["viridis"](0.92 * i / max(n - 1, 1)) for i in range(n)]
+
+
 def _draw_curves(axes: Any, lines: Mapping[str, Curve], cuts: Sequence[float]) -> None:
     for i, (name, (x, y, band)) in enumerate(lines.items()):
         colour = _COLOURS[i % len(_COLOURS)]

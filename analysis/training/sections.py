@@ -1,0 +1,383 @@
+"""What a page shows of a training: curves over epochs, trends tap by tap, ways of the CLS token, and statements."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+
+import numpy as np
+
+from analysis.page import Cell, Figure, Origin, Section, Table
+from analysis.plots import Curve, curves, depth_curves, heat_maps, plane_paths
+from analysis.spectra import expected_participation_ratio
+from analysis.training.records import EpochRecord, curves_of
+from analysis.training.runs import Point, Run
+from analysis.training.taps import tap_names, tap_title
+from analysis.training.trends import STATED, Trend, lead, trends, turned_everywhere
+
+_WAYS = {1: "rises", -1: "falls"}
+Column = tuple[str, Callable[[Point], Cell]]
+
+
+def spectra_over_training(records: Sequence[EpochRecord], origin: Origin) -> Section:
+    """Six scalars at each tap over the epochs, with the trends that the paper states and whether they hold.
+
+    Args:
+        records: Two epochs or more.
+        origin: Of all of it.
+    """
+    epochs = [one.epoch for one in records]
+    found = trends(records)
+    parts: list[Figure | Table] = []
+    for scalar, direction in STATED.items():
+        title = scalar.replace("_", " ")
+        lines = {tap_title(tap): values for tap, values in curves_of(records, scalar).items()}
+        parts.append(
+            Figure(
+                title=f"{title.capitalize()} over training",
+                svg=depth_curves(
+                    lines, x=epochs, x_name="epoch", y_name=f"{title}, nats" if scalar == "entropy" else title,
+                    log_y=scalar == "flatness",
+                ),
+                caption="Of the covariance of all tokens of all images at each tap; CLS final has one vector an image. "
+                f"Dark: first taps. The paper says that it {_WAYS[direction]} over training.",
+                origin=origin,
+            )
+        )  # fmt: skip
+    parts += [_trend_table(found, origin), _scalar_table(records, origin)]
+    return Section(title="Spectra over training", text=_trend_statements(records, found), parts=parts)
+
+
+def sample_size_section(n_vectors: Mapping[str, int], dim: int, record: EpochRecord, origin: Origin) -> Section:
+    """How much of a tap's participation ratio its number of vectors allows: what taps may be compared in.
+
+    Args:
+        n_vectors: Rows of each tap's covariance.
+        dim: Channels.
+        record: Of one epoch.
+        origin: Of all of it.
+    """
+    rows: list[Sequence[Cell]] = []
+    for tap, n in n_vectors.items():
+        limit = expected_participation_ratio(dim, n)
+        ratio = record.scalars[tap].participation_ratio
+        rows.append([tap_title(tap), n, limit, ratio, ratio / limit])
+    low, high = min(n_vectors, key=lambda tap: n_vectors[tap]), max(n_vectors, key=lambda tap: n_vectors[tap])
+    limits = [expected_participation_ratio(dim, n_vectors[tap]) for tap in (low, high)]
+    return Section(
+        title="Sample size",
+        text=[
+            f"{n_vectors[low]:,} vectors of {dim} channels, as {tap_title(low)} has, reach a participation ratio of at "
+            f"most {limits[0]:.1f} where all directions are equal, {n_vectors[high]:,} as {tap_title(high)} has "
+            f"{limits[1]:.1f} (dim / (1 + dim / n), Marchenko and Pastur): {_percent(limits[0] / limits[1])} of it. "
+            "Tokens of one image are not independent, so that their number flatters."
+        ],
+        parts=[
+            Table(
+                name="sample_size",
+                title="What the number of vectors allows",
+                caption=f"At epoch {record.epoch}: participation ratio, and the most that so many independent "
+                "isotropic vectors would have.",
+                columns=["tap", "n", "isotropic limit", "participation ratio", "share of the limit"],
+                rows=rows,
+                origin=origin,
+            )
+        ],
+    )
+
+
+def paths_section(run: Run, origin: Origin) -> Section:
+    """The CLS token's way through depth at every checkpoint, on the plane of the last one."""
+    plane = run.last.measured.plane
+    names = [tap_title(tap) for tap in tap_names(len(run.last.measured.cls_path) - 2)[1:]]
+    paths = {f"epoch {point.epoch}": plane.project(point.measured.cls_path) for point in run.points}
+    share = f"{_percent(plane.explained.sum())} of the variance of the CLS states of epoch {run.last.epoch}"
+    rows: list[Sequence[Cell]] = [
+        [point.epoch, name, float(x), float(y)]
+        for point, path in zip(run.points, paths.values(), strict=True)
+        for name, (x, y) in zip(names, path, strict=True)
+    ]
+    lengths = {name: float(np.linalg.norm(np.diff(path, axis=0), axis=1).sum()) for name, path in paths.items()}
+    listed = ", ".join(f"{name} {length:.3g}" for name, length in lengths.items())
+    return Section(
+        title=f"Way of the CLS token ({run.name})",
+        text=[f"The plane holds {share}. Length of the way in it: {listed}, in units of the states."],
+        parts=[
+            Figure(
+                title="CLS token through depth",
+                svg=plane_paths(
+                    paths,
+                    points=names,
+                    axis_names=(
+                        f"first principal direction, {_percent(plane.explained[0])} of the variance",
+                        f"second, {_percent(plane.explained[1])}",
+                    ),
+                ),
+                caption="Mean over images, from the positions (square) over the blocks to the final norm; all "
+                "checkpoints on the plane of the last. The patch embedding has no CLS token, and is left out.",
+                origin=origin,
+            ),
+            Table(
+                name=f"cls_paths_{_slug(run.name)}",
+                title="CLS token through depth",
+                caption="Coordinates of the mean state in the plane.",
+                columns=["epoch", "tap", "first", "second"],
+                rows=rows,
+                origin=origin,
+            ),
+        ],
+    )
+
+
+def training_section(runs: Sequence[Run], origin: Origin) -> Section:
+    """Similarity of layers, contrast of phases, fit of a Raptor and losses over the epochs of one or more trainings."""
+    parts: list[Figure | Table] = [
+        _over_epochs(title, caption, quantities, runs, origin) for title, caption, quantities in _FIGURES
+    ]
+    if any(point.measured.raptor is not None for run in runs for point in run.points):
+        parts += [_over_epochs(title, caption, quantities, runs, origin) for title, caption, quantities in _FITS]
+    if len(runs) == 1:
+        parts.append(_similarity_maps(runs[0], origin))
+    parts.append(training_table("training", runs, origin))
+    text = [statement for run in runs for statement in (*_untrained(run), *_overfitting(run))]
+    return Section(title="Similarity, fit and losses over training", text=text, parts=parts)
+
+
+def training_table(name: str, runs: Sequence[Run], origin: Origin) -> Table:
+    """One row for each checkpoint of each run, with everything that the curves are drawn from."""
+    return Table(
+        name=name,
+        title="Checkpoints",
+        caption="Losses in nats without augmentation; similarity is the mean cosine between two layers of 1 to L; "
+        "contrast that within phases less that across; R2 the mean over layers 1 to L.",
+        columns=["run", "stochastic depth", "seed", *(title for title, _ in COLUMNS), "phases"],
+        rows=[
+            [
+                run.name,
+                point.checkpoint.config.drop_path,
+                point.checkpoint.config.seed,
+                *(value(point) for _, value in COLUMNS),
+                point.measured.phases.blocks,
+            ]
+            for run in runs
+            for point in run.points
+        ],
+        origin=origin,
+    )
+
+
+def fit_of(point: Point, kind: str, *, one_mean: bool = False) -> float:
+    """Mean R2 of a kind over layers 1 to L; NaN without a Raptor, or where no layer's states vary."""
+    raptor = point.measured.raptor
+    values = None if raptor is None else (raptor.r2_one_mean if one_mean else raptor.r2)[kind]
+    return float("nan") if values is None or not np.isfinite(values).any() else float(np.nanmean(values))
+
+
+def _similarity(kind: str) -> Callable[[Point], Cell]:
+    return lambda point: point.measured.similarity(kind)
+
+
+def _fit(kind: str, one_mean: bool = False) -> Callable[[Point], Cell]:
+    return lambda point: fit_of(point, kind, one_mean=one_mean)
+
+
+def _raptor_accuracy(point: Point) -> Cell:
+    raptor = point.measured.raptor
+    return float("nan") if raptor is None or raptor.accuracy is None else raptor.accuracy
+
+
+COLUMNS: Sequence[Column] = (
+    ("epoch", lambda point: point.epoch),
+    ("train loss", lambda point: point.checkpoint.train.loss),
+    ("val loss", lambda point: point.checkpoint.val.loss),
+    ("train accuracy", lambda point: point.checkpoint.train.accuracy),
+    ("val accuracy", lambda point: point.checkpoint.val.accuracy),
+    ("similarity cls", _similarity("cls")),
+    ("similarity patches", _similarity("patches")),
+    ("contrast", lambda point: point.measured.phases.contrast),
+    ("association", lambda point: point.measured.phases.score),
+    ("association, random cuts", lambda point: point.measured.phases.random_mean),
+    ("R2 cls", _fit("cls")),
+    ("R2 patches", _fit("patches")),
+    ("R2 cls, one mean", _fit("cls", one_mean=True)),
+    ("R2 patches, one mean", _fit("patches", one_mean=True)),
+    ("Raptor accuracy", _raptor_accuracy),
+)
+_BY_NAME = dict(COLUMNS)
+_FIGURES = (
+    (
+        "Loss",
+        "Cross-entropy, nats, of images as they are: no augmentation, no dropped branch.",
+        ("train loss", "val loss"),
+    ),
+    (
+        "Similarity of layers",
+        "Mean cosine between the states of two layers of 1 to L, over images and tokens.",
+        ("similarity cls", "similarity patches"),
+    ),
+    (
+        "Contrast of phases",
+        "Mean cosine between layers of one phase less that between layers of different phases; CLS and patch mean.",
+        ("contrast",),
+    ),
+)
+_FITS = (
+    (
+        "Fit of a Raptor",
+        "R2 of the rolled-out states on held-out images, mean over layers 1 to L, each channel about its own mean.",
+        ("R2 cls", "R2 patches"),
+    ),
+    (
+        "Fit of a Raptor, one mean",
+        "The same about one mean over all channels, as the Raptor paper measures.",
+        ("R2 cls, one mean", "R2 patches, one mean"),
+    ),
+)
+
+
+def _over_epochs(title: str, caption: str, quantities: Sequence[str], runs: Sequence[Run], origin: Origin) -> Figure:
+    lines: dict[str, Curve] = {}
+    for run in runs:
+        x = np.array([point.epoch for point in run.points], dtype=np.float64)
+        for quantity in quantities:
+            name = quantity if len(runs) == 1 else f"{run.name}: {quantity}"
+            lines[name] = (x, np.array([_BY_NAME[quantity](point) for point in run.points], dtype=np.float64), None)
+    return Figure(
+        title=f"{title} over training",
+        svg=curves(lines, x_name="epoch (0: untrained)", y_name=title.lower()),
+        caption=caption,
+        origin=origin,
+    )
+
+
+def _similarity_maps(run: Run, origin: Origin) -> Figure:
+    chosen = sorted({0, len(run.points) // 2, len(run.points) - 1})
+    maps = {
+        f"{kind}, epoch {run.points[i].epoch}": run.points[i].measured.cosines[kind]
+        for i in chosen
+        for kind in ("cls", "patches")
+    }
+    layers = range(len(run.last.measured.cosines["cls"]))
+    return Figure(
+        title="Cosine similarity between layers over training",
+        svg=heat_maps(maps, rows=layers, columns=layers, unit="mean cosine", limits=(-0.2, 1.0)),
+        caption="Mean over images and tokens; 0 is what enters the first block, the same for all images in CLS.",
+        origin=origin,
+    )
+
+
+def _untrained(run: Run) -> list[str]:
+    """The paper: an untrained ViT is easier to reconstruct than a trained one."""
+    first, last = run.points[0], run.last
+    if first.epoch != 0 or last.epoch == 0 or first.measured.raptor is None:
+        return []
+    names = ("R2 cls", "R2 patches", "R2 cls, one mean", "R2 patches, one mean")
+    pairs = {name: (_number(first, name), _number(last, name)) for name in names}
+    holds = {name: untrained > trained for name, (untrained, trained) in pairs.items()}
+    listed = "; ".join(f"{name} {a:.3f} against {b:.3f}" for name, (a, b) in pairs.items())
+    return [
+        f"{run.name}, untrained against epoch {last.epoch}: {listed}. The Raptor paper finds untrained ViTs easier to "
+        f"reconstruct: here so in {sum(holds.values())} of {len(holds)}."
+    ]
+
+
+def _overfitting(run: Run) -> list[str]:
+    """The paper: once overfitting starts, similarity and fit fall together."""
+    best, last = run.least_val_loss, run.last
+    if best.epoch == last.epoch:
+        return [f"{run.name}: held-out loss is least at the last checkpoint, epoch {last.epoch}: it does not overfit."]
+    names = ["similarity cls", "similarity patches"]
+    names += ["R2 cls", "R2 patches"] if last.measured.raptor is not None else []
+    falls = {name: (_number(best, name), _number(last, name)) for name in names}
+    listed = "; ".join(f"{name} {a:.3f} to {b:.3f}" for name, (a, b) in falls.items())
+    n_falling = sum(b < a for a, b in falls.values())
+    return [
+        f"{run.name}: held-out loss is least at epoch {best.epoch} ({best.checkpoint.val.loss:.3f}) and "
+        f"{last.checkpoint.val.loss:.3f} at epoch {last.epoch}; from there to here {listed}. The Raptor paper says "
+        f"that similarity and fit fall together once overfitting starts: {n_falling} of {len(falls)} fall here."
+    ]
+
+
+def _number(point: Point, column: str) -> float:
+    return float(_BY_NAME[column](point))  # type: ignore[arg-type]
+
+
+def _trend_statements(records: Sequence[EpochRecord], found: dict[str, dict[str, Trend]]) -> list[str]:
+    text = []
+    for scalar, direction in STATED.items():
+        of_taps = found[scalar]
+        agree = [tap for tap, one in of_taps.items() if one.sign == direction]
+        turned = [
+            f"{tap_title(tap)} (epoch {one.peak_epoch}, {_percent(one.retreat)} back)"
+            for tap, one in of_taps.items()
+            if one.turned
+        ]
+        verdict = "holds" if len(agree) == len(of_taps) and not turned else "does not hold everywhere"
+        text.append(
+            f"{scalar.replace('_', ' ').capitalize()} {_WAYS[direction]} over training, says the paper: {verdict}. "
+            f"From epoch {records[0].epoch} to {records[-1].epoch} it {_WAYS[direction]} at {len(agree)} of "
+            f"{len(of_taps)} taps; it turns back at {', '.join(turned) if turned else 'none'}."
+        )
+    both = turned_everywhere(found)
+    if both:
+        text.append(
+            "Ranks and anisotropy all turn back, so that the sentence is wrong in whatever is looked at, at "
+            f"{', '.join(map(tap_title, both))}."
+        )
+    highest, lowest = lead(records, "effective_rank"), lead(records, "anisotropy", -1)
+    final = list(records[0].scalars)[-1]
+    is_so = "holds" if highest.tap == lowest.tap == final else "does not hold"
+    text.append(
+        f"CLS final ends with the highest effective rank and the lowest anisotropy, says the paper: {is_so}. The "
+        f"highest rank is that of {tap_title(highest.tap)} since epoch {highest.since}, the lowest anisotropy that of "
+        f"{tap_title(lowest.tap)} since epoch {lowest.since}."
+    )
+    return text
+
+
+def _trend_table(found: dict[str, dict[str, Trend]], origin: Origin) -> Table:
+    return Table(
+        name="trends",
+        title="Trends",
+        caption="Sign of last - first; peak is the extreme in the stated direction, retreat the share of the way to it "
+        "that is lost again at the end; turned where that is 5 % or more from a peak before the last tenth.",
+        columns=["scalar", "tap", "first", "last", "sign", "peak", "peak epoch", "retreat", "turned"],
+        rows=[
+            [
+                scalar,
+                tap_title(tap),
+                one.first,
+                one.last,
+                one.sign,
+                one.peak,
+                one.peak_epoch,
+                one.retreat,
+                "yes" if one.turned else "",
+            ]
+            for scalar, of_taps in found.items()
+            for tap, one in of_taps.items()
+        ],
+        origin=origin,
+    )
+
+
+def _scalar_table(records: Sequence[EpochRecord], origin: Origin) -> Table:
+    names = list(STATED)
+    return Table(
+        name="epochs",
+        title="Scalars at every epoch",
+        caption="Of the covariance at each tap.",
+        columns=["epoch", "tap", *(name.replace("_", " ") for name in names)],
+        rows=[
+            [record.epoch, tap_title(tap), *(asdict(scalars)[name] for name in names)]
+            for record in records
+            for tap, scalars in record.scalars.items()
+        ],
+        origin=origin,
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _slug(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in name)
