@@ -1,7 +1,8 @@
 """Everything a report measures on one store, in one pass over it: which accumulators there are, and what they found."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, Self
 
 import numpy as np
 from jaxtyping import Float64, Int64
@@ -15,12 +16,12 @@ from analysis.dynamics import (
     DynamicsAccumulator,
     angular_updates,
 )
-from analysis.pass_over import ONE_TOKEN, Analysis, States, pass_over, stop_after
-from analysis.similarity import BATCH_ROWS, Cka, CkaAccumulator, CosineAccumulator
+from analysis.pass_over import ONE_TOKEN, Analysis, States, batches, pass_over, stop_after
+from analysis.similarity import BATCH_ROWS, LEAST_ROWS, Cka, CkaAccumulator, CosineAccumulator
 from analysis.spectra import CovarianceAccumulator, Covariances
 from infra.console import UserError
 from storage_schemas import Store
-from storage_schemas.spec import Kind
+from storage_schemas.spec import Kind, StoreSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +59,62 @@ class Findings:
         return (distance + distance.T) / 2
 
 
-class StoreAnalyses:
-    """The accumulators of a report and how they are fed; those of two workers merge.
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """A share of the pass: what one worker is given at a time.
 
-    Memory: 8 layer dim (dim + 1) bytes twice for each kind, 490 MB for ViT-B/14 with four kinds; and the kernels of a
-    batch, 8 layer batch_rows^2.
+    Attributes:
+        rows: Ascending sample indices.
+        kinds: Token kinds that are measured.
+        classes: Whether rows make the mean directions of classes ("directions"), are measured against given ones
+            ("angles"), or first the one and then the other ("both", which takes all rows); None for neither.
+        similar: Whether CKA is measured.
+    """
+
+    rows: Int64[np.ndarray, " row"]
+    kinds: tuple[Kind, ...]
+    classes: Literal["directions", "angles", "both"] | None
+    similar: bool
+
+
+class Sums:
+    """The accumulators of a report, for some kinds of tokens or all; those of workers merge into those of all.
+
+    Memory: 8 layer dim (dim + 1) bytes twice for each kind, 490 MB for ViT-B/14 with four kinds; and 8 layer class dim
+    for the directions of classes.
+    """
+
+    def __init__(self, spec: StoreSpec, kinds: Sequence[Kind], n_classes: int) -> None:
+        n = len(spec.layers)
+        one = tuple(kind for kind in ONE_TOKEN if kind in kinds)
+        joined = ["+".join(one)] if len(one) > 1 else []
+        self.cosines = {kind: CosineAccumulator(n, layers=spec.layers) for kind in kinds}
+        self.cka = {name: CkaAccumulator(n) for name in [*one, *joined]}
+        self.dynamics = {kind: DynamicsAccumulator(spec.layers) for kind in kinds}
+        self.covariances = {kind: CovarianceAccumulator(n, spec.dim) for kind in kinds}
+        self.updates = {kind: CovarianceAccumulator(n - 1, spec.dim) for kind in kinds}
+        self.directions = ClassDirections(n, n_classes, spec.dim) if one and n_classes > 1 else None
+        self.basins: BasinAccumulator | None = None
+
+    def merge(self, other: Self) -> None:
+        """Count what a worker has counted, of some of our kinds."""
+        for name in ("cosines", "cka", "dynamics", "covariances", "updates"):
+            mine = getattr(self, name)
+            for kind, part in getattr(other, name).items():
+                mine[kind].merge(part)
+        if self.directions is not None and other.directions is not None:
+            self.directions.merge(other.directions)
+        if self.basins is not None and other.basins is not None:
+            self.basins.merge(other.basins)
+
+    def begin_basins(self) -> None:
+        """Measure from now on against the directions that classes have so far; nothing where there are not two."""
+        if self.directions is not None and (self.directions.counts > 0).sum() > 1:
+            self.basins = BasinAccumulator(self.directions.result())
+
+
+class StoreAnalyses:
+    """How the sums of a report are fed, in one pass or in shares of it.
 
     Args:
         store: That is passed over.
@@ -77,68 +129,140 @@ class StoreAnalyses:
         spec = store.spec
         if len(spec.layers) < 2:
             raise UserError(f"{store.location} holds {len(spec.layers)} layer; analyses over depth need 2 or more")
-        n, self._kinds = len(spec.layers), spec.token_kinds
-        self.layers = spec.layers
-        self._one = tuple(kind for kind in ONE_TOKEN if kind in spec.token_kinds)
+        self.store, self.layers = store, spec.layers
+        self.n_images, self.n_images_wide = min(limit, store.n_valid), min(wide_limit, store.n_valid)
+        self.one = tuple(kind for kind in ONE_TOKEN if kind in spec.token_kinds)
+        self.wide = tuple(kind for kind in spec.token_kinds if kind not in ONE_TOKEN)
         self._stop, self._wide_stop = stop_after(store, limit), stop_after(store, wide_limit)
-        self._middle = stop_after(store, min(limit, store.n_valid) // 2)
-        self.cosines = {kind: CosineAccumulator(n, layers=spec.layers) for kind in self._kinds}
-        joined = ["+".join(self._one)] if len(self._one) > 1 else []
-        self.cka = {name: CkaAccumulator(n) for name in [*self._one, *joined]}
-        self.dynamics = {kind: DynamicsAccumulator(spec.layers) for kind in self._kinds}
-        self.covariances = {kind: CovarianceAccumulator(n, spec.dim) for kind in self._kinds}
-        self.updates = {kind: CovarianceAccumulator(n - 1, spec.dim) for kind in self._kinds}
-        self.labels, self.n_classes = class_numbers(store)
-        self.directions = ClassDirections(n, self.n_classes, spec.dim)
-        self.basins: BasinAccumulator | None = None
+        self._middle = stop_after(store, self.n_images // 2)
+        self._labels, self._n_classes = class_numbers(store)
 
-    def analyses(self) -> list[Analysis]:
-        """What the pass has to feed."""
-        asked = [Analysis(name="CKA", kinds=self._one, update=self._similar, stop=self._stop)] if self._one else []
-        for kind in self._kinds:
+    def sums(self, kinds: Sequence[Kind] | None = None) -> Sums:
+        """Empty ones."""
+        return Sums(self.store.spec, self.store.spec.token_kinds if kinds is None else kinds, self._n_classes)
+
+    def all_at_once(self) -> Share:
+        """Everything, for one pass in the store's order."""
+        rows = np.flatnonzero(self.store.valid)
+        return Share(rows=rows, kinds=self.store.spec.token_kinds, classes="both", similar=True)
+
+    def shares(self, batch_rows: int = BATCH_ROWS) -> list[Share]:
+        """The same in shares for workers: the batches of CKA for the one-token kinds, shards for the others,
+        which take longer and come first.
+
+        Angles to the directions of classes are not among them: see `angle_shares`.
+        """
+        spec, rows = self.store.spec, np.flatnonzero(self.store.valid)
+        wide = batches(spec, rows[rows < self._wide_stop], spec.samples_per_shard)
+        one = batches(spec, rows[rows < self._stop], batch_rows) if self.one else []
+        return [
+            *(Share(rows=run, kinds=(kind,), classes=None, similar=False) for kind in self.wide for run in wide),
+            *(Share(rows=run, kinds=self.one, classes="directions", similar=True) for run in one),
+        ]
+
+    def angle_shares(self, batch_rows: int = BATCH_ROWS) -> list[Share]:
+        """What is left once all directions of classes are known: the kind of classes, for the second half of images."""
+        rows = np.flatnonzero(self.store.valid)
+        rows = rows[(rows >= self._middle) & (rows < self._stop)]
+        runs = batches(self.store.spec, rows, batch_rows)
+        return [Share(rows=run, kinds=self.one[:1], classes="angles", similar=False) for run in runs]
+
+    def measure(
+        self,
+        share: Share,
+        sums: Sums,
+        *,
+        batch_rows: int = BATCH_ROWS,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
+        """Read a share of the store and count it.
+
+        Raises:
+            UserError: States that have no direction.
+            StoreError, ObjectError: As `Store.read`.
+        """
+        try:
+            pass_over(
+                self.store, self._analyses(share, sums), rows=share.rows, batch_rows=batch_rows, progress=progress
+            )
+        except ValueError as error:
+            raise UserError(f"{self.store.location}: {error}") from error
+
+    def measure_share(
+        self,
+        share: Share,
+        directions: Float64[np.ndarray, "class layer dim"] | None,
+        *,
+        batch_rows: int = BATCH_ROWS,
+    ) -> Sums:
+        """What a worker does: the sums of one share; with angles to the directions of classes where these are given."""
+        sums = self.sums(share.kinds if directions is None else ())
+        sums.basins = None if directions is None else BasinAccumulator(directions)
+        self.measure(share, sums, batch_rows=batch_rows)
+        return sums
+
+    def _analyses(self, share: Share, sums: Sums) -> list[Analysis]:
+        asked = []
+        if share.similar and self.one:
+            asked.append(Analysis(name="CKA", kinds=self.one, update=_similar(sums), stop=self._stop))
+        for kind in share.kinds if share.classes != "angles" else ():
             stop = self._stop if kind in ONE_TOKEN else self._wide_stop
-            asked.append(Analysis(name="dynamics and spectra", kinds=(kind,), update=self._feed(kind), stop=stop))
-        if self._one and self.n_classes > 1:
-            asked.append(Analysis(name="classes", kinds=self._one[:1], update=self._classes, stop=self._stop))
+            update = _feed(sums, kind, self.layers)
+            asked.append(Analysis(name="dynamics and spectra", kinds=(kind,), update=update, stop=stop))
+        if share.classes and not (sums.directions is None and sums.basins is None):
+            update = self._classes(share, sums)
+            asked.append(Analysis(name="classes", kinds=self.one[:1], update=update, stop=self._stop))
         return asked
 
-    def _feed(self, kind: Kind) -> Callable[[States, Int64[np.ndarray, " row"]], None]:
-        def update(states: States, _: np.ndarray) -> None:
-            found = states[kind]
-            self.cosines[kind].update(found)
-            self.dynamics[kind].update(found)
-            self.covariances[kind].update(found)
-            self.updates[kind].update(angular_updates(found, self.layers))
+    def _classes(self, share: Share, sums: Sums) -> Callable[[States, Int64[np.ndarray, " row"]], None]:
+        """Directions from the first half of the images, angles to them from the second: none is its own measure."""
+
+        def update(states: States, rows: np.ndarray) -> None:
+            found, labels = states[self.one[0]][:, :, 0], self._labels[rows]
+            first = (rows < self._middle) & (labels >= 0)
+            if share.classes != "angles" and sums.directions is not None:
+                sums.directions.update(found[first], labels[first])
+            second = (rows >= self._middle) & (labels >= 0)
+            if share.classes == "directions" or not second.any():
+                return
+            if sums.basins is None and share.classes == "both":
+                sums.begin_basins()
+            if sums.basins is not None:
+                sums.basins.update(found[second], labels[second])
 
         return update
 
-    def _similar(self, states: States, _: np.ndarray) -> None:
-        for name, sums in self.cka.items():
-            sums.update(np.concatenate([states[kind][:, :, 0] for kind in name.split("+")], axis=-1))
-
-    def _classes(self, states: States, rows: np.ndarray) -> None:
-        """Directions from the first half of the images, angles to them from the second: none is its own measure."""
-        found, labels = states[self._one[0]][:, :, 0], self.labels[rows]
-        first = (rows < self._middle) & (labels >= 0)
-        self.directions.update(found[first], labels[first])
-        second = (rows >= self._middle) & (labels >= 0)
-        if second.any() and (self.directions.counts > 0).sum() > 1:
-            if self.basins is None:
-                self.basins = BasinAccumulator(self.directions.result())
-            self.basins.update(found[second], labels[second])
-
-    def result(self, n_images: int, n_images_wide: int) -> Findings:
+    def result(self, sums: Sums) -> Findings:
         return Findings(
             layers=self.layers,
-            n_images=n_images,
-            n_images_wide=n_images_wide,
-            cosines={kind: part.result() for kind, part in self.cosines.items()},
-            cka={name: part.result() for name, part in self.cka.items()},
-            dynamics={kind: part.result() for kind, part in self.dynamics.items()},
-            covariances={kind: part.result() for kind, part in self.covariances.items()},
-            updates={kind: part.result(centred=False) for kind, part in self.updates.items()},
-            basins=None if self.basins is None else self.basins.result(),
+            n_images=self.n_images,
+            n_images_wide=self.n_images_wide,
+            cosines={kind: part.result() for kind, part in sums.cosines.items()},
+            cka={name: part.result() for name, part in sums.cka.items()},
+            dynamics={kind: part.result() for kind, part in sums.dynamics.items()},
+            covariances={kind: part.result() for kind, part in sums.covariances.items()},
+            updates={kind: part.result(centred=False) for kind, part in sums.updates.items()},
+            basins=None if sums.basins is None else sums.basins.result(),
         )
+
+
+def _feed(sums: Sums, kind: Kind, layers: Sequence[int]) -> Callable[[States, Int64[np.ndarray, " row"]], None]:
+    def update(states: States, _: np.ndarray) -> None:
+        found = states[kind]
+        sums.cosines[kind].update(found)
+        sums.dynamics[kind].update(found)
+        sums.covariances[kind].update(found)
+        sums.updates[kind].update(angular_updates(found, layers))
+
+    return update
+
+
+def _similar(sums: Sums) -> Callable[[States, Int64[np.ndarray, " row"]], None]:
+    def update(states: States, _: np.ndarray) -> None:
+        for name, part in sums.cka.items():
+            part.update(np.concatenate([states[kind][:, :, 0] for kind in name.split("+")], axis=-1))
+
+    return update
 
 
 def class_numbers(store: Store) -> tuple[Int64[np.ndarray, " sample"], int]:
@@ -171,14 +295,40 @@ def measure_store(
         UserError: Too few images or layers, or states that have no direction.
         StoreError, ObjectError: As `Store.read`.
     """
-    if store.n_valid < 4:
+    check_images(store)
+    asked = StoreAnalyses(store, limit=limit, wide_limit=wide_limit)
+    sums = asked.sums()
+    asked.measure(asked.all_at_once(), sums, batch_rows=batch_rows, progress=progress)
+    return asked.result(sums)
+
+
+def measure_shares(
+    asked: StoreAnalyses,
+    run: Callable[[Sequence[Share], Float64[np.ndarray, "class layer dim"] | None], Iterable[Sums]],
+    batch_rows: int = BATCH_ROWS,
+) -> Findings:
+    """The same as `measure_store`, in shares that others measure: memory is that of the sums and of one share's.
+
+    Args:
+        asked: Of the store.
+        run: Measures shares, in any order, as `StoreAnalyses.measure_share` does; called once or twice, as angles to
+            the directions of classes have to wait for the directions.
+        batch_rows: Of minibatch CKA.
+    """
+    sums = asked.sums()
+    for found in run(asked.shares(batch_rows), None):
+        sums.merge(found)
+    sums.begin_basins()
+    if sums.basins is not None and sums.directions is not None:
+        for found in run(asked.angle_shares(batch_rows), sums.directions.result()):
+            sums.merge(found)
+    return asked.result(sums)
+
+
+def check_images(store: Store) -> None:
+    """Refuse a store with too few images, before anything is read."""
+    if store.n_valid < LEAST_ROWS:
         raise UserError(f"{store.location} has {store.n_valid} valid images; the unbiased HSIC needs 4 or more")
-    both = StoreAnalyses(store, limit=limit, wide_limit=wide_limit)
-    try:
-        pass_over(store, both.analyses(), batch_rows=batch_rows, progress=progress)
-    except ValueError as error:
-        raise UserError(f"{store.location}: {error}") from error
-    return both.result(min(limit, store.n_valid), min(wide_limit, store.n_valid))
 
 
 def step_middles(layers: Sequence[int]) -> Float64[np.ndarray, " step"]:

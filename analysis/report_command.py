@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from analysis.measure import measure_store
+from analysis.measure import Findings, measure_store
 from analysis.page import Origin, Section, Table, page_html, table_csv
 from analysis.partitions import MIN_SIZE
 from analysis.pass_over import pass_nbytes
@@ -11,6 +11,7 @@ from analysis.phases import DEFAULT_OBJECTIVE
 from analysis.places import DEFAULT_STORE, make_command, open_out, open_train, store_name
 from analysis.report import dynamics_section, overview_section, similarity_section, spectra_section
 from analysis.similarity import LEAST_ROWS
+from infra.cluster import cluster_address
 from infra.console import Progress, UserError, human_bytes, say
 from infra.objects import Objects
 from infra.s3_settings import use_endpoint
@@ -34,6 +35,7 @@ def report_command(
     model_limit: int = MODEL_LIMIT,
     seed: int = 0,
     device: str = "cpu",
+    ray_address: str | None = None,
     endpoint_url: str | None = None,
 ) -> int:
     """Phases, similarity, dynamics and spectra of a store's layers, as one HTML page with figures and tables.
@@ -52,6 +54,8 @@ def report_command(
         model_limit: The same where the teacher or the Raptor runs.
         seed: Of pushes and swaps.
         device: Where they run: cpu, cuda or cuda:0.
+        ray_address: A Ray cluster, host:6379, whose machines share the pass over the store; None is RAY_ADDRESS, or
+            this machine alone. The store is on S3 or in a folder that all machines see.
         endpoint_url: S3 endpoint, such as http://127.0.0.1:9000; None is AWS_ENDPOINT_URL, else Amazon's.
     """
     from analysis.report_models import load_models, model_sections  # torch and timm take seconds to import
@@ -59,6 +63,7 @@ def report_command(
     use_endpoint(endpoint_url)
     place = out or f"{DEFAULT_OUT}/{store_name(store)}"
     problems = _setting_problems(k, limit, wide_limit, model_limit)
+    cluster = cluster_address(ray_address)
     saved = open_out(place, store, problems)
     source = open_train(store, problems)
     if source is not None:
@@ -74,7 +79,7 @@ def report_command(
         "LIMIT": limit if limit != LIMIT else None,
     }
     command = make_command("report", typed)
-    sections, facts, phases = _store_sections(source, k, limit, wide_limit, command)
+    sections, facts, phases = _store_sections(source, k, limit, wide_limit, command, cluster)
     sections += model_sections(source, models, phases, model_limit, seed, command)
     _save(saved, f"{source.spec.teacher} on {source.location}", facts, sections)
     n_figures = sum(not isinstance(part, Table) for section in sections for part in section.parts)
@@ -84,13 +89,9 @@ def report_command(
 
 
 def _store_sections(
-    store: Store, k: int, limit: int, wide_limit: int, command: str
+    store: Store, k: int, limit: int, wide_limit: int, command: str, cluster: str | None
 ) -> tuple[list[Section], dict[str, str], Phases]:
-    n_images = min(limit, store.n_valid)
-    states = pass_nbytes(store.spec, store.spec.token_kinds)
-    say(f"one pass over {store.location}: {human_bytes(states)} of states at a time")
-    with Progress(total=n_images, unit="images", label="analyses") as progress:
-        found = measure_store(store, limit=limit, wide_limit=wide_limit, progress=progress.advance)
+    found = _measure(store, limit, wide_limit, cluster)
     try:
         phases = find_phases(found.distance[1:, 1:], k, None, DEFAULT_OBJECTIVE)
     except ValueError as error:  # an objective that is not defined on these distances
@@ -116,6 +117,17 @@ def _store_sections(
         "command": origin.command,
     }
     return sections, facts, phases
+
+
+def _measure(store: Store, limit: int, wide_limit: int, cluster: str | None) -> Findings:
+    states = pass_nbytes(store.spec, store.spec.token_kinds)
+    say(f"one pass over {store.location}: {human_bytes(states)} of states at a time")
+    if cluster is not None:
+        from analysis.pass_ray import measure_on_ray  # ray takes a second to import
+
+        return measure_on_ray(store, cluster, limit=limit, wide_limit=wide_limit)
+    with Progress(total=min(limit, store.n_valid), unit="images", label="analyses") as progress:
+        return measure_store(store, limit=limit, wide_limit=wide_limit, progress=progress.advance)
 
 
 def _save(out: Objects, title: str, facts: Mapping[str, str], sections: list[Section]) -> None:

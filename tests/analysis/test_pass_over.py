@@ -169,10 +169,11 @@ def test_the_distance_of_a_report_is_that_of_the_phases():
 
 def test_classes_are_measured_on_other_images_than_they_are_made_of():
     store = planted()
-    both = StoreAnalyses(store, limit=100, wide_limit=5)
-    pass_over(store, both.analyses())
-    assert both.directions.counts.sum() == 9
-    assert both.result(19, 5).basins.accuracy.n == 10
+    asked = StoreAnalyses(store, limit=100, wide_limit=5)
+    sums = asked.sums()
+    asked.measure(asked.all_at_once(), sums)
+    assert sums.directions.counts.sum() == 9
+    assert asked.result(sums).basins.accuracy.n == 10
 
 
 def test_class_numbers_follow_the_labels():
