@@ -46,6 +46,7 @@ help: ## list targets and variables
 #: CHECKPOINTS with make curves: what make teacher KEEP= has made                       [data/teachers/digits_vit]
 #: RECORDS     with make curves, in their place: an epoch_summaries.jsonl of the Geometry Observatory         [none]
 #: RAPTOR_STEPS  of the Raptor that is fitted to each checkpoint, 0.7 s of processor time each; 0: none       [200]
+#: STUDY DROP_PATHS  with make study: its folder; chances of a dropped branch         [data/study; 0,0.1,0.2,0.4,0.6]
 #: LIMIT       only the first n images of the shuffled order                                              [all]
 #: AT          with make stores: a folder, bucket or prefix                                        [data/stores]
 #: TO          with make copy and convert: where the copy goes                                [must be given]
@@ -97,7 +98,7 @@ $(READY): requirements.txt pyproject.toml
 	  --config-settings editable_mode=compat
 	@touch $(READY)
 
-.PHONY: help venv extract plan stores inspect copy convert verify phases report curves positions train raptor import probe teacher s3 submit jobs logs stop bench test test-slow check format requirements table demo deploy dashboard watch
+.PHONY: help venv extract plan stores inspect copy convert verify phases report curves study positions train raptor import probe teacher s3 submit jobs logs stop bench test test-slow check format requirements table demo deploy dashboard watch
 
 venv: $(READY) ## make .venv and nothing else
 
@@ -135,6 +136,9 @@ positions: $(READY) ## what attention learns of places: planted sets, transfer, 
 
 curves: $(READY) ## what changes while a teacher is trained, from CHECKPOINTS= of make teacher KEEP=, or RECORDS=
 	@$(PYTHON) -m analysis curves $(call flags,CHECKPOINTS RECORDS OUT K RAPTOR_STEPS SEED DEVICE) $(ARGS)
+
+study: $(READY) ## stochastic depth against similarity, phases and fit of Raptors, on digits; hours; again to go on
+	@$(PYTHON) -m analysis study $(call flags,STUDY DROP_PATHS EPOCHS SEEDS K RAPTOR_STEPS LIMIT) $(ARGS)
 
 TRAIN_VARIABLES := STORE BLOCKS RUN STEPS SEED REPLICA HEAD DEVICE RECIPE MICRO_BATCH WORKERS RAY_ADDRESS ENDPOINT_URL
 TRAIN_FLAGS = $(call flags,$(TRAIN_VARIABLES)) $(call switch,PARTIAL) $(ARGS)

@@ -20,6 +20,7 @@ from analysis.places import DEFAULT_STORE, make_command, open_out, open_train, s
 from analysis.positions.positions_command import positions_command
 from analysis.report_command import report_command
 from analysis.training.curves_command import curves_command
+from analysis.training.study_command import study_command
 from infra.console import ExitCode, JobError, Progress, UserError, run_door, say
 from infra.objects import (
     ObjectError,
@@ -239,6 +240,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "report": report_command,
                 "demo": demo_command,
                 "curves": curves_command,
+                "study": study_command,
                 "positions": positions_command,
             },
             prog="python -m analysis",

@@ -13,12 +13,11 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from analysis.parts import Part, Parts, hold
+from analysis.parts import Part, Parts, claim, hold
 from infra.console import ExitCode, Progress, UserError, human_duration, say, stop_on_signals
 from infra.machine import n_cores
 
 DEFAULT_DEMO = "data/demo"
-CONFIG_NAME = "config.json"
 N_BLOCKS = (1, 2, 3)
 _STAGE1_STEPS = 200  # enough for blocks that go on to stage 2; the recipe's 600 are for blocks on their own
 _EVERY_S = 10.0
@@ -44,7 +43,7 @@ def demo_command(
     os.environ["OMP_NUM_THREADS"] = "1"  # of the parts: one core each, as many as there are cores
     with stop_on_signals() as stopping, hold(folder, stopping) as lock:
         if lock is not None:
-            _claim(folder, {"limit": limit, "steps": steps})
+            claim(folder, {"limit": limit, "steps": steps}, "DEMO")  # Raptors may be added (SEEDS)
         if lock is None or not _run(folder, seeds, limit, steps, stopping, lock):
             say(f"stopped; everything is saved in {folder}. The same command goes on")
             return ExitCode.INTERRUPTED
@@ -68,31 +67,6 @@ def _problems(demo: str, seeds: int, limit: int | None, steps: int | None) -> li
     if steps is not None and steps < 1:
         problems.append(f"STEPS={steps}: expected 1 or more")
     return problems
-
-
-def _claim(folder: Path, choices: dict[str, int | None]) -> None:
-    """Remember what was chosen, or refuse to mix it with something else; Raptors may be added (SEEDS).
-
-    Raises:
-        UserError: The folder was begun with other choices, or its file cannot be read.
-    """
-    path = folder / CONFIG_NAME
-    if not path.exists():
-        draft = path.with_suffix(".draft")  # a crash leaves no half of it
-        draft.write_text(json.dumps(choices))
-        draft.rename(path)
-        return
-    try:
-        found = json.loads(path.read_text())
-        begun = {name: found[name] for name in choices}
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not as make demo wrote it ({error!r}). Give another DEMO=") from error
-    if begun != choices:
-        texts = [
-            " ".join(f"{name.upper()}={'' if value is None else value}" for name, value in one.items())
-            for one in (begun, choices)
-        ]
-        raise UserError(f"DEMO={folder} was begun with {texts[0]}, not {texts[1]}: give these, or give another DEMO=")
 
 
 def _run(

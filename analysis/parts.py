@@ -11,13 +11,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from infra.console import ExitCode, JobError, Progress, UserError, human_duration, say
 
+CONFIG_NAME = "config.json"
 _POLL_S = 0.05
 _LOCK_NAME = ".lock"
 _PERCENT = re.compile(r"^(.*? \d+%)[:|]")
@@ -172,7 +173,7 @@ class Parts:
         how = f"ended well but made no {part.made}" if code == ExitCode.OK else f"failed with exit code {code}"
         return (
             f"{part.name} {how}. The end of {self._log_path(part)}:\n{log}\n"
-            f"Its command is: {part.command}\nOnce that is mended, the same make demo goes on"
+            f"Its command is: {part.command}\nOnce that is mended, the same command goes on"
         )
 
     def _log_tail(self, part: Part) -> list[str]:
@@ -202,8 +203,13 @@ def _ask_to_stop(running: Sequence[_Running]) -> bool:
 
 
 @contextmanager
-def hold(folder: Path, stopping: Callable[[], bool]) -> Iterator[int | None]:
+def hold(folder: Path, stopping: Callable[[], bool], name: str = "DEMO") -> Iterator[int | None]:
     """Keep others out of a folder, and wait for them; also for parts whose parent was killed, as they hold it too.
+
+    Args:
+        folder: Made if missing.
+        stopping: Asked while waiting.
+        name: The variable that gives the folder, for messages.
 
     Yields:
         The open lock file, for the processes that are started; None if it was asked to stop while waiting.
@@ -215,9 +221,43 @@ def hold(folder: Path, stopping: Callable[[], bool]) -> Iterator[int | None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / _LOCK_NAME).open("a")
     except OSError as error:
-        raise UserError(f"DEMO={folder} cannot be written: {error.strerror}. Give another place (DEMO=...)") from error
+        raise UserError(
+            f"{name}={folder} cannot be written: {error.strerror}. Give another place ({name}=...)"
+        ) from error
     with file:
         yield file.fileno() if _take(file.fileno(), folder, stopping) else None
+
+
+def claim(folder: Path, choices: Mapping[str, int | None], name: str) -> None:
+    """Remember in a folder what was chosen, or refuse to mix it with something else.
+
+    Args:
+        folder: There is one.
+        choices: By the names of their variables, in small letters.
+        name: The variable that gives the folder, and in small letters the target, for messages.
+
+    Raises:
+        UserError: The folder was begun with other choices, or its file cannot be read.
+    """
+    path = folder / CONFIG_NAME
+    if not path.exists():
+        draft = path.with_suffix(".draft")  # a crash leaves no half of it
+        draft.write_text(json.dumps(dict(choices)))
+        draft.rename(path)
+        return
+    try:
+        found = json.loads(path.read_text())
+        begun = {choice: found[choice] for choice in choices}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not as make {name.lower()} wrote it ({error!r}). Give another {name}=") from error
+    if begun != choices:
+        texts = [
+            " ".join(f"{choice.upper()}={'' if value is None else value}" for choice, value in one.items())
+            for one in (begun, choices)
+        ]
+        raise UserError(
+            f"{name}={folder} was begun with {texts[0]}, not {texts[1]}: give these, or give another {name}="
+        )
 
 
 def _take(lock: int, folder: Path, stopping: Callable[[], bool]) -> bool:

@@ -129,11 +129,13 @@ def paths_section(run: Run, origin: Origin) -> Section:
 
 def training_section(runs: Sequence[Run], origin: Origin) -> Section:
     """Similarity of layers, contrast of phases, fit of a Raptor and losses over the epochs of one or more trainings."""
-    parts: list[Figure | Table] = [
-        _over_epochs(title, caption, quantities, runs, origin) for title, caption, quantities in _FIGURES
-    ]
-    if any(point.measured.raptor is not None for run in runs for point in run.points):
-        parts += [_over_epochs(title, caption, quantities, runs, origin) for title, caption, quantities in _FITS]
+    has_fit = any(point.measured.raptor is not None for run in runs for point in run.points)
+    parts: list[Figure | Table] = []
+    for title, caption, quantities in (*_FIGURES, *(_FITS if has_fit else ())):
+        if len(runs) == 1:
+            parts.append(_over_epochs(title, caption, quantities, runs, origin))
+        else:  # a figure for each quantity, with a line for each run
+            parts += [_over_epochs(f"{title}, {one}", caption, [one], runs, origin) for one in quantities]
     if len(runs) == 1:
         parts.append(_similarity_maps(runs[0], origin))
     parts.append(training_table("training", runs, origin))
@@ -238,7 +240,7 @@ def _over_epochs(title: str, caption: str, quantities: Sequence[str], runs: Sequ
     for run in runs:
         x = np.array([point.epoch for point in run.points], dtype=np.float64)
         for quantity in quantities:
-            name = quantity if len(runs) == 1 else f"{run.name}: {quantity}"
+            name = quantity if len(runs) == 1 else run.name
             lines[name] = (x, np.array([_BY_NAME[quantity](point) for point in run.points], dtype=np.float64), None)
     return Figure(
         title=f"{title} over training",

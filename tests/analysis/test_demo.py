@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from analysis.demo import N_BLOCKS, _claim, _model_parts, _store_parts
+from analysis.demo import N_BLOCKS, _model_parts, _store_parts
+from analysis.parts import claim
 from infra.console import ExitCode, UserError, run_door
 
 REPOSITORY = Path(__file__).parents[2]
@@ -76,8 +77,8 @@ def test_other_choices_in_the_same_place_are_refused_before_anything_runs(
 ) -> None:
     from analysis.__main__ import main
 
-    _claim(tmp_path, {"limit": 96, "steps": None})
-    _claim(tmp_path, {"limit": 96, "steps": None})
+    claim(tmp_path, {"limit": 96, "steps": None}, "DEMO")
+    claim(tmp_path, {"limit": 96, "steps": None}, "DEMO")
     for flags_ in (["--limit", "96", "--steps", "3"], ["--limit", "97"], []):
         assert run_door(lambda typed=flags_: main(["demo", "--demo", str(tmp_path), *typed])) == ExitCode.BAD_INPUT
         assert "begun with LIMIT=96 STEPS=, not" in (said := capsys.readouterr().err)
@@ -89,7 +90,7 @@ def test_other_choices_in_the_same_place_are_refused_before_anything_runs(
 def test_a_changed_file_of_choices_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"config\.json is not as make demo wrote it"):
-        _claim(tmp_path, {"limit": 96, "steps": None})
+        claim(tmp_path, {"limit": 96, "steps": None}, "DEMO")
 
 
 @pytest.mark.slow
