@@ -72,6 +72,12 @@ class MomentsAccumulator:
         self.n = total
 
 
+def finite_mean(values: Float[np.ndarray, "..."]) -> float:
+    """Mean of those that are not NaN; NaN where none is."""
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if known.size else float("nan")
+
+
 def check_finite(
     states: Float[np.ndarray, "row layer *rest"], layers: Sequence[int] | None = None, what: str = "states"
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Self
 import numpy as np
 from jaxtyping import Float, Float64
 
-from analysis.accumulate import check_finite
+from analysis.accumulate import check_finite, finite_mean
 from analysis.similarity import NOTHING, hsic1, linear_kernels, own_hsic1
 
 
@@ -45,7 +45,7 @@ class Localisation:
         """Mean CKA of a token with its own patch, less that with the others."""
         own = np.diagonal(self.cka)
         others = self.cka[~np.eye(len(self.cka), dtype=bool)]
-        return float(np.nanmean(own) - np.nanmean(others)) if np.isfinite(own).any() else float("nan")
+        return finite_mean(own) - finite_mean(others)
 
 
 class LocalisationAccumulator:

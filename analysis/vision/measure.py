@@ -28,6 +28,7 @@ LOCAL_ROWS = 256
 N_SHOTS = 10
 #: Patches that are probed one by one, evenly over the grid.
 MOST_PATCHES = 64
+N_SHUFFLES = 10
 
 _READ_ROWS = 64
 
@@ -122,7 +123,8 @@ class LayerProbes:
         patches: Of some patches, each by itself: (layer, patch).
         places: Which patches these are: (patch,) numbers, row by row of the grid.
         grid: Rows and columns of patches.
-        shuffled: Of the mean of all tokens, fitted to shuffled labels: (layer,).
+        shuffled: Of the mean of all tokens, fitted to labels that were shuffled anew for each draw: (layer, draw). One
+            draw may be lucky: where classes lie apart, it gives each of them some class or other.
         chance: Share of the most frequent class among the images that were tested on.
         n_fit: Images that were fitted; as many were tuned on, at most.
         n_test: Images that were tested on.
@@ -135,7 +137,7 @@ class LayerProbes:
     patches: Float64[np.ndarray, "layer patch"]
     places: Int64[np.ndarray, " patch"]
     grid: tuple[int, int]
-    shuffled: Float64[np.ndarray, " layer"]
+    shuffled: Float64[np.ndarray, "layer draw"]
     chance: float
     n_fit: int
     n_test: int
@@ -177,14 +179,15 @@ def probe_layers(
     places = _some_patches(store)
     inside = type(shots)(fit=np.searchsorted(read, rows[shots.fit]), tune=np.searchsorted(read, rows[shots.tune]))
     labels, of_test = numbers[read], test_labels[where]
-    shuffled = np.random.default_rng(seed).permutation(labels)
+    random = np.random.default_rng(seed)
+    shuffles = [random.permutation(labels) for _ in range(N_SHUFFLES)]
     accuracies, control = [], []
     for layer in store.layers:
         fitted, names = _representations(store, layer, read, places)
         tested, _ = _representations(test, layer, where, places)
         accuracies.append(probe(fitted, labels, inside, tested, of_test, n_classes).accuracy)
-        mean = slice(names.index("mean of all"), names.index("mean of all") + 1)
-        control.append(probe(fitted[:, mean], shuffled, inside, tested[:, mean], of_test, n_classes).accuracy[0])
+        means = [one[:, [names.index("mean of all")]] for one in (fitted, tested)]
+        control.append([probe(means[0], one, inside, means[1], of_test, n_classes).accuracy[0] for one in shuffles])
         if progress is not None:
             progress(1)
     table = np.stack(accuracies)

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from analysis.accumulate import finite_mean
 from analysis.page import Cell, Figure, Origin, Section, Table
 from analysis.plots import Curve, curves, heat_maps, pictures
 from analysis.similarity import Cka
@@ -26,7 +27,7 @@ def sub_layer_section(found: Cka, n_blocks: int, origin: Origin) -> Section:
     values = found.values
     sums = [i for i, name in enumerate(names) if name.endswith("sum2")]
     quarter = max(1, n_blocks // 4)
-    across = float(np.nanmean(values[np.ix_(sums[:quarter], sums[-quarter:])]))
+    across = finite_mean(values[np.ix_(sums[:quarter], sums[-quarter:])])
     rows: list[list[Cell]] = [[name, *map(float, row)] for name, row in zip(names, values)]
     return Section(
         title="Sub-layers",
@@ -68,7 +69,7 @@ def sub_layer_section(found: Cka, n_blocks: int, origin: Origin) -> Section:
 def _next(values: np.ndarray, part: str) -> float:
     """Mean CKA between the output of each block, the embedding first, and a part of the block that follows."""
     before = np.arange(0, len(values) - 2, len(PARTS))
-    return float(np.nanmean(values[before, before + 1 + PARTS.index(part)]))
+    return finite_mean(values[before, before + 1 + PARTS.index(part)])
 
 
 def localisation_section(found: Localised, origin: Origin) -> Section:
@@ -146,7 +147,7 @@ def probe_section(found: LayerProbes, origin: Origin) -> Section:
     for name, values in (("registers", found.registers), ("patches", found.patches)):
         if values.shape[1]:
             lines[f"{name}, each by itself"] = (x, values.mean(axis=1), values.std(axis=1))
-    lines["shuffled labels"] = (x, found.shuffled, None)
+    lines["shuffled labels"] = (x, found.shuffled.mean(axis=1), found.shuffled.std(axis=1))
     single = found.patches[-1].mean()
     best = max(found.pooled, key=lambda name: float(found.pooled[name][-1]))
     top = found.pooled[best][-1]
@@ -177,15 +178,15 @@ def probe_section(found: LayerProbes, origin: Origin) -> Section:
         for i, layer in enumerate(found.layers)
         for j, place in enumerate(found.places)
     ]
-    rows += [[layer, "shuffled labels", float(one)] for layer, one in zip(found.layers, found.shuffled)]
+    rows += [[layer, "shuffled labels", float(one.mean())] for layer, one in zip(found.layers, found.shuffled)]
     parts: list[Figure | Table] = [
         Figure(
             title="Linear probes by layer",
             svg=curves(lines, x_name="layer", y_name="accuracy"),
             caption=f"Ridge regression to -1 and +1 on {found.n_fit} images ({N_SHOTS} of each class where there are "
             f"as many), its strength chosen on further ones, accuracy on {found.n_test} images of {found.tested_on}. "
-            "Bands: one standard deviation over tokens. Shuffled labels: the mean of all tokens, fitted to permuted "
-            "labels.",
+            f"Bands: one standard deviation over tokens. Shuffled labels: the mean of all tokens, fitted to "
+            f"{found.shuffled.shape[1]} permutations of the labels.",
             origin=origin,
         )
     ]
@@ -287,7 +288,7 @@ def skip_section(found: SkipAblation, origin: Origin) -> Section:
     without, clean = found.crossing()
     n_blocks = len(without)
     blocks = np.arange(1.0, n_blocks + 1)
-    lower = int((without < clean).sum())
+    lower, known = int((without < clean).sum()), int(np.isfinite(without).sum())
     lines: dict[str, Curve] = {
         "without the block's skips": (blocks, without, None),
         "the whole model": (blocks, clean, None),
@@ -313,10 +314,10 @@ def skip_section(found: SkipAblation, origin: Origin) -> Section:
         )
     )
     text = [
-        f"Without a block's skips the CKA across it is lower than in the whole model for {lower} of {n_blocks} "
-        f"blocks, {np.nanmean(without[1:]):.3f} against {np.nanmean(clean[1:]):.3f} on average from the second on. "
+        f"Without a block's skips the CKA across it is lower than in the whole model for {lower} of {known} "
+        f"blocks, {finite_mean(without[1:]):.3f} against {finite_mean(clean[1:]):.3f} on average from the second on. "
         "Raghu et al. report a collapse in ViTs that were trained so; here nothing is trained again. "
-        + verdict(lower == n_blocks)
+        + verdict(lower == known)
     ]
     if found.accuracy is not None and found.clean_accuracy is not None:
         drawn: dict[str, Curve] = {

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Float64, Int64
 from torch import Tensor, nn
 
+from analysis.accumulate import finite_mean
 from analysis.similarity import minibatch_cka
 from infra.console import UserError
 from pipeline.teacher import Teacher
@@ -41,8 +42,8 @@ class WithoutSkips(nn.Module):
 
 def crossing_cka(cka: Float64[np.ndarray, "state state"], block: int) -> float:
     """Mean CKA between the states before a block (from 0) and those after it; state 0 left out where there is another,
-    as CLS is the same there for all images."""
-    return float(np.nanmean(cka[min(1, block) : block + 1, block + 1 :]))
+    as CLS is the same there for all images. NaN where no pair has a CKA."""
+    return finite_mean(cka[min(1, block) : block + 1, block + 1 :])
 
 
 @dataclass(frozen=True, kw_only=True)

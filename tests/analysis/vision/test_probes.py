@@ -1,0 +1,136 @@
+"""Ridge probes against the normal equations, and what they find where a signal was planted or taken away."""
+
+import numpy as np
+import pytest
+
+from analysis.vision.probes import Shots, few_shots, probe, ridge_path, sign_targets
+
+N_CLASSES = 4
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+def labels_of(n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, N_CLASSES, n)
+
+
+@pytest.mark.parametrize(("n", "dim"), [(40, 6), (10, 30)])
+@pytest.mark.parametrize("strength", [1e-3, 1.0, 50.0])
+def test_it_solves_the_normal_equations(n, dim, strength):
+    x, targets = normal(n, dim) + 5, sign_targets(labels_of(n), N_CLASSES)
+    (fit,) = ridge_path(x, targets, [strength])
+    centred = x - x.mean(axis=0)
+    penalty = strength * (np.linalg.svd(centred, compute_uv=False) ** 2).mean()
+    expected = np.linalg.solve(
+        centred.T @ centred + penalty * np.eye(dim), centred.T @ (targets - targets.mean(axis=0))
+    )
+    np.testing.assert_allclose(fit.weights, expected, rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(fit.scores(x).mean(axis=0), targets.mean(axis=0), atol=1e-10)
+
+
+def test_a_bias_is_not_shrunk():
+    """Moving all rows by a constant moves no score, however strong the penalty."""
+    x, targets = normal(20, 5), sign_targets(labels_of(20), N_CLASSES)
+    here, moved = (ridge_path(rows, targets, [10.0])[0].scores(rows) for rows in (x, x + 100))
+    np.testing.assert_allclose(here, moved, atol=1e-9)
+
+
+def test_without_penalty_fewer_rows_than_channels_are_interpolated():
+    x, targets = normal(10, 30), sign_targets(labels_of(10), N_CLASSES)
+    none, least = ridge_path(x, targets, [0.0, 1e-12])
+    np.testing.assert_allclose(none.scores(x), targets, atol=1e-10)
+    np.testing.assert_allclose(least.scores(x), targets, atol=1e-6)
+    np.testing.assert_allclose(none.weights, least.weights, atol=1e-6)
+
+
+def test_targets_are_plus_one_at_the_class_and_minus_one_elsewhere():
+    np.testing.assert_array_equal(sign_targets(np.array([1, 0]), 3), [[-1, 1, -1], [1, -1, -1]])
+
+
+def test_probes_side_by_side_are_probes_one_by_one():
+    x, targets = normal(3, 20, 5), sign_targets(labels_of(20), N_CLASSES)
+    together = ridge_path(x, targets, [0.1, 2.0])
+    for i in range(3):
+        for fit, alone in zip(together, ridge_path(x[i], targets, [0.1, 2.0])):
+            np.testing.assert_allclose(fit.weights[i], alone.weights, rtol=1e-10)
+
+
+def test_the_same_states_for_all_images_tell_nothing_and_are_no_error():
+    (fit,) = ridge_path(np.ones((12, 5)), sign_targets(labels_of(12), N_CLASSES), [0.0])
+    np.testing.assert_array_equal(fit.weights, 0)
+
+
+def planted(n: int, token: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Three tokens of which one leans to its class's direction."""
+    labels = labels_of(n, seed)
+    states = normal(n, 3, 16, seed=seed + 1)
+    states[:, token] += 4 * normal(N_CLASSES, 16, seed=99)[labels]
+    return states.astype(np.float32), labels
+
+
+def test_a_signal_in_one_token_is_found_by_its_probe_alone():
+    train, labels = planted(200, 1, 0)
+    test, test_labels = planted(400, 1, 50)
+    found = probe(train, labels, few_shots(labels, 10), test, test_labels, N_CLASSES)
+    assert found.accuracy[1] > 0.95
+    assert found.accuracy[[0, 2]].max() < 0.4  # chance is 0.25
+
+
+def test_shuffled_labels_leave_chance():
+    """On average: where classes lie apart, one shuffle gives each of them some class or other, and may be lucky."""
+    train, labels = planted(200, 0, 0)
+    test, test_labels = planted(200, 0, 50)
+    random = np.random.default_rng(3)
+    found = []
+    for _ in range(80):
+        shuffled = random.permutation(labels)
+        found.append(probe(train, shuffled, few_shots(shuffled, 20), test, test_labels, N_CLASSES, (1.0,)).accuracy)
+    np.testing.assert_allclose(np.mean(found, axis=0), 0.25, atol=0.06)
+    assert probe(train, labels, few_shots(labels, 20), test, test_labels, N_CLASSES).accuracy[0] > 0.95
+
+
+def test_the_strength_is_chosen_on_rows_of_its_own():
+    """With the tuning rows' labels of another rule, the strength follows them and not the fitted ones."""
+    train, labels = planted(200, 0, 0)
+    shots = few_shots(labels, 10)
+    test, test_labels = planted(50, 0, 50)
+    found = probe(train, labels, shots, test, test_labels, N_CLASSES, strengths=(0.0, 1e9))
+    assert found.strength[0] == 1e9  # both are right on all: ties go to the largest
+    unlucky = train.copy()
+    unlucky[shots.tune, 0] = 0  # constant: only the bias speaks, which no strength changes
+    np.testing.assert_array_equal(
+        probe(unlucky, labels, shots, test, test_labels, N_CLASSES, (1e9, 0.0)).strength[0], 0.0
+    )
+
+
+def test_shots_are_the_first_of_each_class_and_disjoint():
+    labels = np.array([0, 1, -1, 0, 0, 1, 0, 1, 0, 1, 2])
+    found = few_shots(labels, 2)
+    np.testing.assert_array_equal(found.fit, [0, 1, 3, 5, 10])
+    np.testing.assert_array_equal(found.tune, [4, 6, 7, 9])
+
+
+def test_a_class_of_few_images_gives_half_of_them():
+    found = few_shots(np.array([0, 0, 0, 1, 1]), 10)
+    np.testing.assert_array_equal(found.fit, [0, 1, 3])
+    np.testing.assert_array_equal(found.tune, [2, 4])
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0], [-1, -1], [0, 1]])
+def test_too_few_labels_are_refused(labels):
+    with pytest.raises(ValueError, match="expected 2 classes or more, and two images of one of them"):
+        few_shots(np.array(labels), 3)
+
+
+def test_bad_input_is_refused():
+    with pytest.raises(ValueError, match="0 rows and strengths"):
+        ridge_path(np.zeros((0, 3)), np.zeros((0, 2)), [1.0])
+    with pytest.raises(ValueError, match="expected rows, and 0 or more"):
+        ridge_path(np.ones((3, 3)), np.ones((3, 2)), [-1.0])
+    bad = np.ones((3, 3))
+    bad[1, 1] = np.inf
+    with pytest.raises(ValueError, match="states hold NaN or infinite values"):
+        ridge_path(bad, np.ones((3, 2)), [1.0])
+    assert Shots(fit=np.arange(2), tune=np.arange(2)).fit.tolist() == [0, 1]
