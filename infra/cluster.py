@@ -9,16 +9,14 @@ the working directory and start every worker through uv), and, for an embedded c
 
 import logging
 import os
-import signal
 import socket
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from infra.console import UserError
+from infra.console import StopFlag, UserError, interrupts_kept
 
 OBJECT_STORE_NBYTES = 256 * 2**20  # activations never pass through it; Ray's default takes 30 % of the memory
 KNOCK_TIMEOUT_S = 10.0
@@ -88,7 +86,6 @@ def connect(
     """
     import ray
 
-    handler = signal.getsignal(signal.SIGTERM)
     if ray.is_initialized():
         here = ray.get_runtime_context().gcs_address
         return Connection(address=here, embedded=False, owned=False, dashboard_url="", needs_token=False)
@@ -105,11 +102,9 @@ def connect(
             "dashboard_host": "127.0.0.1",
             "object_store_memory": OBJECT_STORE_NBYTES,
         }
-        context = _start_embedded(settings, say)
+        context = _interruptible(lambda stopped: _start_embedded(settings, say, stopped))
     else:
-        context = _join(found, common)
-    if callable(handler) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)  # Ray has set one that exits at once, with a code of its own
+        context = _interruptible(lambda stopped: _join(found, common))
     url = context.dashboard_url or ""
     return Connection(
         address=context.address_info["address"],
@@ -174,13 +169,31 @@ def draining_nodes() -> set[str]:
         return set()
 
 
-def _start_embedded(settings: dict[str, Any], say: Callable[[str], None]) -> Any:
+def _interruptible(start: Callable[[StopFlag], Any]) -> Any:
+    """A Ctrl-C or SIGTERM while Ray starts ends the command once it has: raised in its midst, Ray may lose it.
+
+    A terminal sends Ctrl-C to Ray's processes too, so that the start may fail of it. On its way Ray sets a handler of
+    SIGTERM that exits with a code of its own, and which it takes with it when the former one is back.
+    """
+    import ray
+
+    try:
+        with interrupts_kept() as stopped:
+            return start(stopped)
+    except (KeyboardInterrupt, SystemExit) as error:
+        ray.shutdown()
+        raise KeyboardInterrupt from error
+
+
+def _start_embedded(settings: dict[str, Any], say: Callable[[str], None], stopped: StopFlag) -> Any:
     """Start Ray in this machine. On a busy machine a start now and then misses Ray's fixed 15 s limit; so twice."""
     import ray
 
     try:
         return ray.init(**settings)
-    except Exception as error:  # noqa: BLE001 - Ray raises bare Exception here; the second failure is reported
+    except Exception as error:  # Ray raises bare Exception here; the second failure is reported
+        if stopped():
+            raise
         say(f"Ray did not start ({_first_line(error)}); trying once more")
         ray.shutdown()
     try:

@@ -95,6 +95,42 @@ def interrupted_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, former)
 
 
+@contextmanager
+def interrupts_kept() -> Iterator["StopFlag"]:
+    """Keep a Ctrl-C or SIGTERM that comes in the block until its end, where it raises KeyboardInterrupt.
+
+    For calls into libraries that now and then lose what is raised in their midst. The flag tells whoever can end the
+    block early; a second signal raises at once. In another thread than the main one nothing changes.
+    """
+    flag = StopFlag()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+
+    def keep(number: int, frame: FrameType | None) -> None:
+        if flag():
+            signal.default_int_handler(number, frame)
+        flag.request()
+
+    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    former = {
+        number: handler for number, handler in found.items() if callable(handler)
+    }  # others are left to the system
+    for number in former:
+        signal.signal(number, keep)
+    try:
+        yield flag
+    except BaseException as error:
+        if flag() and not isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+    if flag():
+        raise KeyboardInterrupt
+
+
 class StopFlag:
     """Becomes true when the person, or the machine, asks the job to stop. Call it to ask."""
 

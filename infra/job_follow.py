@@ -6,13 +6,15 @@ from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any
 
-from infra.console import JobError, UserError
+from infra.console import JobError, StopFlag, UserError, interrupts_kept
 from infra.jobs import JobRow, answering, find_job, first_line, job_row, no_answer
 
 POLL_S = 1.0
 RECONNECTS = 30
 """Times in a row that nothing answers after which a job is followed no more."""
 
+_LOOK_S = 0.2
+_LEAVE_S = 2.0  # for a goodbye to the cluster
 _ROOM_S = 15.0  # for a job that is asked to stop before it has begun
 
 
@@ -23,18 +25,25 @@ def follow(client: Any, job: str, write: Callable[[str], None], *, poll_s: float
     not shown twice. Proxies end connections on which nothing is said for a minute, and a job may be silent for longer.
 
     Raises:
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the job goes on.
         JobError: Nothing answers, again and again; or the job has ended, and the rest of its log cannot be had.
     """
-    counted = _Counted(write)
+    with interrupts_kept() as left:
+        return _follow(client, job, _Counted(write), left, poll_s)
+
+
+def _follow(client: Any, job: str, counted: "_Counted", left: StopFlag, poll_s: float) -> JobRow:
     n_broken = 0
     while True:
         n_shown = counted.n
         broken: Exception | None = None
         row: JobRow | None = None
         try:
-            asyncio.run(_tail(client, job, counted.n, counted))
+            asyncio.run(_tail_until(left, client, job, counted.n, counted))
         except no_answer() as error:
             broken = error
+        if left():
+            raise KeyboardInterrupt
         try:
             row = job_row(client.get_job_info(job))
         except no_answer() as error:
@@ -58,6 +67,18 @@ class _Counted:
     def __call__(self, text: str) -> None:
         self._write(text)
         self.n += len(text)
+
+
+async def _tail_until(left: StopFlag, client: Any, job: str, skip: int, write: Callable[[str], None]) -> None:
+    """Looks for Ctrl-C itself: asyncio's own way, a cancellation, gets lost in Ray's client now and then."""
+    tail = asyncio.create_task(_tail(client, job, skip, write))
+    while not tail.done() and not left():
+        await asyncio.wait({tail}, timeout=_LOOK_S)
+    if left():
+        tail.cancel()
+        await asyncio.wait({tail}, timeout=_LEAVE_S)
+    else:
+        tail.result()
 
 
 async def _tail(client: Any, job: str, skip: int, write: Callable[[str], None]) -> None:

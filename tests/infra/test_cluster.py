@@ -1,16 +1,18 @@
 """Connecting to Ray: what is refused quickly, and one embedded cluster in a process of its own, in another folder."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from infra.cluster import Connection, cluster_address, connect
-from infra.console import UserError
+from infra.console import UserError, interrupted_by_sigterm
 
 
 def test_the_address_comes_from_the_caller_then_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,6 +62,47 @@ def test_the_start_is_tried_twice_and_then_explained(no_connection: None, monkey
     assert said == ["Ray did not start (The current node timed out during startup); trying once more"]
     assert tried[0]["object_store_memory"] == 256 * 2**20
     assert tried[0]["dashboard_host"] == "127.0.0.1"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_stop_while_ray_starts_is_not_lost(
+    no_connection: None, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, fails: bool
+) -> None:
+    """Ray loses an exception raised in its midst now and then, and sets a handler of SIGTERM of its own."""
+    import ray
+
+    tried = []
+
+    def init(**settings: object) -> None:
+        tried.append(settings)
+        with suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))
+        if fails:
+            raise Exception("its processes were interrupted")  # noqa: TRY002 - what Ray 2.60 raises
+
+    monkeypatch.setattr(ray, "init", init)
+    with interrupted_by_sigterm():
+        former = signal.getsignal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            connect("local")
+        assert signal.getsignal(signal.SIGTERM) is former
+    assert len(tried) == 1
+
+
+def test_a_stop_after_ray_has_set_its_handler_is_an_interruption(
+    no_connection: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    def init(**settings: object) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(15))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(ray, "init", init)
+    with interrupted_by_sigterm(), pytest.raises(KeyboardInterrupt):
+        connect("local")
 
 
 def test_the_message_tells_how_to_get_the_token_and_never_the_token() -> None:

@@ -20,6 +20,8 @@ from infra.console import (
     human_bytes,
     human_duration,
     human_rate,
+    interrupted_by_sigterm,
+    interrupts_kept,
     run_door,
     stop_on_signals,
 )
@@ -157,6 +159,42 @@ def test_the_first_signal_asks_for_a_stop_and_the_handlers_come_back(number: sig
         os.kill(os.getpid(), number)
         assert stop()
     assert signal.getsignal(number) is former
+
+
+def call_library(seen: list[bool], *numbers: signal.Signals, fails: Exception | None = None) -> None:
+    """It gets these signals, and then fails or not; seen is what the flag said after each."""
+    with interrupts_kept() as stopped:
+        for number in numbers:
+            os.kill(os.getpid(), number)
+            seen.append(stopped())
+        if fails is not None:
+            raise fails
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_midst_of_a_library_is_raised_at_its_end(number: signal.Signals) -> None:
+    seen: list[bool] = []
+    with interrupted_by_sigterm():
+        former = signal.getsignal(number)
+        call_library(seen)
+        with pytest.raises(KeyboardInterrupt):
+            call_library(seen, number)
+        assert signal.getsignal(number) is former
+    assert seen == [True]
+
+
+def test_a_library_that_fails_of_a_signal_was_interrupted() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        call_library([], signal.SIGINT, fails=OSError("its processes got it too"))
+    with pytest.raises(OSError, match="of itself"):
+        call_library([], fails=OSError("of itself"))
+
+
+def test_a_second_signal_is_not_kept() -> None:
+    seen: list[bool] = []
+    with pytest.raises(KeyboardInterrupt):
+        call_library(seen, signal.SIGINT, signal.SIGINT)
+    assert seen == [True]
 
 
 def test_a_job_in_another_thread_runs_without_handlers() -> None:

@@ -1,10 +1,14 @@
 """Jobs: what may be submitted, what is sent, and what is said of them. No cluster is started here."""
 
+import asyncio
 import os
 import shlex
+import signal
 import subprocess
+import time
 import zipfile
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -420,6 +424,23 @@ def test_a_log_that_goes_on_is_followed_however_often_the_connection_breaks() ->
     n = 3 * RECONNECTS
     row = follow(Breaking("RUNNING", pieces=n, broken=n, knows=False), "j", said.append, poll_s=0)
     assert (row.state, "".join(said)) == ("SUCCEEDED", "".join(f"{number}\n" for number in range(n)))
+
+
+def test_leaving_is_not_lost_in_a_client_that_swallows_it() -> None:
+    class Deaf(Cluster):
+        async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+            yield "at work\n"
+            os.kill(os.getpid(), signal.SIGINT)
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(60)
+            while True:
+                yield "still at work\n"
+                await asyncio.sleep(0.01)
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        follow(Deaf(details("j", "RUNNING")), "j", lambda text: None, poll_s=0)
+    assert time.monotonic() - began < 20
 
 
 @pytest.mark.parametrize(("knows", "said"), [(True, "has ended there: FAILED"), (False, "may still run there")])

@@ -154,7 +154,7 @@ def test_two_jobs_of_one_store(
     assert "precision" in said
 
     second = client.submit_detached(command_of(images, store, "JOIN=1"))
-    assert wait_for(lambda: len(shards_by_run(objects)) == 2)
+    assert wait_for(lambda: len(shards_by_run(objects)) == 2, timeout_s=CLIENT_S)
     paced.pace_s = 0
     code, said = client.run("logs", second)
     assert code == ExitCode.OK, said
