@@ -81,6 +81,7 @@ def extracted(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, 
     folder = tmp_path_factory.mktemp("extraction")
     store = str(folder / "digits")
     command = ["pipeline", "extract", "--images", "digits", "--store", store]
+    command += ["--micro-batch", "1", "--samples-per-shard", "32", "--samples-per-chunk", "32"]  # for half a minute
     return store, unanswered(command, set(ASKED) - TRAINING - ON_GPUS, folder)
 
 
