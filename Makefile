@@ -53,7 +53,8 @@ help: ## list targets and variables
 #: K           number of spans to cut the depth into                                           [must be given]
 #: EPSILON     with make phases: threshold of the max-cut recursion, 0 to 1 of the total distance         [none]
 #: OBJECTIVE   normalised_association, cut, cut_per_layer or mean_distance              [normalised_association]
-#: OUT         where make phases, report and positions save   [data/phases/<store>, data/reports/<store>, data/positions]
+#: STORES      with make gallery: stores or folders of train and val, blanks between                [data/stores/digits]
+#: OUT         where make phases, report, positions and gallery save     [data/phases/<store>, data/reports/<store>, ...]
 #: BLOCK       a-b: the block takes state a and produces a+1..b                                 [must be given]
 #: RUN         folder of a training run                            [data/runs/<store>/<BLOCK>-seed<SEED>]
 #: STEPS SEED  length and seed of a training                                                   [the recipe's; 0]
@@ -98,7 +99,7 @@ $(READY): requirements.txt pyproject.toml
 	  --config-settings editable_mode=compat
 	@touch $(READY)
 
-.PHONY: help venv extract plan stores inspect copy convert verify phases report curves study positions train raptor import probe teacher s3 submit jobs logs stop bench test test-slow check format requirements table demo deploy dashboard watch
+.PHONY: help venv extract plan stores inspect copy convert verify phases report curves study positions gallery train raptor import probe teacher s3 submit jobs logs stop bench test test-slow check format requirements table demo deploy dashboard watch
 
 venv: $(READY) ## make .venv and nothing else
 
@@ -130,6 +131,10 @@ phases: $(READY) ## cut the depth into spans, with heat map and controls: make p
 
 report: $(READY) ## phases, similarity, dynamics and spectra of a store as one HTML page with figures, in OUT=
 	@$(PYTHON) -m analysis report $(call flags,STORE RUN K OUT LIMIT SEED DEVICE RAY_ADDRESS ENDPOINT_URL) $(ARGS)
+
+gallery: $(READY) ## layers of several encoders side by side and against each other: make gallery STORES="a b c"
+	@$(PYTHON) -m analysis gallery $(if $(strip $(STORES)),--stores $(foreach store,$(STORES),'$(store)')) \
+	  $(call flags,OUT K LIMIT ENDPOINT_URL) $(ARGS)
 
 positions: $(READY) ## what attention learns of places: planted sets, transfer, permuted images, positional attention; again to go on
 	@$(PYTHON) -m analysis positions $(call flags,IMAGES OUT SEEDS EPOCHS STEPS THREADS ENDPOINT_URL) $(ARGS)

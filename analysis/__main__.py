@@ -13,6 +13,7 @@ import tyro
 from analysis.demo import demo_command
 from analysis.distances import N_IMAGES, LayerDistances, layer_distances, teacher_depth
 from analysis.figures import phases_figure
+from analysis.gallery.gallery_command import gallery_command
 from analysis.partitions import spans_text
 from analysis.phase_report import Phases, find_phases, phases_json, phases_table
 from analysis.phases import DEFAULT_OBJECTIVE, MAX_CUT_LAYERS, MIN_SIZE, OBJECTIVES, partition_problems
@@ -242,6 +243,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "curves": curves_command,
                 "study": study_command,
                 "positions": positions_command,
+                "gallery": gallery_command,
             },
             prog="python -m analysis",
             args=arguments,

@@ -51,6 +51,44 @@ def heat_maps(
     return _svg(figure)
 
 
+def model_maps(
+    matrices: Mapping[str, Float[np.ndarray, "layer layer"]],
+    *,
+    layers: Mapping[str, Sequence[int]],
+    cuts: Mapping[str, Sequence[float]],
+    unit: str,
+    limits: tuple[float, float],
+) -> bytes:
+    """Matrices over layers of models of any depth side by side, on one scale of colours.
+
+    Args:
+        matrices: By the name of each model.
+        layers: Its layer numbers.
+        cuts: Where lines are drawn, between its layers.
+        unit: Name and unit of the values.
+        limits: Values of the first and the last colour.
+    """
+    columns = min(3, len(matrices))
+    n_rows = -(-len(matrices) // columns)
+    figure, axes = _canvas(n_rows * columns, width=9.6, height=9.6 / (columns + 0.4) * n_rows, columns=columns)
+    for one, (name, matrix) in zip(axes, matrices.items()):
+        places = np.arange(len(matrix) + 1) - 0.5
+        image = one.pcolormesh(places, places, matrix, cmap="viridis", vmin=limits[0], vmax=limits[1])
+        ticks = _ticks(range(len(matrix)))
+        labels = [layers[name][i] for i in ticks]
+        one.set(title=name, xlabel="layer", ylabel="layer", aspect="equal")
+        one.set_xticks(ticks, labels)
+        one.set_yticks(ticks, labels)
+        one.invert_yaxis()
+        for cut in cuts[name]:
+            one.axvline(cut, color="white", linewidth=1.2)
+            one.axhline(cut, color="white", linewidth=1.2)
+    for one in axes[len(matrices) :]:
+        one.set_axis_off()
+    figure.colorbar(image, ax=axes, label=unit, fraction=0.046, pad=0.03)
+    return _svg(figure)
+
+
 def curves(
     lines: Mapping[str, Curve],
     *,
@@ -91,6 +129,25 @@ def pictures(
     for one in axes:
         one.set_axis_off()
     figure.colorbar(image, ax=axes, label=unit, fraction=0.046, pad=0.03)
+    return _svg(figure)
+
+
+def paths_on_plane(
+    points: Float[np.ndarray, "image layer 2"], labels: Sequence[int], *, x_name: str, y_name: str
+) -> bytes:
+    """One line for each image through its layers, in the colour of its class; a dot where it ends."""
+    figure, (axes,) = _canvas(1, width=8, height=6)
+    classes = sorted(set(labels))
+    for path, label in zip(points, labels):
+        colour = _COLOURS[classes.index(label) % len(_COLOURS)]
+        axes.plot(path[:, 0], path[:, 1], color=colour, linewidth=0.9, alpha=0.55)
+        axes.plot(path[-1:, 0], path[-1:, 1], "o", color=colour, markersize=5)
+    for i, label in enumerate(classes):
+        axes.plot([], [], "o-", color=_COLOURS[i % len(_COLOURS)], label=f"class {label}")
+    axes.set(xlabel=x_name, ylabel=y_name)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=9, frameon=False)
     return _svg(figure)
 
 
