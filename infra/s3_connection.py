@@ -26,7 +26,8 @@ from infra.s3_settings import S3Settings, bucket_region
 
 SLOWEST_BYTES_PER_S = 500_000  # a transfer may take the time that this needs, or the stall time if that is longer
 _CONNECT_S = 10.0
-#: While no request has been answered, by success or refusal: then it is more likely a wrong endpoint than an outage.
+#: While no request has been answered, by success or refusal, at all or since one failed until its deadline: then it is
+#: more likely a wrong endpoint, or the end, than an outage.
 FIRST_CONTACT_S = 60.0
 
 Verb = Literal["get", "head", "put", "list", "delete"]
@@ -88,6 +89,9 @@ class S3Connection:
             extra_s = (nbytes or 0) / SLOWEST_BYTES_PER_S
             return persist(what, attempt, self._patience_now(), least_s=self._stall_s, extra_s=extra_s)
         except DeadlineError as error:
+            self._was_reached = (
+                False  # what ends a job that failed of this, such as its log, does not wait as long again
+            )
             raise ObjectAccessError(key, self._message(verb, key, str(error))) from error
 
     def _patience_now(self) -> Patience:

@@ -305,3 +305,26 @@ def test_a_server_that_never_answered_is_given_up_sooner_than_one_that_did(
                     objects.get("k")
                 took.append(time.monotonic() - began)
     assert took[0] < 1 < took[1]
+
+
+@pytest.mark.s3
+def test_a_server_that_is_gone_is_waited_for_once(moto: S3Server, monkeypatch: pytest.MonkeyPatch):
+    """A job that fails of it still has a log to end and a heartbeat to take away; back again, it has its time again."""
+    monkeypatch.setattr("infra.s3_connection.FIRST_CONTACT_S", 0.5)
+    with moto.faulty() as proxy:
+        objects = S3Objects(
+            f"s3://{moto.make_bucket()}",
+            settings=settings_of(proxy.endpoint),
+            patience=Patience(deadline_s=2.5),
+            stall_s=0.2,
+        )
+        took = []
+        for _ in range(2):
+            objects.put("k", b"there")
+            with proxy.injected("reset", times=None):
+                for _ in range(2):
+                    began = time.monotonic()
+                    with pytest.raises(ObjectAccessError, match="tried"):
+                        objects.get("k")
+                    took.append(time.monotonic() - began)
+    assert [seconds > 1 for seconds in took] == [True, False, True, False]
