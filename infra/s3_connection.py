@@ -90,7 +90,7 @@ class S3Connection:
             return persist(what, attempt, self._patience_now(), least_s=self._stall_s, extra_s=extra_s)
         except DeadlineError as error:
             self._was_reached = (
-                False  # what ends a job that failed of this, such as its log, does not wait as long again
+                False  # a job that fails of this has a log to end, too
             )
             raise ObjectAccessError(key, self._message(verb, key, str(error))) from error
 
