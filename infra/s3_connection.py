@@ -89,9 +89,7 @@ class S3Connection:
             extra_s = (nbytes or 0) / SLOWEST_BYTES_PER_S
             return persist(what, attempt, self._patience_now(), least_s=self._stall_s, extra_s=extra_s)
         except DeadlineError as error:
-            self._was_reached = (
-                False  # a job that fails of this has a log to end, too
-            )
+            self._was_reached = False  # a job that fails of this has a log to end, too
             raise ObjectAccessError(key, self._message(verb, key, str(error))) from error
 
     def _patience_now(self) -> Patience:
