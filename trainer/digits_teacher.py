@@ -175,8 +175,8 @@ def _problems(config: DigitsTeacherConfig, n_images: int) -> list[str]:
 
 
 def augment(
-    pixels: Float32[torch.Tensor, "batch 3 height width"], config: DigitsTeacherConfig, generator: torch.Generator
-) -> Float32[torch.Tensor, "batch 3 height width"]:
+    pixels: Float32[torch.Tensor, "batch channel height width"], config: DigitsTeacherConfig, generator: torch.Generator
+) -> Float32[torch.Tensor, "batch channel height width"]:
     """Rotate, scale and shift each image a little; what comes in from outside repeats the border."""
     n_images = len(pixels)
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,14 +16,12 @@ from analysis.positions.vit_training import VitTraining, linear_accuracy, train_
 from infra.console import JobError, Progress
 from infra.objects import ObjectMissingError, Objects
 
-_N_TEST = 4_000
 _MAX_RECORD_NBYTES = 64 * 2**20
 
 #: Four squares of 2 x 2 on 4 x 4 patches, as in figure 1b; q = ln d / D at d = D².
 SMALL = Planted(sets=grid_sets(4, 2), dim=100, q=0.347)
 #: Sixteen such squares on 8 x 8: false signs are so many that linear rules err an eighth or more.
 WIDE = Planted(sets=grid_sets(8, 2), dim=16, q=0.25)
-WIDE_DESCENT = Descent(n_steps=400, rate=0.3, attention_rate=2000.0, every=20)
 
 Numbers = Mapping[str, Any]
 """What an experiment found: numbers, lists and such mappings of them, as JSON has them."""
@@ -56,7 +54,7 @@ def planted_experiment(n: int, n_steps: int, seed: int) -> Experiment:
     settings = {"data": asdict(SMALL), "descent": asdict(descent), "n": n, "seed": seed}
 
     def run(tell: Callable[[str], None]) -> Numbers:
-        train, test = _train_and_test(SMALL, n, seed)
+        train, test = _train_and_test(SMALL, n, n, seed)
         course = train_simple(train, test, descent, seed=seed, sets=SMALL.sets, progress=_steps(tell, n_steps))
         return {**_numbers(course), "attention": course.attention.tolist()}
 
@@ -72,35 +70,35 @@ def gaussian_experiment(n: int, n_steps: int, seed: int) -> Experiment:
     def run(tell: Callable[[str], None]) -> Numbers:
         rng = np.random.default_rng([seed, 1])
         train = draw_gaussian(n_patches, dim, n, rng)
-        test = draw_gaussian(n_patches, dim, _N_TEST, rng, train.direction)
+        test = draw_gaussian(n_patches, dim, n, rng, train.direction)
         course = train_simple(train, test, descent, seed=seed, sets=SMALL.sets, progress=_steps(tell, n_steps))
         return {**_numbers(course), "attention": course.attention.tolist()}
 
     return Experiment(name=f"gaussian-seed{seed}", settings=settings, run=run)
 
 
-def transfer_experiment(n: int, few: Sequence[int], seed: int) -> Experiment:
+def transfer_experiment(n: int, n_steps: int, few: Sequence[int], seed: int) -> Experiment:
     """J6 and J7: linear rules and attention on many patches; then a new direction over the same sets, few samples.
 
     Each small training starts from the same v and the same samples twice: with the attention that was learned, held
     fast, and with one that is drawn anew and learns.
     """
-    settings = {"data": asdict(WIDE), "descent": asdict(WIDE_DESCENT), "n": n, "few": list(few), "seed": seed}
+    # At a rate like that of v, A is still even when v has fitted the linear rule and the loss has no slope left.
+    descent = Descent(n_steps=n_steps, rate=0.3, attention_rate=2_000.0, every=max(1, n_steps // 20))
+    settings = {"data": asdict(WIDE), "descent": asdict(descent), "n": n, "few": list(few), "seed": seed}
 
     def run(tell: Callable[[str], None]) -> Numbers:
-        train, test = _train_and_test(WIDE, n, seed)
+        train, test = _train_and_test(WIDE, n, n, seed)
         tell("linear rules")
         linear = linear_error(train, test).tolist()
-        source = train_simple(
-            train, test, WIDE_DESCENT, seed=seed, sets=WIDE.sets, progress=_steps(tell, WIDE_DESCENT.n_steps)
-        )
-        held = Descent(**{**asdict(WIDE_DESCENT), "learns_attention": False})
+        source = train_simple(train, test, descent, seed=seed, sets=WIDE.sets, progress=_steps(tell, n_steps))
+        held = replace(descent, learns_attention=False)
         kept, anew = [], []
         for count in few:
             tell(f"{count} samples")
-            some, others = _train_and_test(WIDE, count, seed + 1_000)
+            some, others = _train_and_test(WIDE, count, n, seed + 1_000)
             kept.append(train_simple(some, others, held, seed=seed, attention=source.attention).error[-1])
-            anew.append(train_simple(some, others, WIDE_DESCENT, seed=seed).error[-1])
+            anew.append(train_simple(some, others, descent, seed=seed).error[-1])
         return {
             **_numbers(source),
             "linear": linear,
@@ -197,10 +195,10 @@ def _read(one: Experiment, kept: Objects) -> Numbers | None:
     return record.get("numbers") if same else None
 
 
-def _train_and_test(setup: Planted, n: int, seed: int) -> tuple[Drawn, Drawn]:
+def _train_and_test(setup: Planted, n: int, n_test: int, seed: int) -> tuple[Drawn, Drawn]:
     rng = np.random.default_rng(seed)
     train = draw_planted(setup, n, rng)
-    return train, draw_planted(setup, _N_TEST, rng, train.direction)
+    return train, draw_planted(setup, n_test, rng, train.direction)
 
 
 def _numbers(course: Course) -> dict[str, Any]:

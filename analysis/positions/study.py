@@ -33,7 +33,7 @@ def study_experiments(data: LabelledImages, *, seeds: int, epochs: int, steps: i
     found = []
     for seed in range(seeds):
         found += [planted_experiment(samples, steps, seed), gaussian_experiment(samples, steps, seed)]
-        found.append(transfer_experiment(samples, FEW, seed))
+        found.append(transfer_experiment(samples, max(1, steps * 2 // 5), FEW, seed))
     found.append(pixels_experiment(data))
     for seed in range(seeds):
         for attention, permuted in _VITS:

@@ -80,8 +80,7 @@ class PositionalAttention(nn.Module):
 class SmallVit(nn.Module):
     """Linear embedding of patches, a class token, timm's pre-norm blocks, a linear readout.
 
-    The readout sees [final-norm CLS; mean of final-norm patches], as those of this project's teachers do: with the class
-    token alone it takes several times the epochs.
+    The readout sees [final-norm CLS; mean of final-norm patches], as those of this project's teachers do.
 
     Args:
         size: Sizes.
