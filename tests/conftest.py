@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import signal
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -23,6 +24,8 @@ if os.environ.pop("MAKELEVEL", None) is not None:
         os.environ.pop(name, None)
 # Ray's workers are nice to others by 15 of themselves: on a busy machine the tests would wait for them for ever.
 os.environ.setdefault("RAY_worker_niceness", "0")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell switches Ctrl-C off for what it starts with &
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples for everybody; `--hypothesis-profile=explore` tries others.
 settings.register_profile(
