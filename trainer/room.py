@@ -1,5 +1,6 @@
 """How many trainings this machine has room for at a time: by GPUs, cores and memory."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,47 +35,69 @@ class Room:
         why: In words.
         threads: Of torch for each; None where they compute on GPUs.
         devices: For each of them a device; they may repeat.
+        gpus: For each of them CUDA_VISIBLE_DEVICES, where it is several processes; else empty.
     """
 
     at_once: int
     why: str
     threads: int | None
     devices: tuple[str, ...]
+    gpus: tuple[str, ...] = ()
 
 
 def find_room(
-    needs_nbytes: Sequence[int], dim: int, *, device: str | None, threads: int | None, at_once: int | None
+    needs_nbytes: Sequence[int],
+    dim: int,
+    *,
+    device: str | None,
+    threads: int | None,
+    at_once: int | None,
+    workers: int = 1,
 ) -> Room:
     """For how many trainings there is room.
 
     Args:
-        needs_nbytes: Memory of each training.
+        needs_nbytes: Memory of one process of each training.
         dim: Channels of their blocks.
         device: As typed; None takes all GPUs, one for each training, else the CPU.
         threads: Of torch for each, as typed.
         at_once: As typed; None decides by what is free.
+        workers: Processes of each training, each with a GPU of its own where there are as many.
     """
     n_gpus = torch.cuda.device_count() if device in (None, "cuda") else 0
-    if n_gpus:
+    gpus: tuple[str, ...] = ()
+    if n_gpus and workers > 1:
+        fits, devices = max(1, n_gpus // workers), ("cuda",)
+        why, gpus = f"{n_gpus} GPUs, {workers} for each", _groups(n_gpus, workers)
+    elif n_gpus:
         fits, why, devices = n_gpus, f"{n_gpus} GPUs", tuple(f"cuda:{index}" for index in range(n_gpus))
     elif device is not None and device.startswith("cuda"):
         fits, why, devices = 1, f"DEVICE={device}", (device,)
     else:
-        each = threads or torch_threads(dim)
+        each = (threads or torch_threads(dim)) * workers
         fits, why, devices = max(1, n_cores() // each), f"{n_cores()} cores, {each} for each", ("cpu",)
-    free = psutil.virtual_memory().available
-    by_memory = max(1, int(free // max(needs_nbytes)))
+    free, need = psutil.virtual_memory().available, max(needs_nbytes) * workers
+    by_memory = max(1, int(free // need))
     if by_memory < fits:
-        fits, why = by_memory, f"{human_bytes(free)} of memory are free, each may take {human_bytes(max(needs_nbytes))}"
+        fits, why = by_memory, f"{human_bytes(free)} of memory are free, each may take {human_bytes(need)}"
     chosen = min(at_once or fits, len(needs_nbytes))
     why = why if at_once is None else f"AT_ONCE={at_once}"
     on_cpu = devices == ("cpu",)
     return Room(
         at_once=chosen,
         why=why,
-        threads=(threads or torch_threads(dim, chosen)) if on_cpu else None,
+        threads=(threads or torch_threads(dim, chosen * workers)) if on_cpu else None,
         devices=tuple(devices[slot % len(devices)] for slot in range(chosen)),
+        gpus=tuple(gpus[slot % len(gpus)] for slot in range(chosen)) if gpus else (),
     )
+
+
+def _groups(n_gpus: int, size: int) -> tuple[str, ...]:
+    """GPUs in groups, as CUDA_VISIBLE_DEVICES names them, which may be some of the machine's already."""
+    typed = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = typed.split(",")[:n_gpus] if typed else [str(index) for index in range(n_gpus)]
+    groups = [",".join(names[first : first + size]) for first in range(0, n_gpus - size + 1, size)]
+    return tuple(groups) or (",".join(names),)
 
 
 def training_memory_nbytes(config: TrainConfig, train: Store, validation: Store, micro_batch: int | None = None) -> int:

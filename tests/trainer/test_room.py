@@ -111,3 +111,23 @@ def test_each_training_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     room = find_room([1] * 5, 768, device=None, threads=None, at_once=None)
     assert (room.at_once, room.devices, room.threads) == (2, ("cuda:0", "cuda:1"), None)
     assert find_room([1] * 5, 768, device=None, threads=None, at_once=3).devices == ("cuda:0", "cuda:1", "cuda:0")
+
+
+def test_trainings_of_several_processes_share_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 5)
+    room = find_room([1] * 5, 768, device=None, threads=None, at_once=None, workers=2)
+    assert (room.at_once, room.gpus, room.devices) == (2, ("0,1", "2,3"), ("cuda", "cuda"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,3,GPU-a,1,0")
+    room = find_room([1] * 5, 768, device=None, threads=None, at_once=3, workers=2)
+    assert room.gpus == ("7,3", "GPU-a,1", "7,3"), "AT_ONCE asked for more than there is room for"
+    assert find_room([1] * 5, 768, device=None, threads=None, at_once=None, workers=8).gpus == ("7,3,GPU-a,1,0",)
+
+
+def test_processes_of_a_training_take_their_cores_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("trainer.room.n_cores", lambda: 8)
+    free = psutil.virtual_memory()._replace(available=10_000)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    assert find_room([100] * 20, 64, device="cpu", threads=1, at_once=None, workers=4).at_once == 2
+    assert find_room([2_000] * 20, 64, device="cpu", threads=1, at_once=None, workers=4).at_once == 1

@@ -184,9 +184,9 @@ def _here(typed: AllSpans, trainings: Sequence[Training], stack: ExitStack) -> t
     needs = [
         training_memory_nbytes(one.config, one.data.train, one.data.validation, place.micro_batch) for one in trainings
     ]
-    room = find_room(needs, dim, device=place.device, threads=place.threads, at_once=typed.at_once)
-    at_once = room.at_once if place.workers is None or typed.at_once else max(1, room.at_once // place.workers)
-    say(f"{len(trainings)} blocks to train, {at_once} at a time ({room.why})")
+    n_workers = place.workers or 1
+    room = find_room(needs, dim, device=place.device, threads=place.threads, at_once=typed.at_once, workers=n_workers)
+    say(f"{len(trainings)} blocks to train, {room.at_once} at a time ({room.why})")
     logs = Path(typed.run if typed.run and "://" not in typed.run else f"{DEFAULT_RUNS}/{store_name(typed.store)}")
 
     def launch(run: SpanRun, slot: int) -> Process:
@@ -194,9 +194,12 @@ def _here(typed: AllSpans, trainings: Sequence[Training], stack: ExitStack) -> t
         arguments = [*run.arguments, *(["--device", device] if device else [])]
         if room.threads is not None:
             arguments += ["--threads", str(room.threads)]
-        return Process(arguments, logs / f"{run.run.location.rpartition('/')[2]}.log", process_environment(ray=False))
+        environment = process_environment(ray=False)
+        if room.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = room.gpus[slot]
+        return Process(arguments, logs / f"{run.run.location.rpartition('/')[2]}.log", environment)
 
-    return launch, at_once
+    return launch, room.at_once
 
 
 def _on_cluster(typed: AllSpans, trainings: Sequence[Training], stack: ExitStack) -> tuple[Launch, int]:
