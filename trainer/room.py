@@ -42,6 +42,7 @@ class Room:
     why: str
     threads: int | None
     devices: tuple[str, ...]
+    devices: tuple[str, ...]
     gpus: tuple[str, ...] = ()
 
 
@@ -65,6 +66,7 @@ def find_room(
         workers: Processes of each training, each with a GPU of its own where there are as many.
     """
     n_gpus = torch.cuda.device_count() if device in (None, "cuda") else 0
+    devices: tuple[str, ...]
     gpus: tuple[str, ...] = ()
     if n_gpus and workers > 1:
         fits, devices = max(1, n_gpus // workers), ("cuda",)
