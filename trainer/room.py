@@ -42,7 +42,6 @@ class Room:
     why: str
     threads: int | None
     devices: tuple[str, ...]
-    devices: tuple[str, ...]
     gpus: tuple[str, ...] = ()
 
 
