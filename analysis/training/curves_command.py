@@ -48,7 +48,7 @@ def curves_command(
         problems.append(f"RAPTOR_STEPS={raptor_steps}: expected 0 or more")
     source = records or checkpoints
     place = out or f"{DEFAULT_OUT}/{Path(source).stem if records else Path(source).name}"
-    saved = open_out(place, source, problems)
+    saved = open_out(place, f"{source}/checkpoints", problems)
     typed = {
         "CHECKPOINTS": checkpoints if checkpoints != DEFAULT_CHECKPOINTS and not records else None,
         "RECORDS": records or None,
