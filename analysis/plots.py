@@ -58,6 +58,7 @@ def model_maps(
     cuts: Mapping[str, Sequence[float]],
     unit: str,
     limits: tuple[float, float],
+    axis_name: str = "layer",
 ) -> bytes:
     """Matrices over layers of models of any depth side by side, on one scale of colours.
 
@@ -67,19 +68,18 @@ def model_maps(
         cuts: Where lines are drawn, between its layers.
         unit: Name and unit of the values.
         limits: Values of the first and the last colour.
+        axis_name: Of rows and columns.
     """
     columns = min(3, len(matrices))
     n_rows = -(-len(matrices) // columns)
     figure, axes = _canvas(n_rows * columns, width=9.6, height=9.6 / (columns + 0.4) * n_rows, columns=columns)
     for one, (name, matrix) in zip(axes, matrices.items()):
-        places = np.arange(len(matrix) + 1) - 0.5
-        image = one.pcolormesh(places, places, matrix, cmap="viridis", vmin=limits[0], vmax=limits[1])
-        ticks = _ticks(range(len(matrix)))
+        image = one.imshow(matrix, cmap="viridis", vmin=limits[0], vmax=limits[1], interpolation="nearest")
+        ticks = range(0, len(matrix), max(1, -(-len(matrix) // (16 if columns == 1 else 8))))
         labels = [layers[name][i] for i in ticks]
-        one.set(title=name, xlabel="layer", ylabel="layer", aspect="equal")
+        one.set(title=name, xlabel=axis_name, ylabel=axis_name)
         one.set_xticks(ticks, labels)
         one.set_yticks(ticks, labels)
-        one.invert_yaxis()
         for cut in cuts[name]:
             one.axvline(cut, color="white", linewidth=1.2)
             one.axhline(cut, color="white", linewidth=1.2)

@@ -12,7 +12,7 @@ from typing import Self
 import numpy as np
 from jaxtyping import Float, Float64, Int64
 
-from analysis.accumulate import Moments
+from analysis.accumulate import Moments, finite_mean
 from analysis.pass_over import ONE_TOKEN, Analysis, States, batches, pass_over, stop_after
 from analysis.similarity import LEAST_ROWS, Cka, CkaAccumulator, CosineAccumulator
 from infra.console import UserError
@@ -44,9 +44,10 @@ class Alike:
         return (distance + distance.T) / 2
 
     def mean_cosine(self, kind: str) -> float:
-        """Over all pairs of different layers from the second on: the first is the embedding."""
-        inner = self.cosines[kind].mean[1:, 1:]
-        return float(inner[~np.eye(len(inner), dtype=bool)].mean())
+        """Over all pairs of different layers but layer 0, the embedding; NaN where there is no pair."""
+        start = int(self.layers[0] == 0)
+        inner = self.cosines[kind].mean[start:, start:]
+        return finite_mean(inner[~np.eye(len(inner), dtype=bool)])
 
 
 class AlikeAccumulator:

@@ -62,7 +62,7 @@ def encoders_section(found: Mapping[str, Encoder], origin: Origin) -> Section:
             Table(
                 name="encoders",
                 title="Encoders",
-                caption="Mean cosine is that of different layers from the second on. Score: of the phases, and the "
+                caption="Mean cosine is that of different layers but layer 0. Score: of the phases, and the "
                 "best of random contiguous partitions into as many.",
                 columns=[
                     *("encoder", "teacher", "store", "layers", "dim"),

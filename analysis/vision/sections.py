@@ -6,7 +6,7 @@ import numpy as np
 
 from analysis.accumulate import finite_mean
 from analysis.page import Cell, Figure, Origin, Section, Table
-from analysis.plots import Curve, curves, heat_maps, pictures
+from analysis.plots import Curve, curves, heat_maps, model_maps, pictures
 from analysis.similarity import Cka
 from analysis.vision.measure import N_SHOTS, LayerProbes, Localised
 from analysis.vision.receptive_field import ReceptiveField, TeacherFields
@@ -23,8 +23,8 @@ def verdict(holds: bool) -> str:
 
 def sub_layer_section(found: Cka, n_blocks: int, origin: Origin) -> Section:
     """CKA between all sub-layers."""
-    names = tap_names(n_blocks)
-    values = found.values
+    names, values = tap_names(n_blocks), found.values
+    name = f"{len(names)} sub-layers"
     sums = [i for i, name in enumerate(names) if name.endswith("sum2")]
     quarter = max(1, n_blocks // 4)
     across = finite_mean(values[np.ix_(sums[:quarter], sums[-quarter:])])
@@ -41,13 +41,13 @@ def sub_layer_section(found: Cka, n_blocks: int, origin: Origin) -> Section:
         parts=[
             Figure(
                 title="Linear CKA between all sub-layers",
-                svg=heat_maps(
-                    {f"{len(names)} sub-layers": values},
-                    rows=range(len(names)),
-                    columns=range(len(names)),
+                svg=model_maps(
+                    {name: values},
+                    layers={name: range(len(names))},
+                    cuts={name: []},
                     unit="linear CKA, unbiased",
                     limits=(0, 1),
-                    axis_names=("sub-layer, 7 of each block", "sub-layer, 7 of each block"),
+                    axis_name="sub-layer",
                 ),
                 caption="All tokens of an image as one vector. 0: embedded sequence; then of each block "
                 f"{', '.join(PARTS)}; last, the final norm. Branches as they are added. {found.n_batches} batches, "
@@ -83,13 +83,13 @@ def localisation_section(found: Localised, origin: Origin) -> Section:
     last = found.by_layer[layers[-1]]
     known = int(np.isfinite(np.diagonal(last.cka)).sum())
     places = {
-        "the corner": (0, 0),
-        "the upper border": (0, columns // 2),
-        "the inside": (rows // 4, columns // 4),
-        "the centre": (rows // 2, columns // 2),
+        "corner": (0, 0),
+        "border": (0, columns // 2),
+        "inside": (rows // 4, columns // 4),
+        "centre": (rows // 2, columns // 2),
     }
     maps = {
-        f"layer {layer}, token of {name}": found.by_layer[layer].cka[row * columns + column].reshape(found.grid)
+        f"layer {layer}, {name}": found.by_layer[layer].cka[row * columns + column].reshape(found.grid)
         for layer in _some(layers, 3)
         for name, (row, column) in places.items()
     }
@@ -112,8 +112,9 @@ def localisation_section(found: Localised, origin: Origin) -> Section:
                 svg=pictures(
                     maps, unit="linear CKA, unbiased", limits=(0, max(0.05, _largest(maps.values()))), columns=4
                 ),
-                caption="Each picture is the grid of patches, for one token at one layer. White: a patch whose pixels "
-                f"are the same in all images. Pixels come back from state 0 in {seen} directions of a patch's values.",
+                caption="Each picture is the grid of patches, for one token at one layer: at a corner, a border, "
+                "inside and at the centre. White: a patch whose pixels are the same in all images. Pixels come back from "
+                f"state 0 in {seen} directions of a patch's values.",
                 origin=origin,
             ),
             Figure(
@@ -229,7 +230,7 @@ def field_section(found: TeacherFields, origin: Origin) -> Section:
     middle = n_blocks // 2
     maps = {
         f"{name}, block {i + 1}": np.log10(fields[i].field / fields[i].field.max() + 1e-4)
-        for name, fields in both.items()
+        for name, fields in (("sum", found.sums), ("attention", found.branches))
         for i in _indices(n_blocks, 4)
     }
     share_lines: dict[str, Curve] = {name: (blocks, values, None) for name, values in own.items()}
@@ -253,8 +254,9 @@ def field_section(found: TeacherFields, origin: Origin) -> Section:
             Figure(
                 title="Fields of the centre",
                 svg=pictures(maps, unit="log10 of |gradient| over its largest", limits=(-3, 0), columns=4),
-                caption="Each picture is the image: how much a pixel moves the token at the centre, mean over "
-                f"{found.n_images} images and {found.n_draws} channels of each, drawn at random, summed over colours.",
+                caption="Each picture is the image: how much a pixel moves the token at the centre, after the sum, and "
+                f"what attention adds to it. Mean over {found.n_images} images with {found.n_draws} channel of each, "
+                "drawn at random; summed over colours.",
                 origin=origin,
             ),
             Figure(
@@ -288,7 +290,7 @@ def skip_section(found: SkipAblation, origin: Origin) -> Section:
     without, clean = found.crossing()
     n_blocks = len(without)
     blocks = np.arange(1.0, n_blocks + 1)
-    lower, known = int((without < clean).sum()), int(np.isfinite(without).sum())
+    lower, known = int((without < clean)[1:].sum()), int(np.isfinite(without[1:]).sum())
     lines: dict[str, Curve] = {
         "without the block's skips": (blocks, without, None),
         "the whole model": (blocks, clean, None),
@@ -314,8 +316,8 @@ def skip_section(found: SkipAblation, origin: Origin) -> Section:
         )
     )
     text = [
-        f"Without a block's skips the CKA across it is lower than in the whole model for {lower} of {known} "
-        f"blocks, {finite_mean(without[1:]):.3f} against {finite_mean(clean[1:]):.3f} on average from the second on. "
+        f"Without a block's skips the CKA across it is lower than in the whole model for {lower} of {known} blocks "
+        f"from the second on, {finite_mean(without[1:]):.3f} against {finite_mean(clean[1:]):.3f} on average. "
         "Raghu et al. report a collapse in ViTs that were trained so; here nothing is trained again. "
         + verdict(lower == known)
     ]
