@@ -19,12 +19,12 @@ from benchmarks.images import write_images
 from benchmarks.machine import this_machine
 from benchmarks.report import Cell, Goal, Result
 from infra.machine import n_cores
+from pipeline.config import ExtractConfig
 from pipeline.extract import extract
 from pipeline.job import ExtractResult
 from pipeline.preprocess import decode_image, normalise
-from pipeline.settings import ExtractConfig
+from pipeline.run_config import RunConfig
 from pipeline.teacher import Teacher, load_teacher
-from pipeline.workers import RunConfig
 
 NOTES = (
     "bound = 1 / (forward seconds + decode CPU seconds / cores) per image. Forward is the teacher with all its layer "

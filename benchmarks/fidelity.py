@@ -18,9 +18,9 @@ from benchmarks.machine import this_machine
 from benchmarks.report import Cell, Goal, Result
 from infra.console import say
 from infra.objects import FolderObjects
+from pipeline.config import ExtractConfig
 from pipeline.extract import extract
-from pipeline.settings import ExtractConfig
-from pipeline.workers import RunConfig
+from pipeline.run_config import RunConfig
 from storage_schemas.spec import PRECISIONS
 from trainer.config import TrainConfig
 from trainer.data import open_training_data

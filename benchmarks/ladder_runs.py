@@ -13,9 +13,9 @@ from torch import Tensor
 
 from infra.console import say
 from infra.objects import FolderObjects
+from pipeline.config import ExtractConfig
 from pipeline.extract import extract
-from pipeline.settings import ExtractConfig
-from pipeline.workers import RunConfig
+from pipeline.run_config import RunConfig
 from storage_schemas import Span, open_store
 from storage_schemas.documents import sha256
 from trainer.config import TrainConfig

@@ -21,9 +21,9 @@ from benchmarks.machine import this_machine
 from benchmarks.report import Cell, Goal, Result
 from benchmarks.stream_data import make_spec, planted_states
 from infra.objects import FolderObjects, MemoryObjects
+from pipeline.config import ExtractConfig
 from pipeline.extract import extract
-from pipeline.settings import ExtractConfig
-from pipeline.workers import RunConfig
+from pipeline.run_config import RunConfig
 from storage_schemas import Span
 from storage_schemas.from_arrays import write_store
 from storage_schemas.samples import Sample

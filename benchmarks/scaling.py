@@ -19,11 +19,11 @@ from benchmarks.machine import this_machine
 from benchmarks.report import Cell, Goal, Result
 from infra.cluster import connected
 from infra.machine import n_cores
+from pipeline.config import ExtractConfig
 from pipeline.dispatch import Wanted
 from pipeline.extract import extract
-from pipeline.settings import ExtractConfig
+from pipeline.run_config import RunConfig
 from pipeline.teacher import Teacher, load_teacher
-from pipeline.workers import RunConfig
 
 _GATE_S = 600.0
 

@@ -1,191 +1,35 @@
 """The door of this package: `python -m pipeline extract | plan | verify`. The Makefile calls only this."""
 
-import shlex
 import sys
-import time
-from collections.abc import Callable, Mapping, Set
-from typing import Annotated
+from collections.abc import Callable
+from importlib import import_module
 
 import tyro
 
-from infra.console import ExitCode, JobError, Progress, UserError, human_bytes, human_duration, run_door, say
-from infra.objects import ObjectError, open_objects
-from infra.s3_settings import use_endpoint
-from pipeline.extract import exit_code, extract_and_tell
-from pipeline.job import plan_of
-from pipeline.measure import images_per_s
-from pipeline.plan import describe
-from pipeline.plan_text import cost_lines, region_lines, span_of, time_line
-from pipeline.prices import Prices
-from pipeline.repair import repair as repair_stores
-from pipeline.settings import ExtractConfig, PlannedStore, check_inputs, make_teacher, plan_stores, store_root
-from pipeline.source_errors import counted
-from pipeline.sources import Source, open_sources
-from pipeline.summary import summarise
-from pipeline.teacher import Teacher
-from pipeline.workers import RunConfig, n_threads
-from storage_schemas.errors import Problem
-from storage_schemas.find import find_stores
-from storage_schemas.reader import open_store
-from storage_schemas.verify import verify_store
+from infra.console import run_door
 
-_Config = Annotated[ExtractConfig, tyro.conf.arg(name="")]
-_Run = Annotated[RunConfig, tyro.conf.arg(name="")]
-MEASURE_S = 6  # of the teacher, for a plan
-_Prices = Annotated[Prices, tyro.conf.arg(name="")]
+COMMANDS = {
+    "extract": "pipeline.extract_command:run_extract",
+    "plan": "pipeline.plan_command:run_plan",
+    "verify": "pipeline.verify_command:run_verify",
+}
+"""Where each command is; the others' modules are not imported for it, as some take seconds."""
 
 
-def run_extract(config: _Config, run: _Run, endpoint_url: str | None = None) -> int:
-    """Extract hidden states of images into a store. Run it again to go on after anything.
-
-    Args:
-        config: What to extract.
-        run: How.
-        endpoint_url: S3 endpoint, such as http://127.0.0.1:9000; None is AWS_ENDPOINT_URL, else Amazon's.
-    """
-    use_endpoint(endpoint_url)
-    return extract_and_tell(config, run)
-
-
-def run_plan(
-    config: _Config,
-    run: _Run,
-    prices: _Prices,
-    block: str | None = None,
-    measure: bool = True,
-    endpoint_url: str | None = None,
-) -> int:
-    """Say what an extraction would take, and write nothing.
-
-    Args:
-        config: What to extract.
-        run: How.
-        prices: Of S3; other regions and servers have others.
-        block: Span a-b whose training epoch is priced; None is the first eight states.
-        measure: Run the teacher for some seconds, to tell how long it would take.
-        endpoint_url: S3 endpoint, such as http://127.0.0.1:9000; None is AWS_ENDPOINT_URL, else Amazon's.
-    """
-    use_endpoint(endpoint_url)
-    check_inputs(config)
-    teacher = make_teacher(config)
-    for planned in plan_stores(config, teacher, say):
-        plan, spec = plan_of(planned, run), planned.spec
-        span = span_of(spec, block)
-        lines = [*describe(plan, spec, planned.location), *(f"  note: {note}" for note in planned.notes)]
-        per_s = _rate(planned, teacher, run) if measure else None
-        lines += [time_line(spec, per_s)] if per_s else []
-        lines += cost_lines(plan, spec, span, prices, spec.n_samples / per_s / 3600 if per_s else None)
-        print("\n".join([*lines, *region_lines(plan, planned.location, prices)]))
-    return ExitCode.OK
-
-
-def _rate(planned: PlannedStore, teacher: Teacher, run: RunConfig) -> float:
-    files = planned.teacher_files
-    return images_per_s(planned.spec, teacher, files, device=run.device, n_threads=n_threads(run), seconds=MEASURE_S)
-
-
-def run_verify(
-    config: _Config,
-    run: _Run,
-    repair: bool = False,
-    recompute: int | None = None,
-    endpoint_url: str | None = None,
-) -> int:
-    """Re-read and check every object of a store, or of stores train and val; with --repair, mend what is wrong.
-
-    Args:
-        config: The store; to repair or recompute also the images, and to repair what the extraction was given where it
-            was not the default.
-        run: How to extract again.
-        repair: Rewrite damaged documents and extract bad shards again.
-        recompute: Run so many random images through the stored teacher again, and compare with the stored states.
-        endpoint_url: S3 endpoint, such as http://127.0.0.1:9000; None is AWS_ENDPOINT_URL, else Amazon's.
-    """
-    use_endpoint(endpoint_url)
-    root = store_root(config)
-    if recompute is not None and recompute < 1:
-        raise UserError(f"RECOMPUTE={recompute}: expected a number of images, at least 1")
-    if repair:
-        results = repair_stores(config, run)
-        print(summarise(results, root))
-        if recompute is None or exit_code(results) != ExitCode.OK:
-            return exit_code(results)
-    sources = open_sources(config.images) if recompute else {}
-    try:
-        stores = find_stores(root)
-        problems = {split: [] if repair else _verify(location, split) for split, location in stores.items()}
-        n_problems = sum(map(len, problems.values()))
-        if n_problems:
-            mend = f"make verify STORE={shlex.quote(root)} IMAGES=<as extracted> REPAIR=1"
-            print(f"{counted(n_problems, 'problem')}. Mend {'it' if n_problems == 1 else 'them'}: {mend}")
-        drifted = _drifted(stores, {split for split in stores if problems[split]}, sources, run, recompute)
-    except ObjectError as error:
-        raise JobError(str(error)) from error
-    if drifted:
-        print(
-            f"the states of {counted(len(drifted), 'array')} have drifted: images, libraries or device are not the "
-            "extraction's, or they were changed. log/*/provenance.json in the store names what it was made with"
-        )
-    return ExitCode.PROBLEMS if n_problems or drifted else ExitCode.OK
-
-
-def _drifted(
-    stores: Mapping[str, str], damaged: Set[str], sources: Mapping[str, Source], run: RunConfig, n_images: int | None
-) -> list[Problem]:
-    if n_images is None:
-        return []
-    for location in [location for split, location in stores.items() if split in damaged]:
-        print(f"{location}: no images are made anew, for the store has problems; mend it first")
-    sound = [(split, location) for split, location in stores.items() if split not in damaged]
-    return [problem for split, location in sound for problem in _drift(location, sources, split, run, n_images)]
-
-
-def _drift(location: str, sources: Mapping[str, Source], split: str, run: RunConfig, n_images: int) -> list[Problem]:
-    from pipeline.recompute import drift_lines, drift_problems, recompute
-
-    if split not in sources:
-        raise UserError(
-            f"IMAGES has no split {split or 'of its own'}, and {location} is of one; give the images extracted"
-        )
-    store = open_store(location)
-    drifts = recompute(store, sources[split], n_images, device=run.device)
-    print("\n".join([f"{location}:", *drift_lines(drifts, min(n_images, store.n_valid))]))
-    return drift_problems(drifts)
-
-
-def _verify(location: str, split: str) -> list[Problem]:
-    began, checked = time.monotonic(), 0
-    with Progress(total=100, unit="%", label=f"verify {split}".strip()) as progress:
-
-        def on_object(done: int, total: int) -> None:
-            nonlocal checked
-            progress.advance(100 * done // total - 100 * checked // total, n_bytes=0)
-            checked = done
-
-        problems = verify_store(open_objects(location), progress=on_object)
-    if not problems:
-        seconds = human_duration(time.monotonic() - began)
-        store = open_store(location)
-        n_committed, n_shards = int(store.committed.sum()), store.spec.n_shards
-        sound = "sound" if store.is_complete else f"sound so far, {n_committed:,} of {n_shards:,} shards are committed"
-        print(f"{location}: {sound}; {human_bytes(checked)} re-read and checked in {seconds}")
-        if not store.is_complete:
-            print("  The make extract that began it goes on with the missing ones.")
-        return []
-    shards = {problem.shard for problem in problems if problem.shard is not None}
-    print(
-        f"{location} has {counted(len(problems), 'problem')}"
-        + (f" in {counted(len(shards), 'shard')}:" if shards else ":")
-    )
-    for problem in problems:
-        print(f"  {problem}")
-    return problems
+def command(name: str) -> Callable[..., int]:
+    """The function behind the name of a command."""
+    module, _, function = COMMANDS[name].partition(":")
+    return getattr(import_module(module), function)
 
 
 def main(args: list[str] | None = None) -> int:
     """Parse and run one command; returns the exit code."""
-    commands: dict[str, Callable[..., int]] = {"extract": run_extract, "plan": run_plan, "verify": run_verify}
-    return run_door(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="python -m pipeline", args=args))
+    typed = list(sys.argv[1:] if args is None else args)
+    if typed and typed[0] in COMMANDS:
+        prog = f"python -m pipeline {typed[0]}"
+        return run_door(lambda: tyro.cli(command(typed[0]), prog=prog, args=typed[1:]))
+    commands = {name: command(name) for name in COMMANDS}
+    return run_door(lambda: tyro.extras.subcommand_cli_from_dict(commands, prog="python -m pipeline", args=typed))
 
 
 if __name__ == "__main__":

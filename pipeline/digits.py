@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import UInt8
 
-from pipeline.preprocess import Preprocessing, resize_size_for
+from pipeline.preprocessing import Preprocessing, resize_size_for
 
 if TYPE_CHECKING:
     from pipeline.light_timm import VisionTransformer

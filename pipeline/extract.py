@@ -10,7 +10,9 @@ from typing import Any
 
 from infra.console import ExitCode, JobError, StopFlag, UserError, say, stop_on_signals
 from infra.objects import ObjectError
+from infra.ray_ahead import RayAhead
 from pipeline.claims import delete_claims
+from pipeline.config import ExtractConfig, check_inputs, split_location, store_root
 from pipeline.job import ExtractResult, Job, bad_image_limit, lay_out, prepare, too_many_bad
 from pipeline.place import (
     begin_store,
@@ -22,21 +24,14 @@ from pipeline.place import (
     was_left_in_order,
 )
 from pipeline.rounds import Rounds
+from pipeline.run_config import RunConfig, check_run
 from pipeline.run_log import AtWork, at_work
-from pipeline.settings import (
-    ExtractConfig,
-    PlannedStore,
-    check_inputs,
-    make_teacher,
-    plan_stores,
-    split_location,
-    store_root,
-)
+from pipeline.settings import PlannedStore, make_teacher, plan_stores
 from pipeline.shard_writer import counted_requests
 from pipeline.sources import open_sources
 from pipeline.summary import summarise
 from pipeline.teacher import Teacher
-from pipeline.workers import Demand, RunConfig, check_run, ray_for
+from pipeline.workers import Demand, ray_for
 
 
 def extract(
@@ -44,6 +39,7 @@ def extract(
     run: RunConfig | None = None,
     *,
     teacher_factory: Callable[[str], Teacher] | None = None,
+    ahead: RayAhead | None = None,
 ) -> list[ExtractResult]:
     """Extract every split that a config names, or the shards of them that are missing.
 
@@ -52,6 +48,7 @@ def extract(
         run: How; None is the defaults.
         teacher_factory: Makes the teacher on a device, in any process (picklable); None loads the one that the config
             names, and workers then read it from the store.
+        ahead: Ray that is on its way already, for the caller to end; None starts or joins one if there is work.
 
     Returns:
         One result per store.
@@ -70,16 +67,20 @@ def extract(
     planned = plan_stores(config, teacher, say)
     del teacher  # workers make their own
     run = run or RunConfig()
-    results = extract_planned(planned, run, overwrite=config.overwrite, teacher_factory=teacher_factory)
+    results = extract_planned(planned, run, overwrite=config.overwrite, teacher_factory=teacher_factory, ahead=ahead)
     results[0].requests.update(probes)
     return results
 
 
 def extract_and_tell(
-    config: ExtractConfig, run: RunConfig, *, teacher_factory: Callable[[str], Teacher] | None = None
+    config: ExtractConfig,
+    run: RunConfig,
+    *,
+    teacher_factory: Callable[[str], Teacher] | None = None,
+    ahead: RayAhead | None = None,
 ) -> int:
     """`extract`, its summary printed; returns the exit code."""
-    results = extract(config, run, teacher_factory=teacher_factory)
+    results = extract(config, run, teacher_factory=teacher_factory, ahead=ahead)
     print(summarise(results, store_root(config)))
     return exit_code(results)
 
@@ -90,6 +91,7 @@ def extract_planned(
     *,
     overwrite: bool = False,
     teacher_factory: Callable[[str], Teacher] | None = None,
+    ahead: RayAhead | None = None,
 ) -> list[ExtractResult]:
     """`extract` for stores that are planned already."""
     try:
@@ -98,7 +100,7 @@ def extract_planned(
         missing = any(job.shards for job in jobs)
         on_ray = missing and not run.no_ray
         with (
-            ray_for(run) if on_ray else nullcontext() as demand,
+            ray_for(run, ahead) if on_ray else nullcontext() as demand,
             _spares(on_ray) as spares,
             stop_on_signals() as stop,
         ):

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import nn
 
-from pipeline.preprocess import Preprocessing, resize_size_for
+from pipeline.preprocessing import Preprocessing, resize_size_for
 
 IMAGE_SIZE = 16
 PATCH_SIZE = 4

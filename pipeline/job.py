@@ -8,10 +8,11 @@ from infra.objects import Objects, open_objects
 from pipeline.dispatch import Outcome
 from pipeline.place import check_place
 from pipeline.plan import StorePlan, describe, plan_store
+from pipeline.run_config import RunConfig
 from pipeline.settings import PlannedStore
 from pipeline.shard import ShardReport, resolve_device
 from pipeline.shard_writer import too_inexact
-from pipeline.workers import RunConfig, n_threads
+from pipeline.workers import n_threads
 from storage_schemas.commit import Commit
 from storage_schemas.create import StoreDocument
 from storage_schemas.reader import read_commits

@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from pipeline.preprocess import Preprocessing, normalise
+from pipeline.preprocess import normalise
+from pipeline.preprocessing import Preprocessing
 from pipeline.shard import resolve_device
 from pipeline.states import reduce_micro_batch
 from pipeline.teacher import Teacher, teacher_from_files

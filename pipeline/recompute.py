@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from infra.console import UserError, say
-from pipeline.preprocess import BadImageError, Preprocessing, decode_image, normalise
+from pipeline.preprocess import BadImageError, decode_image, normalise
+from pipeline.preprocessing import Preprocessing
 from pipeline.shard import resolve_device
 from pipeline.source_errors import counted
 from pipeline.sources import Source

@@ -9,15 +9,16 @@ from collections.abc import Iterator, Sequence
 
 from infra.console import JobError, UserError, say
 from infra.objects import ObjectError, Objects, open_objects
+from pipeline.config import ExtractConfig, check_config, split_location
 from pipeline.extract import extract_planned
 from pipeline.job import ExtractResult
 from pipeline.place import check_writable
+from pipeline.run_config import RunConfig, check_run
 from pipeline.run_log import at_work
-from pipeline.settings import ExtractConfig, PlannedStore, check_config, make_teacher, plan_split, split_location
+from pipeline.settings import PlannedStore, make_teacher, plan_split
 from pipeline.sources import Source, open_sources
 from pipeline.teacher import Teacher, teacher_from_files
 from pipeline.teacher_kinds import kind_of
-from pipeline.workers import RunConfig, check_run
 from storage_schemas.create import StoreDocument, identity_differences, plan_documents, read_store_document
 from storage_schemas.documents import sha256, unseal
 from storage_schemas.errors import NotAStoreError, Problem, SchemaError

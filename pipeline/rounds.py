@@ -24,12 +24,13 @@ from pipeline.dispatch import (
 )
 from pipeline.job import DEPTH_ON_CPU, DEPTH_ON_GPU, ExtractResult, Job, bad_image_limit, too_many_bad
 from pipeline.locations import full_location, is_remote
+from pipeline.run_config import RunConfig
 from pipeline.run_log import AtWork
 from pipeline.run_metrics import RunMetrics, told
 from pipeline.shard import RunnerConfig, ShardElsewhere, ShardReport, commit_nbytes
 from pipeline.sources import DigitsSource, Source
 from pipeline.teacher import Teacher
-from pipeline.workers import Demand, MakeRunner, RunConfig
+from pipeline.workers import Demand, MakeRunner
 from storage_schemas.commit import Commit
 from storage_schemas.reader import list_commits, load_commits
 

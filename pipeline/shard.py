@@ -25,7 +25,8 @@ from infra.metrics import Metrics, StageClock, place_label
 from infra.objects import Objects, open_objects
 from infra.verdict import Pool
 from pipeline.locations import is_remote
-from pipeline.preprocess import BadImageError, Preprocessing, decode_image, normalise
+from pipeline.preprocess import BadImageError, decode_image, normalise
+from pipeline.preprocessing import Preprocessing
 from pipeline.shard_writer import N_PUT_THREADS, ShardWriter, Since, check_fidelity
 from pipeline.source_errors import MAX_IMAGE_NBYTES, SourceError
 from pipeline.states import Reduced, check_head_input, merge_reduced, reduce_micro_batch

@@ -15,7 +15,7 @@ from safetensors.torch import load_file as load_safetensors_file
 from torch import nn
 
 from pipeline.checkpoints import make_linear, read_linear_head
-from pipeline.preprocess import Preprocessing
+from pipeline.preprocessing import Preprocessing
 from pipeline.teacher_kinds import find_kind, kind_of
 from pipeline.vit import (
     COMPUTES,

@@ -7,11 +7,12 @@ other, and nothing here knows what the kind is.
 
 from collections.abc import Mapping
 from importlib.metadata import entry_points
-from typing import Any, Protocol, runtime_checkable
-
-import torch
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from infra.console import UserError
+
+if TYPE_CHECKING:
+    import torch
 
 GROUP = "teacher_kinds"
 
@@ -26,7 +27,7 @@ class TeacherKind(Protocol):
         *,
         image_size: int | tuple[int, int] | None,
         head: str | None,
-        device: str | torch.device,
+        device: "str | torch.device",
         compute: str,
     ) -> Any:
         """As load_teacher; the name is the kind, a colon and a place."""
@@ -34,7 +35,7 @@ class TeacherKind(Protocol):
     def from_files(
         self,
         files: Mapping[str, bytes],
-        device: str | torch.device,
+        device: "str | torch.device",
         compute: str | None,
         image_size: int | tuple[int, int] | None,
     ) -> Any:

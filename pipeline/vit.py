@@ -19,7 +19,7 @@ from safetensors.torch import save as save_safetensors
 from torch import nn
 
 from pipeline.positions import Positions
-from pipeline.preprocess import Preprocessing
+from pipeline.preprocessing import Preprocessing
 from pipeline.vit_models import Model, TeacherError
 from pipeline.vit_states import Embedded, StateRecorder
 from pipeline.weights_digest import core_digest_of, to_safetensors, weights_digest_of

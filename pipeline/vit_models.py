@@ -22,7 +22,7 @@ from pipeline.digits import DIGITS_PREPROCESSING, make_digits_vit
 from pipeline.fake import FAKE_PREPROCESSING, make_fake_vit
 from pipeline.light_timm import timm
 from pipeline.positions import Positions, original_positions, positions_before, positions_of, resize_model
-from pipeline.preprocess import Preprocessing, resize_size_for
+from pipeline.preprocessing import Preprocessing, resize_size_for
 
 SHIPPED = Path(__file__).parent / "weights"
 

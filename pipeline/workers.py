@@ -1,16 +1,15 @@
 """How the work is done: with Ray or without, how many workers, with what of the machines."""
 
-import re
 from collections.abc import Iterator, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
-import torch
-
 from infra.cluster import check_fits, connected, draining_nodes
-from infra.console import UserError, say
+from infra.console import say
 from infra.machine import n_cores
+from infra.ray_ahead import RayAhead
 from pipeline.dispatch import Wanted
+from pipeline.run_config import RunConfig
 from pipeline.shard import RunnerConfig, ShardRunner
 
 MOST_CORES = 64
@@ -20,74 +19,21 @@ MOST_IDLE = 0.1
 """Share of all cores that may be left over where machines without GPUs differ in size."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """How the work is done; nothing of it changes a byte of the store.
-
-    Attributes:
-        ray_address: Cluster to join; None is RAY_ADDRESS, or a private Ray in this machine.
-        no_ray: Do everything in this process.
-        workers: Teacher actors; None is one per GPU, or one per machine without GPUs, counted again while machines
-            come and go. A cluster that makes machines on demand makes as many as are asked for here.
-        cpus_per_worker: Cores of each; None shares out what there is.
-        depth: Shards in flight per worker; bounds its memory. None is 3 on a GPU, else 2.
-        shard_timeout_s: A shard that takes longer loses its worker, seconds.
-        join: Share the work with the jobs that are at work on the same store.
-        max_error: Stop if rounding loses more than this relative MSE in any layer and kind; None for any loss.
-        device: cpu, cuda or auto.
-        dashboard: Whether a private Ray has its dashboard.
-        verbose: Show what workers print.
-    """
-
-    ray_address: str | None = None
-    no_ray: bool = False
-    workers: int | None = None
-    cpus_per_worker: int | None = None
-    depth: int | None = None
-    shard_timeout_s: float = 3600.0
-    join: bool = False
-    max_error: float | None = None
-    device: str = "auto"
-    dashboard: bool = True
-    verbose: bool = False
-
-
-def check_run(run: RunConfig, *, overwrite: bool = False) -> None:
-    """Refuse ways of working that cannot be, all at once.
-
-    Args:
-        run: How the work is to be done.
-        overwrite: Whether a store of another identity is to be deleted first.
-
-    Raises:
-        UserError: Lists every setting that is wrong, with what it may be.
-    """
-    problems = [
-        f"{name.upper()}={value}: expected a number of at least 1"
-        for name in ("workers", "cpus_per_worker", "depth", "shard_timeout_s")
-        if (value := getattr(run, name)) is not None and value < 1
-    ]
-    if run.max_error is not None and not 0 <= run.max_error < float("inf"):
-        problems.append(f"MAX_ERROR={run.max_error:g}: expected a relative MSE such as 1e-4, at least 0")
-    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", run.device) is None:
-        problems.append(f"DEVICE={run.device}: expected cpu, cuda or auto")
-    elif run.no_ray and run.device.startswith("cuda") and not torch.cuda.is_available():
-        problems.append(f"DEVICE={run.device}: there is no CUDA device here; expected cpu or auto")
-    if run.join and overwrite:
-        problems.append("JOIN=1 with --overwrite: a store that is shared is never deleted; expected one of the two")
-    if problems:
-        raise UserError("\n  ".join(["these settings cannot be:", *problems]))
-
-
 def n_threads(run: RunConfig) -> int:
     """Micro-batches in flight per worker on this machine."""
     return run.cpus_per_worker or n_cores()
 
 
 @contextmanager
-def ray_for(run: RunConfig) -> "Iterator[Demand]":
-    """Ray, joined or started, that can hold such workers, and what is wanted of it; left or ended afterwards."""
-    with connected(run.ray_address, dashboard=run.dashboard, verbose=run.verbose, say=say) as connection:
+def ray_for(run: RunConfig, ahead: RayAhead | None = None) -> "Iterator[Demand]":
+    """Ray, joined or started, that can hold such workers, and what is wanted of it; left or ended afterwards.
+
+    Args:
+        run: How the work is done.
+        ahead: Ray that is on its way already; whoever started it ends it.
+    """
+    settings = {"dashboard": run.dashboard, "verbose": run.verbose, "say": say}
+    with nullcontext(ahead.connection()) if ahead else connected(run.ray_address, **settings) as connection:
         say(str(connection))
         demand = Demand(run)
         wanted = demand()

@@ -16,7 +16,7 @@ import torch
 import pipeline.job
 import pipeline.shard
 from infra.objects import Buffer, open_objects
-from pipeline.settings import ExtractConfig
+from pipeline.config import ExtractConfig
 from storage_schemas.keys import LOG_PREFIX
 from tests.pipeline_jobs import ALONE, run_job
 

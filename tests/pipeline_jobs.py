@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image
 
 from infra.objects import FolderObjects
+from pipeline.config import ExtractConfig
 from pipeline.extract import extract
 from pipeline.job import ExtractResult
-from pipeline.settings import ExtractConfig
-from pipeline.workers import RunConfig
+from pipeline.run_config import RunConfig
 from storage_schemas.digest import content_digest
 
 #: In this process, on the CPU, one thread: nothing of it may change a byte.

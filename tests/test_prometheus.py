@@ -54,8 +54,8 @@ import os
 import sys
 from tests.test_prometheus import DeadlyTeacher
 from pipeline.extract import extract_and_tell
-from pipeline.settings import ExtractConfig
-from pipeline.workers import RunConfig
+from pipeline.config import ExtractConfig
+from pipeline.run_config import RunConfig
 run = RunConfig(device="cpu", workers=2, cpus_per_worker=1)
 teacher = DeadlyTeacher(marker=sys.argv[2], driver=os.getpid())
 sys.exit(extract_and_tell(ExtractConfig(store=sys.argv[1]), run, teacher_factory=teacher))

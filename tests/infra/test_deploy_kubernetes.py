@@ -16,8 +16,8 @@ import pipeline.__main__
 import trainer.__main__
 from infra.deployment import Deployment
 from infra.manifests import render
-from pipeline.settings import ExtractConfig
-from pipeline.workers import RunConfig, check_run
+from pipeline.config import ExtractConfig
+from pipeline.run_config import RunConfig, check_run
 from tests.rayjob_rules import problems
 from trainer.commands.train_all import AllSpans
 
@@ -185,7 +185,7 @@ def test_the_doors_take_the_commands(deployment: Deployment, monkeypatch: pytest
     """The real parsers of the two doors read the entrypoints; only what they would then do is not done."""
     extracts: list[tuple[ExtractConfig, RunConfig]] = []
     trainings: list[AllSpans] = []
-    monkeypatch.setattr("pipeline.__main__.extract_and_tell", lambda *typed: extracts.append(typed) or 0)
+    monkeypatch.setattr("pipeline.extract.extract_and_tell", lambda *typed, **_: extracts.append(typed) or 0)
     monkeypatch.setattr("trainer.commands.train.train_all", lambda typed: trainings.append(typed) or 0)
     for kind, door in (("extract", pipeline.__main__), ("train", trainer.__main__)):
         words = shlex.split(rayjob(kind, deployment)["spec"]["entrypoint"])

@@ -9,7 +9,7 @@ import pipeline.job
 import pipeline.shard
 from infra.console import ExitCode, JobError
 from infra.objects import Buffer, FolderObjects, ObjectAccessError
-from pipeline.settings import ExtractConfig
+from pipeline.config import ExtractConfig
 from storage_schemas import open_store
 from storage_schemas.keys import HEARTBEAT_KEY, LOG_PREFIX, STORE_KEY
 from tests.crashes import DIED, FINISHED, Crash, run_and_crash

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from infra.objects import open_objects
-from pipeline.settings import ExtractConfig
+from pipeline.config import ExtractConfig
 from storage_schemas.digest import content_digest
 from storage_schemas.keys import HEARTBEAT_KEY, LOG_PREFIX, is_owned
 from tests.crashes import DIED, Crash, run_and_crash

@@ -22,9 +22,10 @@ import pipeline.extract
 import pipeline.job
 import pipeline.shard
 from infra.console import ExitCode, JobError, StopFlag, UserError
+from pipeline.config import ExtractConfig
 from pipeline.extract import exit_code, extract, extract_planned
 from pipeline.job import ExtractResult
-from pipeline.settings import ExtractConfig, make_teacher, plan_stores
+from pipeline.settings import make_teacher, plan_stores
 from pipeline.shard import RunnerConfig
 from pipeline.sources import ImageFolderSource, SourceError
 from pipeline.summary import summarise

@@ -17,9 +17,10 @@ from infra.metrics import StageClock
 from infra.objects import Buffer, MemoryObjects, open_objects
 from infra.status import my_heartbeat
 from pipeline.__main__ import main
+from pipeline.config import ExtractConfig, check_inputs
 from pipeline.extract import extract
 from pipeline.place import begin_store, check_place
-from pipeline.settings import ExtractConfig, PlannedStore, check_inputs, make_teacher, plan_stores
+from pipeline.settings import PlannedStore, make_teacher, plan_stores
 from pipeline.shard_writer import ShardWriter
 from storage_schemas import open_store
 from storage_schemas.create import plan_documents, read_store_document

@@ -28,9 +28,9 @@ from pipeline.extract import exit_code, extract, extract_planned
 from pipeline.job import ExtractResult
 from pipeline.presence import Presence, anybody_at_work, read_heartbeat
 from pipeline.rounds import Rounds
+from pipeline.run_config import RunConfig
 from pipeline.settings import make_teacher, plan_stores
 from pipeline.sources import ImageFolderSource
-from pipeline.workers import RunConfig
 from storage_schemas import open_store
 from storage_schemas.digest import content_digest
 from storage_schemas.keys import HEARTBEAT_KEY, HEARTBEATS_PREFIX, LOG_PREFIX

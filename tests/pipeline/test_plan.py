@@ -13,7 +13,7 @@ from infra.objects import FolderObjects, MemoryObjects
 from pipeline.__main__ import main
 from pipeline.extract import extract
 from pipeline.plan import describe, plan_store
-from pipeline.workers import RunConfig
+from pipeline.run_config import RunConfig
 from storage_schemas.keys import COMMITS_PREFIX, commit_shard
 from storage_schemas.spec import StoreSpec
 from tests.pipeline_jobs import fake_arguments, fake_config, make_tree
@@ -95,8 +95,8 @@ _PROGRAM = """
 import json, re, sys
 from pathlib import Path
 from pipeline.extract import extract
-from pipeline.workers import RunConfig
-from pipeline.settings import ExtractConfig
+from pipeline.run_config import RunConfig
+from pipeline.config import ExtractConfig
 config, run = json.loads(sys.argv[1])
 (result,) = extract(ExtractConfig(**config), RunConfig(**run))
 assert result.complete

@@ -198,7 +198,7 @@ def test_the_door_tells_time_and_money(images: Path, tmp_path: Path, capfd: pyte
 def test_the_rate_is_measured(
     images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.__main__.MEASURE_S", 0.1)
+    monkeypatch.setattr("pipeline.plan_command.MEASURE_S", 0.1)
     assert main(["plan", *fake_arguments(images, tmp_path / "store")]) == ExitCode.OK
     assert re.search(r"on one machine like this: its teacher makes and rounds [\d.,]+ images/s", capfd.readouterr().out)
 

@@ -25,8 +25,8 @@ from pipeline.preprocess import (
     Preprocessing,
     decode_image,
     normalise,
-    resize_size_for,
 )
+from pipeline.preprocessing import resize_size_for
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from infra.objects import open_objects
-from pipeline.settings import ExtractConfig
+from pipeline.config import ExtractConfig
 from storage_schemas.digest import content_digest
 from storage_schemas.keys import COMMITS_PREFIX, shard_object_keys
 from storage_schemas.reader import open_store

@@ -12,10 +12,10 @@ from infra.console import ExitCode, JobError, UserError
 from infra.objects import FolderObjects
 from infra.status import my_heartbeat
 from pipeline.__main__ import main
+from pipeline.config import ExtractConfig
 from pipeline.extract import extract
 from pipeline.job import ExtractResult
 from pipeline.repair import repair
-from pipeline.settings import ExtractConfig
 from storage_schemas.errors import NotAStoreError
 from storage_schemas.keys import HEARTBEAT_KEY, LOG_PREFIX
 from storage_schemas.spec import ARRAY_KINDS, HEAD_INPUT

@@ -9,7 +9,7 @@ from PIL import Image
 from infra.console import ExitCode, UserError
 from infra.objects import FolderObjects, open_objects
 from pipeline.__main__ import main
-from pipeline.settings import ExtractConfig, check_inputs, store_root
+from pipeline.config import ExtractConfig, check_inputs, store_root
 from tests.pipeline_jobs import fake_arguments
 
 

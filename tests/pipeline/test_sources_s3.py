@@ -7,8 +7,8 @@ import pytest
 
 from infra.console import UserError
 from infra.objects import FolderObjects, Objects, open_objects
+from pipeline.config import check_inputs
 from pipeline.extract import extract
-from pipeline.settings import check_inputs
 from pipeline.shard import ImageBytes
 from pipeline.sources import ImageFolderSource, RemoteFolderSource, SourceError, TarSource, open_sources
 from storage_schemas import open_store

@@ -10,8 +10,9 @@ from torch.testing import assert_close
 
 from infra.console import UserError
 from pipeline import vit_models as module
+from pipeline.config import ExtractConfig
 from pipeline.positions import positions_before
-from pipeline.settings import ExtractConfig, plan_stores
+from pipeline.settings import plan_stores
 from pipeline.teacher import POSITIONS_FILE, Teacher, TeacherError, load_teacher, teacher_from_files
 from tests.pipeline import meta_dinov2 as meta
 

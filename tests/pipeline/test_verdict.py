@@ -16,10 +16,10 @@ from infra.verdict import BUSY, Pool
 from pipeline.dispatch import ShardQuarantined, WorkersReady
 from pipeline.image_folder import ImageFolderSource
 from pipeline.job import ExtractResult
+from pipeline.run_config import RunConfig
 from pipeline.run_metrics import RunMetrics
 from pipeline.shard import ShardReport
 from pipeline.teacher import Teacher
-from pipeline.workers import RunConfig
 from storage_schemas.keys import sharded_array_paths
 from storage_schemas.samples import Sample
 from storage_schemas.shard_buffers import ShardBuffers

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from pipeline import workers
 from pipeline.dispatch import Wanted
-from pipeline.workers import MOST_CORES, Demand, MachineRoom, RunConfig, wanted_workers
+from pipeline.run_config import RunConfig
+from pipeline.workers import MOST_CORES, Demand, MachineRoom, wanted_workers
 
 AUTO, CPU, CUDA = RunConfig(), RunConfig(device="cpu"), RunConfig(device="cuda")
 

@@ -20,12 +20,12 @@ from analysis.__main__ import main as analysis_main
 from infra.console import ExitCode, UserError
 from infra.objects import open_objects
 from pipeline.__main__ import main as pipeline_main
+from pipeline.config import ExtractConfig
 from pipeline.extract import extract
 from pipeline.preprocess import Preprocessing, decode_image, normalise
-from pipeline.settings import ExtractConfig
+from pipeline.run_config import RunConfig
 from pipeline.sources import open_sources
 from pipeline.teacher import Teacher, TeacherError, load_teacher, teacher_from_files
-from pipeline.workers import RunConfig
 from storage_schemas import Span, open_store
 from storage_schemas.digest import content_digest
 from tests.trainer.tiny import CPU, tiny_config, tiny_teacher, write_tiny
