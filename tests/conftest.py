@@ -4,11 +4,16 @@ import os
 import secrets
 import signal
 from collections.abc import Iterator
-from importlib import import_module
+from functools import partial
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import CodeType, ModuleType
+from unittest.mock import patch
 
+import jaxtyping._import_hook
 import pytest
 from hypothesis import HealthCheck, settings
+from jaxtyping._import_hook import _JaxtypingLoader, _optimized_cache_from_source
 from xdist.remote import Producer
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
@@ -40,15 +45,23 @@ settings.register_profile("explore", settings.get_profile("here"), derandomize=F
 settings.load_profile("here")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Before all tests are collected, import what takes long, and before any package of ours does.
+class _Instrumented(_JaxtypingLoader):
+    """jaxtyping's loader, whose own name for bytecode holds while one module's is looked for, and no longer.
 
-    Whatever is imported while a module is that jaxtyping instruments, jaxtyping's import hook compiles from source, as
-    it looks for all bytecode under a name of its own: 1,400 modules of libraries.
+    It holds that name while the module runs, and so for all that the module imports: 1,400 modules of libraries would
+    be compiled from source, in every test process.
     """
-    if config.args == ["tests"]:
-        for name in ("pyarrow.parquet", "sklearn.datasets", "timm", "torch._dynamo", "tyro", "zarr"):
-            import_module(name)
+
+    def get_code(self, fullname: str) -> CodeType | None:
+        own_name = partial(_optimized_cache_from_source, self._typechecker.get_hash())
+        with patch("importlib._bootstrap_external.cache_from_source", own_name):
+            return super().get_code(fullname)
+
+    def exec_module(self, module: ModuleType) -> None:
+        SourceFileLoader.exec_module(self, module)
+
+
+jaxtyping._import_hook._JaxtypingLoader = _Instrumented
 
 
 class Scheduler(LoadScopeScheduling):
