@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -167,7 +168,7 @@ def run_experiments(experiments: Sequence[Experiment], kept: Objects) -> dict[st
             if found[one.name] is None:
                 progress.status(one.name)
                 try:
-                    numbers = one.run(lambda text, name=one.name: progress.status(f"{name}: {text}"))
+                    numbers = one.run(partial(_show, progress, one.name))
                 except ValueError as error:
                     raise JobError(f"{one.name}: {error}") from error
                 record = {"settings": one.settings, "numbers": numbers}
@@ -176,6 +177,10 @@ def run_experiments(experiments: Sequence[Experiment], kept: Objects) -> dict[st
                 progress.advance()
         progress.status("")
     return {name: numbers for name, numbers in found.items() if numbers is not None}
+
+
+def _show(progress: Progress, name: str, text: str) -> None:
+    progress.status(f"{name}: {text}")
 
 
 def mean_and_spread(values: Sequence[Sequence[float]]) -> tuple[np.ndarray, np.ndarray]:

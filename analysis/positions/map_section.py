@@ -117,13 +117,15 @@ def map_section(found: PositionMaps, origin: Origin) -> Section:
 
 
 def _statement(found: PositionMaps) -> str:
-    own, random = found.locality[_AS_THEY_ARE], found.locality[_RANDOM]
+    """About their mean, as the paper's maps are spread over -1..1: a part common to all would make all pairs alike."""
+    own, random = found.locality[_CENTRED], found.locality[_RANDOM]
     holds = own.neighbours > 2 * own.chance and own.discs > 0.5
+    as_sets = "no pair is, or each" if np.isnan(own.discs) else f"as sets they are discs to {own.discs:.2f}"
     return (
         "Jelassi et al.: before training the similarity of position embeddings has no structure, after it similar ones "
         f"are those of near patches. Here {'that holds' if holds else 'that does not hold'}: {own.neighbours:.0%} of a "
         f"patch's neighbours are among its most similar patches, {random.neighbours:.0%} with random embeddings, "
         f"{own.chance:.0%} by chance; {own.above:.1%} of pairs are above {THRESHOLD:g} ({random.above:.1%} with random "
-        f"ones), and as sets they are discs to {own.discs:.2f}, where 1 is the nearest patches there are and 0 any. "
-        "(Holding means: more than twice chance, and discs above 0.5.)"
+        f"ones), {as_sets}, where 1 is the nearest patches there are and 0 any. (Embeddings about their mean. Holding "
+        "means: more than twice chance, and discs above 0.5.)"
     )

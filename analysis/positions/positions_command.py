@@ -6,7 +6,7 @@ from infra.console import UserError, say
 from infra.s3_settings import use_endpoint
 
 DEFAULT_OUT = "data/positions"
-SEEDS, EPOCHS, STEPS, SAMPLES = 3, 40, 1_000, 4_000
+SEEDS, EPOCHS, STEPS, SAMPLES = 3, 30, 1_000, 4_000
 
 
 def positions_command(

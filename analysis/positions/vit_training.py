@@ -33,13 +33,13 @@ class VitTraining:
     """
 
     attention: str = "ordinary"
-    n_epochs: int = 40
+    n_epochs: int = 30
     batch_size: int = 64
     peak_rate: float = 2e-3
     weight_decay: float = 0.05
-    dim: int = 64
+    dim: int = 48
     depth: int = 2
-    heads: int = 4
+    heads: int = 3
     permuted: bool = False
     seed: int = 0
 

@@ -36,9 +36,9 @@ class VitSize:
     grid: tuple[int, int]
     patch_dim: int
     n_classes: int
-    dim: int = 64
-    depth: int = 4
-    heads: int = 4
+    dim: int = 48
+    depth: int = 2
+    heads: int = 3
 
     @property
     def n_patches(self) -> int:
@@ -109,6 +109,9 @@ class SmallVit(nn.Module):
             self.norm = nn.LayerNorm(size.dim, eps=1e-6)
             self.head = nn.Linear(2 * size.dim, size.n_classes)
             self.apply(_first_weights)
+            # As small as positions: one of a single pixel would else be many times as long as its position.
+            trunc_normal_(self.embed.weight, std=_FIRST_STD)
+            trunc_normal_(self.cls, std=_FIRST_STD)
 
     def _block(self) -> nn.Module:
         block = Block(self.size.dim, num_heads=self.size.heads, qkv_bias=True)
@@ -134,9 +137,8 @@ class SmallVit(nn.Module):
 
 
 def _first_weights(module: nn.Module) -> None:
-    """As in most ViTs. The embedding too: one of a single pixel would else be many times as long as its position."""
     if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=_FIRST_STD)
+        nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 

@@ -1,5 +1,7 @@
 """Association scores of planted partitions, discs of sinusoids, and none where encodings are random."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,8 @@ from analysis.page import Origin
 from analysis.positions.map_section import map_section, position_maps, similarity_by_distance
 from analysis.positions.maps import association, encoding_similarity, locality, mosaic
 from pipeline.positions import positions_of
-from pipeline.teacher import load_teacher
+from pipeline.teacher import load_teacher, teacher_from_files
+from storage_schemas import open_store
 
 SETS = np.repeat(np.arange(4), 4)
 SAME = SETS[:, None] == SETS[None, :]
@@ -171,6 +174,17 @@ def test_an_embedding_of_dinov2s_grid_is_measured():
     assert own.neighbours == pytest.approx(1)
     assert own.discs > 0.99
     assert map_section(found, Origin(data="d", n_images=0, seed=0, command="c")).text
+
+
+@pytest.mark.skipif("IMAGENET_STORE" not in os.environ, reason="give IMAGENET_STORE=, a store of DINOv2 ViT-B/14 reg")
+def test_positions_of_the_real_teacher_are_local_discs():
+    """Needs weights that nobody has here; a store holds those of its teacher, positions as for 518 px."""
+    teacher = teacher_from_files(open_store(os.environ["IMAGENET_STORE"]).read_teacher_files())
+    assert teacher.positions is not None
+    assert teacher.positions.shape == (37, 37, 768)
+    found = position_maps(teacher.positions.numpy(), seed=0).locality["about their mean"]
+    assert found.neighbours > 0.8
+    assert found.discs > 0.8
 
 
 def test_a_report_leaves_out_what_a_teacher_lacks(capsys):

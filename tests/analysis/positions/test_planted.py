@@ -1,6 +1,7 @@
 """The planted data are what Assumption 1 says, the model learns their sets and not those that are not there."""
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -211,3 +212,21 @@ class TestTraining:
     def test_a_training_that_diverges_is_named(self):
         with pytest.raises(ValueError, match=r"at step .* with rate 1e\+06: it diverged"):
             learn(Descent(n_steps=200, rate=1e6), n=100)
+
+    @pytest.mark.slow
+    def test_attention_that_was_learned_needs_few_samples_of_new_data(self):
+        """J7: sixteen sets of 4; the same samples and first v with attention kept from before, and drawn anew."""
+        descent = Descent(n_steps=400, rate=0.3, attention_rate=2000.0, every=100)
+        setup = Planted(sets=grid_sets(8, 2), dim=16, q=0.25)
+        train = drawn(4000, 0, setup)
+        source = train_simple(train, train, descent, seed=0, sets=setup.sets)
+        assert source.associations[-1].overlap > 0.8
+        pairs = []
+        for seed in range(4):
+            some = drawn(32, 100 + seed, setup)
+            others = drawn(2000, 200 + seed, setup, some.direction)
+            held = replace(descent, learns_attention=False)
+            kept = train_simple(some, others, held, seed=seed, attention=source.attention)
+            pairs.append((kept.error[-1], train_simple(some, others, descent, seed=seed).error[-1]))
+        assert all(kept < 0.1 for kept, _ in pairs)
+        assert all(anew > kept + 0.05 for kept, anew in pairs)

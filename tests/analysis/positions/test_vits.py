@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from analysis.positions.images import LabelledImages, load_images
+from analysis.positions.maps import encoding_similarity, locality
 from analysis.positions.vit_training import VitTraining, linear_accuracy, train_vit
 from analysis.positions.vits import PositionalAttention, SmallVit, VitSize, cut_patches
 from infra.console import UserError
@@ -213,3 +214,17 @@ class TestImages:
         (tmp_path / "test.bin").unlink()
         with pytest.raises(UserError, match=r"test.bin: No such file"):
             load_images(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_small_vits_of_the_digits():
+    """J9 and J10, one seed, 30 epochs: both above a linear model; positions follow the permutation of the pixels."""
+    images = load_images("digits")
+    baseline = linear_accuracy(images)
+    ordinary, positional = (train_vit(images, VitTraining(attention=kind)) for kind in ("ordinary", "positional"))
+    assert min(ordinary.accuracy, positional.accuracy) > baseline
+    permuted = train_vit(images, VitTraining(permuted=True))
+    seen = locality(encoding_similarity(permuted.after), images.grid)
+    back = locality(encoding_similarity(permuted.after[permuted.back]), images.grid)
+    assert back.neighbours > 2 * seen.neighbours
+    assert back.neighbours > 2 * back.chance
