@@ -59,6 +59,7 @@ help: ## list targets and variables
 #: RUN         folder of a training run                            [data/runs/<store>/<BLOCK>-seed<SEED>]
 #: STEPS SEED  length and seed of a training                                                   [the recipe's; 0]
 #: BLOCKS      spans of several blocks, 0-7,7-10,10-12, or a JSON of make phases         [the store's saved phases]
+#:             with make skips: numbers of blocks, from 1                                          [1,7,10]
 #: AT_ONCE     with BLOCK=all: most blocks at a time                              [as GPUs, cores and memory allow]
 #: REPLICA     1, 2 or 3: seeds of the published runs, in the place of SEED                             [none]
 #: BLOCK_SEEDS with make raptor: seeds of its blocks' runs, 100,101,104; or RUNS=: the runs themselves [SEED]
@@ -99,7 +100,7 @@ $(READY): requirements.txt pyproject.toml
 	  --config-settings editable_mode=compat
 	@touch $(READY)
 
-.PHONY: help venv extract plan stores inspect copy convert verify phases report curves study positions gallery train raptor import probe teacher s3 submit jobs logs stop bench test test-slow check format requirements table demo deploy dashboard watch
+.PHONY: help venv extract plan stores inspect copy convert verify phases report curves study positions gallery skips train raptor import probe teacher s3 submit jobs logs stop bench test test-slow check format requirements table demo deploy dashboard watch
 
 venv: $(READY) ## make .venv and nothing else
 
@@ -135,6 +136,9 @@ report: $(READY) ## phases, similarity, dynamics and spectra of a store as one H
 gallery: $(READY) ## layers of several encoders side by side and against each other: make gallery STORES="a b c"
 	@$(PYTHON) -m analysis gallery $(if $(strip $(STORES)),--stores $(foreach store,$(STORES),'$(store)')) \
 	  $(call flags,OUT K LIMIT ENDPOINT_URL) $(ARGS)
+
+skips: $(READY) ## ViTs trained without the skip connections of one block, on digits; half an hour; again to go on
+	@$(PYTHON) -m analysis skips $(call flags,BLOCKS OUT EPOCHS SEED THREADS ENDPOINT_URL) $(ARGS)
 
 positions: $(READY) ## what attention learns of places: planted sets, transfer, permuted images, positional attention; again to go on
 	@$(PYTHON) -m analysis positions $(call flags,IMAGES OUT SEEDS EPOCHS STEPS THREADS ENDPOINT_URL) $(ARGS)
@@ -207,8 +211,8 @@ bench: $(READY) ## side-by-side benchmarks; results under benchmarks/results/
 test: $(READY) ## all tests but the slow ones, in two processes
 	@$(PYTHON) -m pytest -n 2 $(ARGS)
 
-test-slow: $(READY) ## the slow tests: hundreds of kills and corruptions
-	@$(PYTHON) -m pytest -m slow $(ARGS)
+test-slow: $(READY) ## the slow tests: hundreds of kills and corruptions, and every example of the properties
+	@$(PYTHON) -m pytest -m "slow or hypothesis" --hypothesis-profile=every $(ARGS)
 
 check: $(READY) ## lint, format, types
 	@.venv/bin/ruff check .

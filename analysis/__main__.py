@@ -22,6 +22,7 @@ from analysis.positions.positions_command import positions_command
 from analysis.report_command import report_command
 from analysis.training.curves_command import curves_command
 from analysis.training.study_command import study_command
+from analysis.vision.skips_command import skips_command
 from infra.console import ExitCode, JobError, Progress, UserError, run_door, say
 from infra.objects import (
     ObjectError,
@@ -244,6 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "study": study_command,
                 "positions": positions_command,
                 "gallery": gallery_command,
+                "skips": skips_command,
             },
             prog="python -m analysis",
             args=arguments,

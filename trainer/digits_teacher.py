@@ -81,6 +81,7 @@ def train_digits_teacher(
     *,
     report: Callable[[str], None] = print,
     keep: Keep | None = None,
+    change: Callable[[nn.Module], None] | None = None,
 ) -> DigitsTeacherResult:
     """Train digits_vit with its linear head on [final-norm CLS; mean of final-norm patches].
 
@@ -90,6 +91,7 @@ def train_digits_teacher(
         config: The recipe; None is the shipped one.
         report: Called with a line of progress every few epochs.
         keep: Called before the first epoch and after each; it changes nothing of the training.
+        change: Called with the new model before its first step, for experiments with other blocks.
 
     Raises:
         UserError: A recipe that trains nothing; every problem is listed.
@@ -103,6 +105,8 @@ def train_digits_teacher(
         torch.manual_seed(config.seed)
         model, head = make_digits_vit(), nn.Linear(2 * 64, N_CLASSES)
         _set_drop_path(model, config.drop_path)
+        if change is not None:
+            change(model)
         n_steps = _fit(model, head, images, labels, config, generator, report, keep or _keep_nothing)
     _set_drop_path(model, 0.0)
     model.eval()

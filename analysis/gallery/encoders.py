@@ -38,8 +38,8 @@ class Alike:
     @property
     def distance(self) -> Float64[np.ndarray, "layer layer"]:
         """Mean over the one-token kinds, or else over all, of 1 - cosine."""
-        kinds = [kind for kind in self.cosines if kind in ONE_TOKEN] or list(self.cosines)
-        distance = 1 - np.mean([self.cosines[kind].mean for kind in kinds], axis=0)
+        kinds: list[str] = [kind for kind in self.cosines if kind in ONE_TOKEN]
+        distance = 1 - np.mean([self.cosines[kind].mean for kind in kinds or self.cosines], axis=0)
         np.fill_diagonal(distance, 0)
         return (distance + distance.T) / 2
 

@@ -113,8 +113,8 @@ def localisation_section(found: Localised, origin: Origin) -> Section:
                     maps, unit="linear CKA, unbiased", limits=(0, max(0.05, _largest(maps.values()))), columns=4
                 ),
                 caption="Each picture is the grid of patches, for one token at one layer: at a corner, a border, "
-                "inside and at the centre. White: a patch whose pixels are the same in all images. Pixels come back from "
-                f"state 0 in {seen} directions of a patch's values.",
+                "inside and at the centre. White: a patch whose pixels are the same in all images. Pixels come back "
+                f"from state 0 in {seen} directions of a patch's values.",
                 origin=origin,
             ),
             Figure(
