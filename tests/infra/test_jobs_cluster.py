@@ -30,6 +30,7 @@ from tests.s3_servers import S3Server
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 N_IMAGES, N_SHARDS = 240, 30
+HALF = "ARGS='--cpus-per-worker 1'"  # else the workers of one job take all of the machine, and the other's wait
 PACE_S = 10.0
 CLIENT_S = 900
 
@@ -140,20 +141,20 @@ def test_two_jobs_of_one_store(
     client: Client, cluster: RayCluster, paced: Paced, images: Path, undisturbed: str, store: str
 ) -> None:
     objects = open_objects(store)
-    first = client.submit_detached(command_of(images, store))
+    first = client.submit_detached(command_of(images, store, HALF))
     heartbeat = await_work(objects)
 
-    code, said = client.run("submit", command_of(images, store))
+    code, said = client.run("submit", command_of(images, store, HALF))
     assert code == ExitCode.BAD_INPUT, said
     assert f"is being written by another job (run {heartbeat.run_id}, process {heartbeat.pid}" in said
     assert "JOIN=1" in said
     assert f"{first} runs the same command" in said
 
-    code, said = client.run("submit", command_of(images, store, "JOIN=1", "PRECISION=float32"))
+    code, said = client.run("submit", command_of(images, store, HALF, "JOIN=1", "PRECISION=float32"))
     assert code == ExitCode.BAD_INPUT, said
     assert "precision" in said
 
-    second = client.submit_detached(command_of(images, store, "JOIN=1"))
+    second = client.submit_detached(command_of(images, store, HALF, "JOIN=1"))
     assert wait_for(lambda: len(shards_by_run(objects)) == 2, timeout_s=CLIENT_S)
     paced.pace_s = 0
     code, said = client.run("logs", second)
@@ -168,7 +169,7 @@ def test_two_jobs_of_one_store(
     assert sorted(shard for shards in done.values() for shard in shards) == list(range(N_SHARDS)), "each one once"
     assert len([shards for shards in done.values() if shards]) == 2, done
 
-    code, said = client.run("submit", command_of(images, store, "PRECISION=float32"))
+    code, said = client.run("submit", command_of(images, store, HALF, "PRECISION=float32"))
     assert code == ExitCode.BAD_INPUT, said
     assert "precision" in said
     code, said = client.run("jobs")
