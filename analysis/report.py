@@ -13,7 +13,7 @@ from analysis.page import Cell, Figure, Origin, Section, Table
 from analysis.partitions import segments_of, spans_text
 from analysis.phase_report import Phases
 from analysis.plots import Curve, curves, depth_overview, heat_maps
-from analysis.spectra import spectrum
+from analysis.spectra import Covariances, expected_participation_ratio, spectrum
 
 _N_SINGULAR = 50
 
@@ -279,13 +279,14 @@ def spectra_section(findings: Findings, phases: Phases, origin: Origin) -> Secti
                 origin=origin,
             )
         )
-        rows += [[kind, layer, found.n, *one.values()] for layer, one in zip(layers, scalars[kind])]
+        rows += [[kind, layer, found.n, *one.values(), _most(found)] for layer, one in zip(layers, scalars[kind])]
     parts.append(
         Table(
             name="spectra",
             title="Six scalars",
-            caption="Per kind and layer; n is the number of vectors.",
-            columns=["kind", "layer", "n", *(name.replace("_", " ") for name in names)],
+            caption="Per kind and layer; n is the number of vectors, the limit the participation ratio of as many "
+            "independent isotropic ones.",
+            columns=["kind", "layer", "n", *(name.replace("_", " ") for name in names), "isotropic limit"],
             rows=rows,
             origin=origin,
         )
@@ -293,11 +294,17 @@ def spectra_section(findings: Findings, phases: Phases, origin: Origin) -> Secti
     return Section(
         title="Spectra",
         text=[
-            f"{kind}: {found.n:,} vectors of {found.mean.shape[1]} channels."
+            f"{kind}: {found.n:,} vectors of {found.mean.shape[1]} channels; so many independent ones without a "
+            f"preferred direction have a participation ratio of {_most(found):.1f} (Marchenko and Pastur). Kinds with "
+            "other limits are to be compared as shares of theirs."
             for kind, found in findings.covariances.items()
         ],
         parts=parts,
     )
+
+
+def _most(found: Covariances) -> float:
+    return expected_participation_ratio(found.mean.shape[1], found.n)
 
 
 def _crossing_statement(findings: Findings, cuts: Sequence[float]) -> list[str]:

@@ -80,7 +80,7 @@ def save_page(out: Objects, title: str, facts: dict[str, str], sections: list[Se
 
 
 def _of_records(path: Path, command: str) -> tuple[list[Section], list[EpochRecord]]:
-    from analysis.training.sections import spectra_over_training  # torch and timm take seconds to import
+    from analysis.training.spectra_sections import spectra_over_training  # torch and timm take seconds to import
 
     try:
         text = path.read_text()
@@ -98,12 +98,8 @@ def _of_checkpoints(
 ) -> tuple[list[Section], list[EpochRecord]]:
     from analysis.training.measure import MeasureSettings
     from analysis.training.runs import measure_run
-    from analysis.training.sections import (
-        paths_section,
-        sample_size_section,
-        spectra_over_training,
-        training_section,
-    )
+    from analysis.training.sections import paths_section, training_section
+    from analysis.training.spectra_sections import decay_section, sample_size_section, spectra_over_training
     from trainer.teacher_checkpoints import read_checkpoints
 
     checkpoints = read_checkpoints(folder)
@@ -129,6 +125,7 @@ def _of_checkpoints(
     return [
         training_section([run], origin),
         spectra_over_training(run.records, origin),
+        decay_section(run, origin),
         sample_size_section(last.n_vectors, last.plane.axes.shape[1], last.record, origin),
         paths_section(run, origin),
     ], run.records

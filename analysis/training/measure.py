@@ -37,6 +37,8 @@ from pipeline.preprocess import normalise
 from pipeline.teacher import Teacher
 
 FORMAT = 1
+#: Singular values that are kept of each tap, as the paper draws.
+N_SINGULAR = 50
 _BATCH = 64
 
 
@@ -92,6 +94,7 @@ class Measured:
         phases: Of the distances over CLS and patch means, layers 1 to L.
         record: Scalars at the taps, over the fixed choice of images.
         n_vectors: Rows of each tap's covariance.
+        singular_values: The first 50 at each tap: square roots of the covariance's eigenvalues, descending.
         cls_path: Mean CLS state at each tap from PosEmbed on, over the fixed choice of 100 images: (tap, dim).
         plane: Of the CLS states at these taps, image by image.
         raptor: Its fit; None if none was asked for.
@@ -103,6 +106,7 @@ class Measured:
     phases: PhaseClarity
     record: EpochRecord
     n_vectors: Mapping[str, int]
+    singular_values: Mapping[str, Float64[np.ndarray, " direction"]]
     cls_path: Float64[np.ndarray, "tap dim"]
     plane: Plane
     raptor: RaptorFit | None
@@ -160,7 +164,7 @@ def measure_checkpoint(
         progress: Told of each step of the Raptor.
     """
     cosines, phases = _similarity(teacher, held_out, settings.k)
-    record, n_vectors = _spectra(teacher, held_out, epoch)
+    spectra = _spectra(teacher, held_out)
     cls_states = _cls_states(teacher, held_out)
     raptor = None
     if settings.raptor_steps:
@@ -174,8 +178,9 @@ def measure_checkpoint(
         images_digest=sha256(held_out.numpy().tobytes()).hexdigest(),
         cosines=cosines,
         phases=phase_clarity(phases),
-        record=record,
-        n_vectors=n_vectors,
+        record=EpochRecord(epoch=epoch, scalars=spectra.scalars()),
+        n_vectors=spectra.n_vectors(),
+        singular_values=spectra.singular_values(N_SINGULAR),
         cls_path=cls_states.mean(axis=0),
         plane=fit_plane(cls_states),
         raptor=raptor,
@@ -196,12 +201,12 @@ def _similarity(teacher: Teacher, images: Images, k: int) -> tuple[dict[str, np.
     return cosines, find_phases((distance + distance.T).clip(0) / 2, k, None, DEFAULT_OBJECTIVE)
 
 
-def _spectra(teacher: Teacher, images: Images, epoch: int) -> tuple[EpochRecord, dict[str, int]]:
+def _spectra(teacher: Teacher, images: Images) -> TapSpectra:
     spectra = TapSpectra(tap_names(teacher.n_layers - 1), teacher.dim)
     chosen = images[fixed_subset(len(images), N_SPECTRA, SPECTRA_SEED)]
     for part in chosen.split(_BATCH):
         spectra.update(tap_states(teacher.model, normalise(part, teacher.preprocessing).to(teacher.device)))
-    return EpochRecord(epoch=epoch, scalars=spectra.scalars()), spectra.n_vectors()
+    return spectra
 
 
 def _cls_states(teacher: Teacher, images: Images) -> np.ndarray:
@@ -245,6 +250,7 @@ def from_json(text: str) -> Measured:
             scalars={tap: SpectralScalars(**one) for tap, one in record["scalars"].items()},
         ),
         n_vectors=found["n_vectors"],
+        singular_values={tap: np.array(one) for tap, one in found["singular_values"].items()},
         cls_path=np.array(found["cls_path"]),
         plane=Plane(**{name: np.array(one) for name, one in plane.items()}),
         raptor=None if raptor is None else _raptor_from(raptor),

@@ -1,87 +1,16 @@
-"""What a page shows of a training: curves over epochs, trends tap by tap, ways of the CLS token, and statements."""
+"""What a page shows of trainings: losses, similarity, fits over the epochs, ways of the CLS token, and statements."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from analysis.page import Cell, Figure, Origin, Section, Table
-from analysis.plots import Curve, curves, depth_curves, heat_maps, plane_paths
-from analysis.spectra import expected_participation_ratio
-from analysis.training.records import EpochRecord, curves_of
+from analysis.plots import Curve, curves, heat_maps, plane_paths
 from analysis.training.runs import Point, Run
+from analysis.training.spectra_sections import percent
 from analysis.training.taps import tap_names, tap_title
-from analysis.training.trends import STATED, Trend, lead, trends, turned_everywhere
 
-_WAYS = {1: "rises", -1: "falls"}
 Column = tuple[str, Callable[[Point], Cell]]
-
-
-def spectra_over_training(records: Sequence[EpochRecord], origin: Origin) -> Section:
-    """Six scalars at each tap over the epochs, with the trends that the paper states and whether they hold.
-
-    Args:
-        records: Two epochs or more.
-        origin: Of all of it.
-    """
-    epochs = [one.epoch for one in records]
-    found = trends(records)
-    parts: list[Figure | Table] = []
-    for scalar, direction in STATED.items():
-        title = scalar.replace("_", " ")
-        lines = {tap_title(tap): values for tap, values in curves_of(records, scalar).items()}
-        parts.append(
-            Figure(
-                title=f"{title.capitalize()} over training",
-                svg=depth_curves(
-                    lines, x=epochs, x_name="epoch", y_name=f"{title}, nats" if scalar == "entropy" else title,
-                    log_y=scalar == "flatness",
-                ),
-                caption="Of the covariance of all tokens of all images at each tap; CLS final has one vector an image. "
-                f"Dark: first taps. The paper says that it {_WAYS[direction]} over training.",
-                origin=origin,
-            )
-        )  # fmt: skip
-    parts += [_trend_table(found, origin), _scalar_table(records, origin)]
-    return Section(title="Spectra over training", text=_trend_statements(records, found), parts=parts)
-
-
-def sample_size_section(n_vectors: Mapping[str, int], dim: int, record: EpochRecord, origin: Origin) -> Section:
-    """How much of a tap's participation ratio its number of vectors allows: what taps may be compared in.
-
-    Args:
-        n_vectors: Rows of each tap's covariance.
-        dim: Channels.
-        record: Of one epoch.
-        origin: Of all of it.
-    """
-    rows: list[Sequence[Cell]] = []
-    for tap, n in n_vectors.items():
-        limit = expected_participation_ratio(dim, n)
-        ratio = record.scalars[tap].participation_ratio
-        rows.append([tap_title(tap), n, limit, ratio, ratio / limit])
-    low, high = min(n_vectors, key=lambda tap: n_vectors[tap]), max(n_vectors, key=lambda tap: n_vectors[tap])
-    limits = [expected_participation_ratio(dim, n_vectors[tap]) for tap in (low, high)]
-    return Section(
-        title="Sample size",
-        text=[
-            f"{n_vectors[low]:,} vectors of {dim} channels, as {tap_title(low)} has, reach a participation ratio of at "
-            f"most {limits[0]:.1f} where all directions are equal, {n_vectors[high]:,} as {tap_title(high)} has "
-            f"{limits[1]:.1f} (dim / (1 + dim / n), Marchenko and Pastur): {_percent(limits[0] / limits[1])} of it. "
-            "Tokens of one image are not independent, so that their number flatters."
-        ],
-        parts=[
-            Table(
-                name="sample_size",
-                title="What the number of vectors allows",
-                caption=f"At epoch {record.epoch}: participation ratio, and the most that so many independent "
-                "isotropic vectors would have.",
-                columns=["tap", "n", "isotropic limit", "participation ratio", "share of the limit"],
-                rows=rows,
-                origin=origin,
-            )
-        ],
-    )
 
 
 def paths_section(run: Run, origin: Origin) -> Section:
@@ -89,7 +18,7 @@ def paths_section(run: Run, origin: Origin) -> Section:
     plane = run.last.measured.plane
     names = [tap_title(tap) for tap in tap_names(len(run.last.measured.cls_path) - 2)[1:]]
     paths = {f"epoch {point.epoch}": plane.project(point.measured.cls_path) for point in run.points}
-    share = f"{_percent(plane.explained.sum())} of the variance of the CLS states of epoch {run.last.epoch}"
+    share = f"{percent(plane.explained.sum())} of the variance of the CLS states of epoch {run.last.epoch}"
     rows: list[Sequence[Cell]] = [
         [point.epoch, name, float(x), float(y)]
         for point, path in zip(run.points, paths.values(), strict=True)
@@ -107,8 +36,8 @@ def paths_section(run: Run, origin: Origin) -> Section:
                     paths,
                     points=names,
                     axis_names=(
-                        f"first principal direction, {_percent(plane.explained[0])} of the variance",
-                        f"second, {_percent(plane.explained[1])}",
+                        f"first principal direction, {percent(plane.explained[0])} of the variance",
+                        f"second, {percent(plane.explained[1])}",
                     ),
                 ),
                 caption="Mean over images, from the positions (square) over the blocks to the final norm; all "
@@ -300,85 +229,6 @@ def _overfitting(run: Run) -> list[str]:
 
 def _number(point: Point, column: str) -> float:
     return float(_BY_NAME[column](point))  # type: ignore[arg-type]
-
-
-def _trend_statements(records: Sequence[EpochRecord], found: dict[str, dict[str, Trend]]) -> list[str]:
-    text = []
-    for scalar, direction in STATED.items():
-        of_taps = found[scalar]
-        agree = [tap for tap, one in of_taps.items() if one.sign == direction]
-        turned = [
-            f"{tap_title(tap)} (epoch {one.peak_epoch}, {_percent(one.retreat)} back)"
-            for tap, one in of_taps.items()
-            if one.turned
-        ]
-        verdict = "holds" if len(agree) == len(of_taps) and not turned else "does not hold everywhere"
-        text.append(
-            f"{scalar.replace('_', ' ').capitalize()} {_WAYS[direction]} over training, says the paper: {verdict}. "
-            f"From epoch {records[0].epoch} to {records[-1].epoch} it {_WAYS[direction]} at {len(agree)} of "
-            f"{len(of_taps)} taps; it turns back at {', '.join(turned) if turned else 'none'}."
-        )
-    both = turned_everywhere(found)
-    if both:
-        text.append(
-            "Ranks and anisotropy all turn back, so that the sentence is wrong in whatever is looked at, at "
-            f"{', '.join(map(tap_title, both))}."
-        )
-    highest, lowest = lead(records, "effective_rank"), lead(records, "anisotropy", -1)
-    final = list(records[0].scalars)[-1]
-    is_so = "holds" if highest.tap == lowest.tap == final else "does not hold"
-    text.append(
-        f"CLS final ends with the highest effective rank and the lowest anisotropy, says the paper: {is_so}. The "
-        f"highest rank is that of {tap_title(highest.tap)} since epoch {highest.since}, the lowest anisotropy that of "
-        f"{tap_title(lowest.tap)} since epoch {lowest.since}."
-    )
-    return text
-
-
-def _trend_table(found: dict[str, dict[str, Trend]], origin: Origin) -> Table:
-    return Table(
-        name="trends",
-        title="Trends",
-        caption="Sign of last - first; peak is the extreme in the stated direction, retreat the share of the way to it "
-        "that is lost again at the end; turned where that is 5 % or more from a peak before the last tenth.",
-        columns=["scalar", "tap", "first", "last", "sign", "peak", "peak epoch", "retreat", "turned"],
-        rows=[
-            [
-                scalar,
-                tap_title(tap),
-                one.first,
-                one.last,
-                one.sign,
-                one.peak,
-                one.peak_epoch,
-                one.retreat,
-                "yes" if one.turned else "",
-            ]
-            for scalar, of_taps in found.items()
-            for tap, one in of_taps.items()
-        ],
-        origin=origin,
-    )
-
-
-def _scalar_table(records: Sequence[EpochRecord], origin: Origin) -> Table:
-    names = list(STATED)
-    return Table(
-        name="epochs",
-        title="Scalars at every epoch",
-        caption="Of the covariance at each tap.",
-        columns=["epoch", "tap", *(name.replace("_", " ") for name in names)],
-        rows=[
-            [record.epoch, tap_title(tap), *(asdict(scalars)[name] for name in names)]
-            for record in records
-            for tap, scalars in record.scalars.items()
-        ],
-        origin=origin,
-    )
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
 
 
 def _slug(name: str) -> str:

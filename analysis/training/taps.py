@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, Float64, Int64
 
 from analysis.spectra import CovarianceAccumulator, SpectralScalars
 from infra.console import UserError
@@ -105,6 +105,10 @@ class TapSpectra:
 
     def scalars(self) -> dict[str, SpectralScalars]:
         return {name: sums.result().scalars()[0] for name, sums in self._sums.items()}
+
+    def singular_values(self, n: int) -> dict[str, Float64[np.ndarray, " direction"]]:
+        """The first n of the centred data over sqrt(rows - 1), descending; fewer where there are fewer channels."""
+        return {name: np.sqrt(sums.result().eigenvalues()[0, :n]) for name, sums in self._sums.items()}
 
     def n_vectors(self) -> dict[str, int]:
         """Rows of each covariance: CLS_Final has one for an image, the others one for each token."""

@@ -56,6 +56,7 @@ def measured(epoch: int, similarity: float, r2: float | None, images: str = "sam
         phases=PhaseClarity(blocks="0-2,2-4", score=1.2, random_mean=1.1, random_std=0.1, within=0.9, across=0.5),
         record=record(epoch, [1.0 / (epoch + 1)] * (N_BLOCKS + 3)),
         n_vectors=dict.fromkeys(tap_names(N_BLOCKS), 100),
+        singular_values=dict.fromkeys(tap_names(N_BLOCKS), 4 * np.exp(-np.arange(5.0) / (epoch + 1))),
         cls_path=path,
         plane=fit_plane(path),
         raptor=fit,

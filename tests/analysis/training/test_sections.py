@@ -4,14 +4,10 @@ import numpy as np
 import pytest
 
 from analysis.page import Origin, Table, page_html
-from analysis.training import sections, study_sections
+from analysis.training import sections, spectra_sections, study_sections
 from analysis.training.runs import Run
-from analysis.training.sections import (
-    paths_section,
-    sample_size_section,
-    spectra_over_training,
-    training_section,
-)
+from analysis.training.sections import paths_section, training_section
+from analysis.training.spectra_sections import decay_section, sample_size_section, spectra_over_training
 from analysis.training.study_sections import rank_correlation, study_section, sweep
 from tests.analysis.training.planted import record, run
 
@@ -21,9 +17,10 @@ ORIGIN = Origin(data="planted", n_images=5, seed=0, command="make curves")
 @pytest.fixture(autouse=True)
 def _no_drawing(monkeypatch):
     """Matplotlib is not asked: test_doors draws a page."""
-    for name in ("curves", "depth_curves", "heat_maps"):
-        monkeypatch.setattr(sections, name, lambda *_, **__: b"<svg/>")
-    monkeypatch.setattr(study_sections, "curves", lambda *_, **__: b"<svg/>")
+    drawings = {sections: ("curves", "heat_maps", "plane_paths"), spectra_sections: ("depth_curves",)}
+    for module, names in {**drawings, study_sections: ("curves",)}.items():
+        for name in names:
+            monkeypatch.setattr(module, name, lambda *_, **__: b"<svg/>")
 
 
 def table(section, name: str) -> Table:
@@ -114,6 +111,18 @@ def test_ways_are_on_the_plane_of_the_last_checkpoint():
     np.testing.assert_allclose(
         [row[2:] for row in found.rows if row[0] == 0], last.plane.project(several.points[0].measured.cls_path)
     )
+
+
+def test_spectra_that_flatten_are_counted():
+    section = decay_section(run("p = 0", {0: (2.3, 0.9, None), 5: (0.5, 0.7, None)}), ORIGIN)
+    assert "larger at epoch 5 than at epoch 0 at 7 of 7 taps." in section.text[0]
+    rows = [row for row in table(section, "singular_values").rows if row[:2] == [5, "CLS final"]]
+    np.testing.assert_allclose([row[3] for row in rows], 4 * np.exp(-np.arange(5) / 6))
+    np.testing.assert_allclose([row[4] for row in rows], np.exp(-np.arange(5) / 6))
+    assert len(section.parts) == 5 + 1
+    falling = run("p = 0", {5: (2.3, 0.9, None), 6: (0.5, 0.7, None)})
+    steeper = Run(name="back", points=falling.points[::-1])
+    assert "at epoch 5 than at epoch 6 at 0 of 7 taps: none." in decay_section(steeper, ORIGIN).text[0]
 
 
 def study(similarities: list[list[float]], r2: float | None = 0.5) -> dict[float, list[Run]]:

@@ -67,6 +67,7 @@ def test_spectra_pool_all_tokens_and_merge(states):
         expected = values.sum() / values.max()
         assert both.scalars()[name].stable_rank == pytest.approx(expected, rel=1e-6)
         assert parts[0].scalars()[name].stable_rank == pytest.approx(expected, rel=1e-6)
+        np.testing.assert_allclose(both.singular_values(3)[name] ** 2, values[::-1][:3], rtol=1e-6)
 
 
 def test_the_fixed_choices_are_numpys_and_may_share_images():
