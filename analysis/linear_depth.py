@@ -24,7 +24,7 @@ class LinearSpan:
     Attributes:
         start: First state.
         stop: Last state.
-        eigenvalues: Of K, largest modulus first: below 1 a direction dies away, at 1 it stays, above it grows.
+        operator: K.
         by_power: Mean cosine on other images of K^p x_start to x_start+p, p = 1 to stop - start.
         by_endpoint: The same of the map that was fitted from x_start to x_start+p alone.
         by_identity: Of x_start itself.
@@ -32,14 +32,15 @@ class LinearSpan:
 
     start: int
     stop: int
-    eigenvalues: Complex128[np.ndarray, " dim"]
+    operator: Float64[np.ndarray, "dim dim"]
     by_power: Float64[np.ndarray, " power"]
     by_endpoint: Float64[np.ndarray, " power"]
     by_identity: Float64[np.ndarray, " power"]
 
-    @property
-    def moduli(self) -> Float64[np.ndarray, " dim"]:
-        return np.abs(self.eigenvalues)
+    def eigenvalues(self) -> Complex128[np.ndarray, " dim"]:
+        """Of K, largest modulus first: below 1 a direction dies away, at 1 it stays, above it grows."""
+        found = np.linalg.eigvals(self.operator).astype(np.complex128)
+        return found[np.argsort(-np.abs(found), kind="stable")]
 
 
 def fit_operator(
@@ -100,11 +101,10 @@ def linear_span(
         by_power.append(_cosine(predicted, tested[:, layer]))
         by_endpoint.append(_cosine(first @ alone.T, tested[:, layer]))
         by_identity.append(_cosine(first, tested[:, layer]))
-    eigenvalues = np.linalg.eigvals(operator).astype(np.complex128)
     return LinearSpan(
         start=start,
         stop=stop,
-        eigenvalues=eigenvalues[np.argsort(-np.abs(eigenvalues), kind="stable")],
+        operator=operator,
         by_power=np.array(by_power),
         by_endpoint=np.array(by_endpoint),
         by_identity=np.array(by_identity),

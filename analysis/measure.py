@@ -16,12 +16,15 @@ from analysis.dynamics import (
     DynamicsAccumulator,
     angular_updates,
 )
-from analysis.pass_over import ONE_TOKEN, Analysis, States, batches, pass_over, stop_after
+from analysis.pass_over import ONE_TOKEN, Analysis, States, batches, pass_nbytes, pass_over, slice_values, stop_after
 from analysis.similarity import BATCH_ROWS, LEAST_ROWS, Cka, CkaAccumulator, CosineAccumulator
 from analysis.spectra import CovarianceAccumulator, Covariances
 from infra.console import UserError
 from storage_schemas import Store
 from storage_schemas.spec import Kind, StoreSpec
+
+# Of a batch in float64, that measuring dynamics holds at a time: states, directions, updates, their directions.
+_COPIES = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,6 +326,24 @@ def measure_shares(
         for found in run(asked.angle_shares(batch_rows), sums.directions.result()):
             sums.merge(found)
     return asked.result(sums)
+
+
+def measure_nbytes(spec: StoreSpec, n_classes: int, batch_rows: int = BATCH_ROWS) -> int:
+    """Bytes that `measure_store` holds at most: 1.6 GB for ViT-B/14 and 1,000 classes, however many images there are.
+
+    States as they are read, the sums, and what is made of a batch of the one-token kinds or of a slice of the others.
+    """
+    n, dim = len(spec.layers), spec.dim
+    one = [kind for kind in ONE_TOKEN if kind in spec.token_kinds]
+    rows = max(1, batch_rows // spec.samples_per_chunk) * spec.samples_per_chunk if one else 0
+    products = len(spec.token_kinds) * 16 * n * dim * (dim + 1)
+    directions = 24 * n_classes * n * dim if one else 0
+    values = 8 * max(rows * n * dim, slice_values(spec, batch_rows))
+    kernels = 8 * n * rows**2
+    made = max(_COPIES * values, kernels + values, 8 * rows * n * n_classes + 3 * values)
+    reading = pass_nbytes(spec, spec.token_kinds, batch_rows=batch_rows) + made + 8 * n * dim**2
+    ending = products + 24 * n * dim**2  # the covariances, beside the sums that they are made of
+    return products + directions + max(reading, ending)
 
 
 def check_images(store: Store) -> None:

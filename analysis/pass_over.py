@@ -130,6 +130,14 @@ def pass_nbytes(
     return 2 * max(batch * one, window * wide)
 
 
+def slice_values(spec: StoreSpec, batch_rows: int = BATCH_ROWS) -> int:
+    """Values of registers or patches that an analysis is given at a time, at most."""
+    wide = [_n_tokens(spec, kind) for kind in spec.token_kinds if kind not in ONE_TOKEN]
+    row = len(spec.layers) * spec.dim * max(wide, default=0)
+    rows = max(1, batch_rows // spec.samples_per_chunk) * spec.samples_per_chunk
+    return min(rows, max(1, _SLICE_NBYTES // (4 * row))) * row if wide else 0
+
+
 def _wanted(rows: np.ndarray, analyses: Sequence[Analysis]) -> np.ndarray:
     stops = [analysis.stop for analysis in analyses]
     known = [stop for stop in stops if stop is not None]

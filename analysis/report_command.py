@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping
 
-from analysis.measure import Findings, measure_store
+from analysis.measure import Findings, class_numbers, measure_nbytes, measure_store
 from analysis.page import Origin, Section, Table, page_html, table_csv
 from analysis.partitions import MIN_SIZE
-from analysis.pass_over import pass_nbytes
 from analysis.phase_report import Phases, find_phases
 from analysis.phases import DEFAULT_OBJECTIVE
 from analysis.places import DEFAULT_STORE, make_command, open_out, open_train, store_name
@@ -59,6 +58,7 @@ def report_command(
         endpoint_url: S3 endpoint, such as http://127.0.0.1:9000; None is AWS_ENDPOINT_URL, else Amazon's.
     """
     from analysis.report_models import load_models, model_sections  # torch and timm take seconds to import
+    from analysis.report_paths import path_sections
 
     use_endpoint(endpoint_url)
     place = out or f"{DEFAULT_OUT}/{store_name(store)}"
@@ -79,7 +79,9 @@ def report_command(
         "LIMIT": limit if limit != LIMIT else None,
     }
     command = make_command("report", typed)
-    sections, facts, phases = _store_sections(source, k, limit, wide_limit, command, cluster)
+    found = _measure(source, limit, wide_limit, cluster)
+    sections, facts, phases = _store_sections(source, found, k, command)
+    sections += path_sections(source, found, phases, limit, command)
     sections += model_sections(source, models, phases, model_limit, seed, command)
     _save(saved, f"{source.spec.teacher} on {source.location}", facts, sections)
     n_figures = sum(not isinstance(part, Table) for section in sections for part in section.parts)
@@ -89,9 +91,8 @@ def report_command(
 
 
 def _store_sections(
-    store: Store, k: int, limit: int, wide_limit: int, command: str, cluster: str | None
+    store: Store, found: Findings, k: int, command: str
 ) -> tuple[list[Section], dict[str, str], Phases]:
-    found = _measure(store, limit, wide_limit, cluster)
     try:
         phases = find_phases(found.distance[1:, 1:], k, None, DEFAULT_OBJECTIVE)
     except ValueError as error:  # an objective that is not defined on these distances
@@ -120,8 +121,8 @@ def _store_sections(
 
 
 def _measure(store: Store, limit: int, wide_limit: int, cluster: str | None) -> Findings:
-    states = pass_nbytes(store.spec, store.spec.token_kinds)
-    say(f"one pass over {store.location}: {human_bytes(states)} of states at a time")
+    memory = measure_nbytes(store.spec, class_numbers(store)[1])
+    say(f"one pass over {store.location}: at most {human_bytes(memory)} of memory for states and sums")
     if cluster is not None:
         from analysis.pass_ray import measure_on_ray  # ray takes a second to import
 

@@ -24,6 +24,7 @@ from analysis.model_report import (
 from analysis.page import Origin, Section
 from analysis.phase_report import Phases
 from analysis.positions.map_section import map_section, position_maps
+from analysis.report_paths import final_norm_section
 from analysis.vision.report import vision_sections
 from infra.console import Progress, UserError, say
 from infra.objects import ObjectError
@@ -57,6 +58,7 @@ def model_sections(
             )
         beside = Origin(data=f"{store.location} and {raptor.name}", n_images=total, seed=None, command=command)
         sections.append(raptor_section(raptor.name, compared, beside))
+    sections.append(final_norm_section(models[TEACHER], store, phases, limit, command))
     sections += _attention(models[TEACHER], x, origin)
     sections += vision_sections(store, models[TEACHER], limit, seed, command)
     sections += _positions(models[TEACHER], store.location, seed, command)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 from pathlib import Path
 
@@ -13,9 +14,17 @@ from analysis.report_command import PAGE
 from infra.console import UserError
 from infra.objects import open_objects
 from pipeline.teacher import load_teacher
+from tests.s3_servers import read_only_environment
 from tests.stores import make_spec, write_planted
 
-SECTIONS = ["Phases, angular speed and CKA", "Similarity", "Dynamics", "Spectra"]
+SECTIONS = [
+    "Phases, angular speed and CKA",
+    "Similarity",
+    "Dynamics",
+    "Spectra",
+    "Paths",
+    "Depth as a linear system",
+]
 VISION = ["Sub-layers", "Localisation", "Linear probes", "Effective receptive field", "Without skip connections"]
 
 
@@ -43,6 +52,7 @@ def test_a_store_without_teacher_has_its_page_and_tables(tmp_path, capsys):
     assert tables == sorted(
         [f"cosine_{kind}.csv" for kind in ("cls", "registers", "patches", "patch_mean")]
         + ["cka_cls.csv", "cka_patch_mean.csv", "cka_cls_patch_mean.csv", "dynamics.csv", "spectra.csv"]
+        + ["paths.csv", "linear_depth.csv", "linear_eigenvalues.csv"]
     )
     with (tmp_path / "out/tables/cosine_cls.csv").open() as file:
         rows = list(csv.reader(file))
@@ -113,6 +123,34 @@ def test_states_that_have_no_direction_are_named(tmp_path, monkeypatch):
         report(tmp_path / "store", tmp_path / "out")
 
 
+@pytest.mark.s3
+def test_a_store_on_s3_is_reported_with_credentials_that_may_only_read(tmp_path, rclone, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    bucket = rclone.make_bucket()
+    with monkeypatch.context() as patch:
+        for name, value in rclone.environment.items():
+            patch.setenv(name, value)
+        write(f"s3://{bucket}/store")
+    for name, value in read_only_environment(rclone, bucket).items():
+        monkeypatch.setenv(name, value)
+    began = len(rclone.log)
+    page = report(f"s3://{bucket}/store", tmp_path / "out")
+    mine = [entry for entry in rclone.log[began:] if entry.bucket == bucket]
+    assert mine
+    assert {entry.method for entry in mine} <= {"GET", "HEAD"}
+    write(tmp_path / "store")
+    report(tmp_path / "store", tmp_path / "local")
+    tables = sorted(path.name for path in (tmp_path / "local/tables").iterdir())
+    for name in tables:
+        assert (tmp_path / "out/tables" / name).read_bytes() == (tmp_path / "local/tables" / name).read_bytes(), name
+    assert f"s3://{bucket}/store" in page
+    with pytest.raises(UserError, match=f"OUT=s3://{bucket}/store/x lies in a store"):
+        main(["report", "--store", f"s3://{bucket}/store", "--out", f"s3://{bucket}/store/x", "--k", "2"])
+    with pytest.raises(UserError, match=f"OUT=s3://{bucket}/out: .*"):
+        main(["report", "--store", f"s3://{bucket}/store", "--out", f"s3://{bucket}/out", "--k", "2"])
+
+
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     """A store of 48 digits with its teacher."""
@@ -128,6 +166,7 @@ def test_a_store_with_its_teacher_shows_what_the_teacher_does(digits, tmp_path):
     page = report(digits, tmp_path / "out", "--model-limit", "8")
     assert re.findall(r"<h2>(.*?)</h2>", page) == [
         *SECTIONS,
+        "Dynamics after the final norm",
         "Attention and branches",
         *VISION,
         "Positions of patches",

@@ -1,0 +1,52 @@
+"""The part of a report that reads single tokens of some images again: their paths, and depth as a linear system."""
+
+import numpy as np
+
+from analysis.linear_depth import linear_span, linear_windows
+from analysis.measure import Findings, class_numbers
+from analysis.page import Origin, Section
+from analysis.partitions import segments_of
+from analysis.pass_over import ONE_TOKEN
+from analysis.paths import normed_dynamics, project_paths
+from analysis.paths_report import WINDOW, linear_section, normed_section, paths_section
+from analysis.phase_report import Phases
+from analysis.report import phase_cuts
+from infra.console import Progress
+from pipeline.teacher import Teacher
+from storage_schemas import Store
+
+#: Images whose tokens are held, one kind at a time: 164 MB of ViT-B/14, and as much again where they are float64.
+PATH_LIMIT = 4_096
+
+
+def path_sections(store: Store, found: Findings, phases: Phases, limit: int, command: str) -> list[Section]:
+    """Paths of CLS by class, and linear operators along depth of the one-token kinds.
+
+    Raises:
+        StoreError, ObjectError: As `Store.read`.
+    """
+    rows = np.flatnonzero(store.valid)[: min(limit, PATH_LIMIT)]
+    origin = Origin(data=f"{store.location} ({store.spec.teacher})", n_images=len(rows), seed=None, command=command)
+    kinds = [kind for kind in ONE_TOKEN if kind in store.spec.token_kinds]
+    spans = segments_of(phases.chosen.groups) or []
+    length = min(WINDOW, len(store.layers) - 1)
+    sections, windows, of_phases = [], {}, {}
+    with Progress(total=len(kinds), unit="kinds", label="paths") as progress:
+        for kind in kinds:
+            states = store.read(None, rows, kind)[:, :, 0]
+            if kind == kinds[0] and len(rows) > 2:
+                numbers = class_numbers(store)[0][rows]
+                paths = project_paths(states, numbers)
+                sections = [paths_section(kind, paths, found.dynamics, found.basins, found.layers, origin)]
+            fitted, tested = np.array_split(states, 2)
+            windows[kind] = linear_windows(fitted, tested, length)
+            of_phases[kind] = [linear_span(fitted, tested, start, stop) for start, stop in spans]
+            progress.advance()
+    return [*sections, linear_section(windows, of_phases, origin)]
+
+
+def final_norm_section(teacher: Teacher, store: Store, phases: Phases, limit: int, command: str) -> Section:
+    """Dynamics of the first images' states after the teacher's final norm."""
+    rows = np.flatnonzero(store.valid)[:limit]
+    origin = Origin(data=f"{store.location} ({teacher.name})", n_images=len(rows), seed=None, command=command)
+    return normed_section(normed_dynamics(teacher, store, rows), store.layers, phase_cuts(phases), origin)
