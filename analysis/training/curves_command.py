@@ -108,7 +108,7 @@ def _of_checkpoints(
     if checkpoints[0].epoch != 0:
         say(f"{folder} has no checkpoint of epoch 0, the untrained model: the curves begin at {checkpoints[0].epoch}")
     settings = MeasureSettings(k=k, raptor_steps=raptor_steps, seed=seed)
-    with Progress(total=raptor_steps * len(checkpoints), unit="steps", label="checkpoints") as progress:
+    with Progress(total=(raptor_steps + 1) * len(checkpoints), unit="steps", label="checkpoints") as progress:
         run = measure_run(
             folder.name,
             checkpoints,
@@ -116,7 +116,7 @@ def _of_checkpoints(
             settings,
             device=device,
             began=lambda one: progress.say(f"epoch {one.epoch}: similarity, phases, spectra, Raptor"),
-            kept=lambda one: progress.advance(raptor_steps),
+            kept=lambda one: progress.advance(raptor_steps + 1),
             progress=progress.advance,
         )
     data = f"digits, held-out, for {len(checkpoints)} checkpoints of {folder}"

@@ -76,7 +76,7 @@ def measure_run(
         device: Where the teacher and the Raptor run.
         kept: Told of each checkpoint that had been measured.
         began: Told of each other one before it is measured.
-        progress: Told of each step of a Raptor.
+        progress: Told of each step of a Raptor, and of one more for each checkpoint that is measured.
 
     Raises:
         UserError: What was there had been measured on other images.
@@ -93,6 +93,8 @@ def measure_run(
             measured = _measure(checkpoint, settings, device, progress)
             document = {"of": _of(checkpoint, settings), "measured": to_json(measured)}
             place.put(measured_key(checkpoint), dumps(document).encode())
+            if progress is not None:
+                progress(1)
         points.append(Point(checkpoint=checkpoint, measured=measured))
     check_same_images([point.measured for point in points], name)
     return Run(name=name, points=points)
