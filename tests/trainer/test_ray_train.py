@@ -3,14 +3,17 @@
 import json
 import os
 import signal
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
+from infra.cluster import connected
 from infra.console import JobError, UserError
 from infra.objects import FolderObjects, open_objects
+from tests.ray_nodes import patient_raylets
 from tests.trainer.ranks import run_ranks
 from tests.trainer.test_workers import all_samples, go
 from tests.trainer.tiny import tiny_config, write_tiny_pair
@@ -83,6 +86,18 @@ def quick_ray(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
 
 
+@pytest.fixture
+def ray_with_keys(s3_location: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Keys are never sent to workers, who find them where they are; here in what Ray was started with."""
+    import ray
+
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    ray.shutdown()
+    with patient_raylets(), connected("local", n_cpus=4, dashboard=False):
+        yield
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_nothing_is_lost(
@@ -143,22 +158,22 @@ def test_it_stops_when_asked_and_goes_on_with_another_number(quick_ray: None, st
 
 @pytest.mark.ray
 @pytest.mark.slow
+def test_a_run_that_no_other_machine_sees_is_refused(quick_ray: None, store: str, tmp_path: Path) -> None:
+    """As on a cluster of several machines, whose folders differ: the place that was claimed is not there."""
+    with pytest.raises(JobError, match="not there on the machine of the first worker"):
+        train_on_ray(CONFIG, Watched(store, str(tmp_path)), str(tmp_path / "elsewhere"), n_workers=2, device="cpu")
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 @pytest.mark.s3
-def test_a_run_in_s3_resumes_too(s3_location: str, quick_ray: None, tmp_path: Path) -> None:
+def test_a_run_in_s3_resumes_too(s3_location: str, ray_with_keys: None, tmp_path: Path) -> None:
     store = write_tiny_pair(f"{s3_location}/store")
     run = claimed_run(store, f"{s3_location}/run")
     watched = Watched(store, str(tmp_path), kill_at=5)
     assert train_on_ray(CONFIG, watched, run.location, n_workers=2, device="cpu")
     assert run.read_result() is not None
     assert len(all_samples(watched.samples(1))) == 6
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_run_that_no_other_machine_sees_is_refused(quick_ray: None, store: str, tmp_path: Path) -> None:
-    """As on a cluster of several machines, whose folders differ: the place that was claimed is not there."""
-    with pytest.raises(JobError, match="not there on the machine of the first worker"):
-        train_on_ray(CONFIG, Watched(store, str(tmp_path)), str(tmp_path / "elsewhere"), n_workers=2, device="cpu")
 
 
 def test_what_the_cluster_cannot_hold_is_refused() -> None:
