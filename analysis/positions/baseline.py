@@ -1,4 +1,4 @@
-"""What a linear rule reaches on the planted data: fitted by logistic regression, and the best there is, exactly.
+"""What a linear rule reaches on the planted data: fitted by logistic regression, and by adding up, exactly.
 
 Theorem 3.1 of Jelassi et al.: any generalised linear model errs with probability 1/8 at least, as false signs of all
 the patches that it adds up drown the few that agree.
@@ -29,11 +29,10 @@ def linear_error(
     return np.array(errors)
 
 
-def best_linear_error(setup: Planted) -> float:
-    """Error of sign(sum_j <w*, X_j>), with a fair coin on 0: what a linear rule reaches that knows w*.
+def sum_rule_error(setup: Planted) -> float:
+    """Error of sign(sum_j <w*, X_j>), with a fair coin on 0: the linear rule that knows w* and treats patches alike.
 
-    P(C + sum of D - C false signs < 0) + P(= 0) / 2, by convolution of their distributions. As no patch differs from
-    another, weights that differ between patches are no better on average than equal ones.
+    P(C + sum of D - C false signs < 0) + P(= 0) / 2, by convolution of their distributions.
     """
     n = setup.n_patches - setup.set_size
     of_sum = np.ones(1)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.positions.baseline import best_linear_error, linear_error
+from analysis.positions.baseline import linear_error, sum_rule_error
 from analysis.positions.images import LabelledImages
 from analysis.positions.planted import Drawn, Planted, draw_gaussian, draw_planted, grid_sets
 from analysis.positions.simple_model import Course, Descent, train_simple
@@ -103,7 +103,7 @@ def transfer_experiment(n: int, n_steps: int, few: Sequence[int], seed: int) -> 
         return {
             **_numbers(source),
             "linear": linear,
-            "best_linear": best_linear_error(WIDE),
+            "sum_rule": sum_rule_error(WIDE),
             "few": list(few),
             "kept": [float(one) for one in kept],
             "anew": [float(one) for one in anew],

@@ -61,7 +61,7 @@ def load_images(place: str) -> LabelledImages:
     """The built-in digits, or a folder with CIFAR's binary files.
 
     The digits are scikit-learn's 8 x 8, one patch for each pixel: the finest places there are. CIFAR is cut into 8 x 8
-    patches of 4 px.
+    patches of 4 px; it takes 0.8 GB, and twice that while it is read.
 
     Args:
         place: "digits", or a folder.
@@ -103,13 +103,15 @@ def _load_cifar(folder: Path) -> LabelledImages:
     test, test_labels = _read_binary(folder, test_files, n_labels, n_classes, problems)
     if problems:
         raise UserError("\n  ".join([f"IMAGES={folder} is not as {found[0]}'s binary version is:", *problems]))
-    mean = train.mean(axis=(0, 2, 3), keepdims=True, dtype=np.float64)
-    std = train.std(axis=(0, 2, 3), keepdims=True, dtype=np.float64)
+    mean, std = (
+        of_channels(train, axis=(0, 2, 3), keepdims=True, dtype=np.float64).astype(np.float32)
+        for of_channels in (np.mean, np.std)
+    )
     return LabelledImages(
         name=found[0],
-        train=((train - mean) / std).astype(np.float32),
+        train=(train - mean) / std,
         train_labels=train_labels,
-        test=((test - mean) / std).astype(np.float32),
+        test=(test - mean) / std,
         test_labels=test_labels,
         n_classes=n_classes,
         patch_side=4,

@@ -47,7 +47,7 @@ def positions_command(
             ("SEEDS", seeds, 1),
             ("EPOCHS", epochs, 1),
             ("STEPS", steps, 1),
-            ("--samples", samples, 4),
+            ("--samples", samples, 64),
             ("THREADS", threads, 1),
         )
         if value < least

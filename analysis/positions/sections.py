@@ -56,7 +56,7 @@ def gaussian_section(found: Sequence[Numbers], origin: Origin) -> Section:
 def transfer_section(found: Sequence[Numbers], origin: Origin) -> Section:
     """Linear rules err, attention does not, and what it has learned of places helps with new data: J6 and J7."""
     linear = float(np.mean([min(one["linear"]) for one in found]))
-    best = found[0]["best_linear"]
+    best = found[0]["sum_rule"]
     _, attention = _ends(found, "error")
     few = np.array(found[0]["few"], dtype=np.float64)
     kept, kept_spread = mean_and_spread([one["kept"] for one in found])
@@ -75,8 +75,8 @@ def transfer_section(found: Sequence[Numbers], origin: Origin) -> Section:
             f"{WIDE.set_size}, false signs with probability {WIDE.q:g}.",
             "Jelassi et al., theorem 3.1: every generalised linear model errs on an eighth or more. Here "
             f"{'that holds' if min(linear, best) >= 1 / 8 else 'that does not hold'}: logistic regression, at the "
-            f"best of its penalties for the test data, errs on {linear:.3f}, and the best linear rule that knows the "
-            f"direction on {best:.3f} (exact); positional attention reaches {attention:.3f}.",
+            f"best of its penalties for the test data, errs on {linear:.3f}, and the sum of all patches along the "
+            f"label's own direction on {best:.3f} (exact); positional attention reaches {attention:.3f}.",
             "Theorem 5.1: with the same sets and a new direction, attention that was learned before needs few "
             f"samples. Here {'that holds' if wins > 0.9 * pairs else 'that does not hold'}: at {int(few[0])} samples "
             f"the error is {kept[0]:.3f} with it, {anew[0]:.3f} with attention that begins anew, and it is lower in "
@@ -89,7 +89,7 @@ def transfer_section(found: Sequence[Numbers], origin: Origin) -> Section:
                     {
                         "attention kept from before": (few, kept, kept_spread),
                         "attention learned anew": (few, anew, anew_spread),
-                        "the best linear rule": (few, np.full(len(few), best), None),
+                        "the sum along the true direction": (few, np.full(len(few), best), None),
                     },
                     x_name="samples of the new data",
                     y_name="error",

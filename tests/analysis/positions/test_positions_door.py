@@ -1,7 +1,9 @@
 """`make positions`: a page of what the experiments found, what is kept of them, and what is refused."""
 
+import base64
 import json
 import re
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import pytest
 import analysis.positions.images
 from analysis.__main__ import main
 from analysis.page import Origin
+from analysis.plots import pictures
 from analysis.positions import experiments, sections
 from analysis.positions.experiments import Experiment, run_experiments
 from analysis.positions.sections import (
@@ -39,7 +42,7 @@ def _small(monkeypatch):
 
 @pytest.fixture
 def _undrawn(monkeypatch):
-    """Sections without their drawings, which take a second each; the page of the door has them."""
+    """Sections without their drawings, which take a second each; `a_page_with_its_drawings` (slow) has them."""
     for name in ("curves", "pictures"):
         monkeypatch.setattr(sections, name, lambda *_, **__: b"<svg/>")
 
@@ -54,7 +57,7 @@ def counted(name: str, calls: list[str], value: float = 1.0, **settings: float) 
     return Experiment(name=name, settings=settings, run=lambda tell: calls.append(name) or {"value": value})
 
 
-@pytest.mark.usefixtures("_small")
+@pytest.mark.usefixtures("_small", "_undrawn")
 def test_a_page_with_all_experiments_and_nothing_done_twice(tmp_path, monkeypatch, capsys):
     page = positions(tmp_path)
     assert re.findall(r"<h2>(.*?)</h2>", page) == SECTIONS
@@ -78,6 +81,24 @@ def test_a_page_with_all_experiments_and_nothing_done_twice(tmp_path, monkeypatc
         monkeypatch.setattr(experiments, name, never)
     assert positions(tmp_path) == page
     assert {path.name: path.read_bytes() for path in (tmp_path / "experiments").iterdir()} == kept
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_small")
+def test_a_page_with_its_drawings(tmp_path):
+    page = positions(tmp_path)
+    drawn = [base64.b64decode(one) for one in re.findall(r"data:image/svg\+xml;base64,([^\"]+)", page)]
+    assert len(drawn) == page.count("<figure>") == 9
+    assert all(ElementTree.fromstring(one).tag.endswith("svg") for one in drawn)
+
+
+def test_pictures_are_svg_and_the_same_each_time():
+    values = {"a": np.array([[0.0, np.nan], [1.0, -1.0]]), "b": np.eye(3)}
+    one, again = (pictures(values, unit="cosine", limits=(-1, 1)) for _ in range(2))
+    assert one == again
+    text = ElementTree.fromstring(one)
+    assert text.tag.endswith("svg")
+    assert len(list(text.iter("{http://www.w3.org/2000/svg}image"))) == 3  # and the bar of colours
 
 
 def test_what_was_interrupted_is_done_and_the_rest_is_not(tmp_path):
@@ -173,7 +194,7 @@ def test_the_statement_of_the_control_follows_the_numbers(changes, expected):
     ],
 )
 def test_the_statements_of_transfer_follow_the_numbers(linear, anew, expected):
-    found = course(linear=[0.4, linear], best_linear=0.15, few=[16, 64], kept=[0.05, 0.02], anew=anew)
+    found = course(linear=[0.4, linear], sum_rule=0.15, few=[16, 64], kept=[0.05, 0.02], anew=anew)
     text = " ".join(transfer_section([found], ORIGIN).text)
     assert [part in text for part in expected] == [True, True]
 
