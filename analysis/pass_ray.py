@@ -16,7 +16,6 @@ from analysis.pass_over import BATCH_ROWS
 from infra.cluster import connected
 from infra.console import JobError, Progress, say
 from pipeline.locations import full_location
-from pipeline.rounds import worker_environment
 from storage_schemas import Store, open_store
 
 TRIES = 3  # of a share whose worker or machine is lost
@@ -38,6 +37,8 @@ def measure_on_ray(
         UserError: As there; or there is no cluster.
         JobError: A share was lost `TRIES` times.
     """
+    from pipeline.rounds import worker_environment  # torch comes with it, which no worker needs
+
     check_images(store)
     asked = StoreAnalyses(store, limit=limit, wide_limit=wide_limit)
     location = full_location(store.location)
@@ -90,7 +91,7 @@ def _get(done: ray.ObjectRef) -> Sums:
     try:
         return ray.get(done)
     except RayTaskError as error:
-        raise error.cause from None
+        raise error.cause from error
     except RayError as error:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise JobError(f"a share of the store was lost {TRIES} times: {first}") from error
