@@ -32,6 +32,7 @@ from pipeline.positions import positions_of
 from pipeline.teacher import Teacher, teacher_from_files
 from storage_schemas import Store
 from storage_schemas.errors import StoreError
+from trainer.machine import torch_threads
 from trainer.raptor_teacher import RaptorTeacher, raptor_teacher
 
 COMPARE_LIMIT = 1_024
@@ -45,6 +46,17 @@ def model_sections(
     if not models:
         say(f"{store.location} holds no teacher: no self-correction, layer swap or Raptor")
         return []
+    before = torch.get_num_threads()
+    torch.set_num_threads(torch_threads(models[TEACHER].dim))  # a second one costs small models many times their work
+    try:
+        return _sections(store, models, phases, limit, seed, command)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _sections(
+    store: Store, models: Mapping[str, Teacher], phases: Phases, limit: int, seed: int, command: str
+) -> list[Section]:
     rows = np.flatnonzero(store.valid)[:limit]
     x = torch.from_numpy(store.read([0], rows, "all")[:, 0])
     origin = Origin(data=f"{store.location} ({', '.join(models)})", n_images=len(rows), seed=seed, command=command)

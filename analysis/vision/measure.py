@@ -55,9 +55,16 @@ def sub_layer_cka(store: Store, teacher: Teacher, limit: int, progress: Progress
 
 
 def local_batches(store: Store, limit: int, batch_rows: int) -> list[Int64[np.ndarray, " row"]]:
-    """The first images in batches that the unbiased HSIC is defined for."""
+    """The first images in batches that the unbiased HSIC is defined for.
+
+    Raises:
+        UserError: There is none.
+    """
     rows = np.flatnonzero(store.valid)[:limit]
-    return [run for run in batches(store.spec, rows, batch_rows) if len(run) >= LEAST_ROWS]
+    found = [run for run in batches(store.spec, rows, batch_rows) if len(run) >= LEAST_ROWS]
+    if not found:
+        raise UserError(f"{store.location} has no {LEAST_ROWS} valid images within {batch_rows} rows")
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +96,7 @@ def localise(store: Store, teacher: Teacher, limit: int, progress: Progress = No
         progress: Told 1 after each layer of each batch.
 
     Raises:
-        UserError: The embedding does not give pixels back.
+        UserError: The embedding does not give pixels back, or they are the same in all images.
     """
     n = store.spec.n_patches
     sums = {layer: LocalisationAccumulator(n, n) for layer in store.layers}
@@ -103,9 +110,12 @@ def localise(store: Store, teacher: Teacher, limit: int, progress: Progress = No
             sums[layer].update(patches, pixels.values)
             if progress is not None:
                 progress(1)
-    assert pixels is not None, "a report has 4 images or more"
+    by_layer = {layer: one.result() for layer, one in sums.items()}
+    assert pixels is not None, "there is a batch"
+    if not np.isfinite(by_layer[0].cka).any():
+        raise UserError(f"the pixels of {store.location} are the same in all images")
     return Localised(
-        by_layer={layer: one.result() for layer, one in sums.items()},
+        by_layer=by_layer,
         grid=teacher.grid,
         n_seen=pixels.n_seen,
         n_values=pixels.values.shape[-1],

@@ -5,7 +5,7 @@ each class are fitted; the strength s is the best of several on other images of 
 that on images that neither has seen. Source: Raghu et al. 2021, section 5 and appendix F (10 images of each class).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,8 +35,8 @@ def sign_targets(labels: Int64[np.ndarray, " row"], n_classes: int) -> Float64[n
 
 def ridge_path(
     x: Float[np.ndarray, "*probe row dim"], targets: Float64[np.ndarray, "row cls"], strengths: Sequence[float]
-) -> list[Ridge]:
-    """One fit for each strength, from one decomposition.
+) -> Iterator[Ridge]:
+    """One fit for each strength, from one decomposition; made one by one, as one may take 8 probe dim class bytes.
 
     Args:
         x: Rows to fit; further axes before them are probes of their own, with the same targets.
@@ -58,13 +58,14 @@ def ridge_path(
     unit = squares.mean(axis=-1, keepdims=True)
     # Directions that rounding alone gives, such as the one that centring takes, count as nothing.
     real = singular > singular[..., :1] * max(wide.shape[-2:]) * np.finfo(np.float64).eps
-    fits = []
-    for strength in strengths:
+
+    def fit(strength: float) -> Ridge:
         below = squares + strength * unit
         factor = np.divide(singular, below, out=np.zeros_like(singular), where=real & (below > 0))
         weights = np.swapaxes(right, -1, -2) @ (factor[..., None] * along)
-        fits.append(Ridge(weights=weights, bias=middle - (centre @ weights)[..., 0, :]))
-    return fits
+        return Ridge(weights=weights, bias=middle - (centre @ weights)[..., 0, :])
+
+    return (fit(strength) for strength in strengths)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +129,7 @@ def probe(
 ) -> Probed:
     """Fit a probe to each representation, tune it, and count how often it is right.
 
-    Ties between strengths go to the largest. Memory: 8 (probe row dim) bytes a few times over.
+    Ties between strengths go to the largest. Memory: 8 probe (row dim + dim class + row class) bytes a few times over.
 
     Args:
         train: Representations of the training rows.
@@ -140,9 +141,11 @@ def probe(
         strengths: As ridge_path.
     """
     fitted, tuned, tested = (np.swapaxes(one, 0, 1) for one in (train[shots.fit], train[shots.tune], test))
-    path = ridge_path(fitted, sign_targets(train_labels[shots.fit], n_classes), strengths)
-    right = [(fit.scores(tuned).argmax(axis=-1) == train_labels[shots.tune]).mean(axis=-1) for fit in path]
-    best = len(path) - 1 - np.argmax(right[::-1], axis=0)
-    scores = [(fit.scores(tested).argmax(axis=-1) == test_labels).mean(axis=-1) for fit in path]
+    ordered = sorted(strengths)
+    right, accuracies = [], []
+    for fit in ridge_path(fitted, sign_targets(train_labels[shots.fit], n_classes), ordered):
+        right.append((fit.scores(tuned).argmax(axis=-1) == train_labels[shots.tune]).mean(axis=-1))
+        accuracies.append((fit.scores(tested).argmax(axis=-1) == test_labels).mean(axis=-1))
+    best = len(ordered) - 1 - np.argmax(right[::-1], axis=0)
     each = np.arange(len(best))
-    return Probed(accuracy=np.array(scores)[best, each], strength=np.asarray(strengths)[best])
+    return Probed(accuracy=np.array(accuracies)[best, each], strength=np.asarray(ordered)[best])

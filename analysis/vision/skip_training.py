@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Float64, UInt8
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from analysis.similarity import minibatch_cka
 from analysis.vision.skips import WithoutSkips, crossing_cka
+from infra.console import UserError
 from infra.objects import ObjectMissingError, Objects
 from pipeline.digits import DIGITS_PREPROCESSING, N_CLASSES, make_digits_vit
 from pipeline.preprocess import normalise
@@ -64,12 +66,13 @@ def trained_model(
         report: Told how far a training is.
     """
     key = f"models/{block:02d}-epochs{config.n_epochs}-seed{config.seed}.safetensors"
-    both = nn.ModuleDict({"model": make_digits_vit(), "head": nn.Linear(2 * make_digits_vit().embed_dim, N_CLASSES)})
-    model, head = both["model"], both["head"]
-    assert isinstance(head, nn.Linear)
+    model = make_digits_vit()
+    head = nn.Linear(2 * model.embed_dim, N_CLASSES)
+    remove_skips(model, block)
     try:
-        remove_skips(model, block)
-        both.load_state_dict(load(saved.get(key)))
+        nn.ModuleDict({"model": model, "head": head}).load_state_dict(load(saved.get(key)))
+    except (SafetensorError, RuntimeError) as error:
+        raise UserError(f"{key} cannot be used: {error}. Delete it, and it is trained again") from error
     except ObjectMissingError:
         result = train_digits_teacher(config, report=report, change=lambda new: remove_skips(new, block))
         trained = nn.ModuleDict({"model": result.model, "head": result.head})

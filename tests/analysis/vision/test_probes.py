@@ -33,7 +33,7 @@ def test_it_solves_the_normal_equations(n, dim, strength):
 def test_a_bias_is_not_shrunk():
     """Moving all rows by a constant moves no score, however strong the penalty."""
     x, targets = normal(20, 5), sign_targets(labels_of(20), N_CLASSES)
-    here, moved = (ridge_path(rows, targets, [10.0])[0].scores(rows) for rows in (x, x + 100))
+    here, moved = (next(ridge_path(rows, targets, [10.0])).scores(rows) for rows in (x, x + 100))
     np.testing.assert_allclose(here, moved, atol=1e-9)
 
 
@@ -51,7 +51,7 @@ def test_targets_are_plus_one_at_the_class_and_minus_one_elsewhere():
 
 def test_probes_side_by_side_are_probes_one_by_one():
     x, targets = normal(3, 20, 5), sign_targets(labels_of(20), N_CLASSES)
-    together = ridge_path(x, targets, [0.1, 2.0])
+    together = list(ridge_path(x, targets, [0.1, 2.0]))
     for i in range(3):
         for fit, alone in zip(together, ridge_path(x[i], targets, [0.1, 2.0])):
             np.testing.assert_allclose(fit.weights[i], alone.weights, rtol=1e-10)
@@ -91,18 +91,28 @@ def test_shuffled_labels_leave_chance():
     assert probe(train, labels, few_shots(labels, 20), test, test_labels, N_CLASSES).accuracy[0] > 0.95
 
 
-def test_the_strength_is_chosen_on_rows_of_its_own():
-    """With the tuning rows' labels of another rule, the strength follows them and not the fitted ones."""
+@pytest.mark.parametrize(("right_one", "strength"), [(0, 0.0), (1, 1e9)])
+def test_the_strength_is_the_one_that_is_best_on_rows_of_its_own(right_one, strength):
+    """A weak channel tells all of the fitted rows, a strong one most: without penalty the first decides, with much of
+    it the second. Which of the two is right elsewhere, the rows for tuning tell."""
+    labels = np.arange(40) % 2
+    signs = 2.0 * labels - 1
+    often = np.where(np.arange(40) % 10 < 2, -signs, signs)
+    train = np.stack([0.01 * signs, 10 * often], axis=1)[:, None]
+    shots = Shots(fit=np.arange(20), tune=np.arange(20, 40))
+    train[20:, 0, 1 - right_one] = np.where(np.arange(20) % 4 < 2, 1, -1) * [0.01, 10][1 - right_one]
+    train[20:, 0, right_one] = signs[20:] * [0.01, 10][right_one]
+    found = probe(train, labels, shots, train[20:], labels[20:], 2, strengths=(1e9, 0.0))
+    assert found.strength[0] == strength
+    assert found.accuracy[0] == 1
+
+
+def test_ties_between_strengths_go_to_the_largest():
     train, labels = planted(200, 0, 0)
-    shots = few_shots(labels, 10)
     test, test_labels = planted(50, 0, 50)
-    found = probe(train, labels, shots, test, test_labels, N_CLASSES, strengths=(0.0, 1e9))
-    assert found.strength[0] == 1e9  # both are right on all: ties go to the largest
-    unlucky = train.copy()
-    unlucky[shots.tune, 0] = 0  # constant: only the bias speaks, which no strength changes
-    np.testing.assert_array_equal(
-        probe(unlucky, labels, shots, test, test_labels, N_CLASSES, (1e9, 0.0)).strength[0], 0.0
-    )
+    found = probe(train, labels, few_shots(labels, 10), test, test_labels, N_CLASSES, strengths=(1e9, 0.0, 1.0))
+    assert found.strength[0] == 1e9
+    assert found.accuracy[0] == 1
 
 
 def test_shots_are_the_first_of_each_class_and_disjoint():

@@ -33,6 +33,13 @@ def test_a_model_is_trained_once_and_found_again(tmp_path):
     np.testing.assert_array_equal(head.weight.detach().numpy(), head_again.weight.detach().numpy())
 
 
+def test_a_damaged_model_is_named(tmp_path):
+    saved = open_objects(str(tmp_path))
+    saved.put("models/03-epochs1-seed0.safetensors", b"torn")
+    with pytest.raises(UserError, match=r"models/03-epochs1-seed0\.safetensors cannot be used: .* Delete it"):
+        trained_model(saved, 3, STEP, print)
+
+
 def test_the_whole_model_is_the_plain_training(tmp_path):
     model, _ = trained_model(open_objects(str(tmp_path)), WHOLE, STEP, lambda line: None)
     plain = train_digits_teacher(STEP, report=lambda line: None).model
