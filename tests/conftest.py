@@ -17,6 +17,7 @@ from jaxtyping._import_hook import _JaxtypingLoader, _optimized_cache_from_sourc
 from xdist.remote import Producer
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
+from tests import examples
 from tests.s3_servers import S3Server, shared_server, stop_shared_servers
 
 # Before torch is imported, here and in every process that a test starts: the matrices are tiny, and a second OpenMP
@@ -32,16 +33,18 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell switches Ctrl-C off for what it starts with &
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The same examples for everybody; `--hypothesis-profile=explore` tries others.
+# The same examples for everybody; `--hypothesis-profile=every` tries more of them, `explore` others each time.
 settings.register_profile(
     "here",
+    max_examples=examples.SOME,
     deadline=None,
     database=None,
     print_blob=True,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
 )
-settings.register_profile("explore", settings.get_profile("here"), derandomize=False)
+settings.register_profile("every", settings.get_profile("here"), max_examples=examples.EVERY)
+settings.register_profile("explore", settings.get_profile("every"), derandomize=False)
 settings.load_profile("here")
 
 
@@ -109,17 +112,17 @@ def ray_cluster(_ray_ends: None) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Whatever runs over an S3 back end, or asks for a server, has the mark `s3`.
 
-    Both servers are held to the contract of objects and to all of infra. What is built on those runs on rclone, and on
-    moto, which takes twice as long, when slow tests do.
+    Both servers are held to the contract of objects. What is built on those runs on rclone, and on moto, which takes
+    twice as long, when slow tests do.
     """
     nodeids = {item.nodeid for item in items}
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
         if "s3-" in item.name or any(name in fixtures for name in ("moto", "rclone", "s3_server", "s3_location")):
             item.add_marker("s3")
-        is_below = item.path.parent.name in ("infra", "contract")
-        if "s3_server" in fixtures and not is_below and item.nodeid.replace("moto", "rclone") in nodeids:
-            item.add_marker("slow") if "moto" in item.nodeid else None
+        is_second = "moto" in item.name and item.nodeid.replace("moto", "rclone") in nodeids
+        if is_second and item.path.parent.name != "contract":
+            item.add_marker("slow")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,6 +1,7 @@
 """The rooms and the arrows between them (design, section 3), and what must hold of every file we track."""
 
 import ast
+import functools
 import json
 import re
 import subprocess
@@ -36,10 +37,19 @@ def module_name(path: Path) -> str:
     return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
 
 
-def imports(path: Path, *, at_top: bool = False) -> Iterator[str]:
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
+def imports(path: Path, *, at_top: bool = False) -> list[str]:
     """Names of imported modules, wherever they are imported, or only those that importing the file itself imports."""
-    tree = ast.parse(path.read_text())
-    for node in _top_level(tree) if at_top else ast.walk(tree):
+    return list(_imports(path, at_top))
+
+
+def _imports(path: Path, at_top: bool) -> Iterator[str]:
+    for node in _top_level(tree_of(path)) if at_top else ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -91,7 +101,7 @@ def test_files_that_open_nothing_open_nothing():
     ):
         path = REPOSITORY / f"storage_schemas/{name}.py"
         assert not [i for i in imports(path) if i.startswith("infra.objects") or i in ("os", "pathlib")], path
-        calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        calls = [node.func for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]
         assert "open" not in [call.id for call in calls if isinstance(call, ast.Name)], path
 
 
@@ -173,7 +183,7 @@ def test_importing_anything_starts_no_ray_and_sets_nothing():
 def test_no_pickled_code_is_read_or_written():
     for package in PACKAGES:
         for path in modules(package):
-            for node in ast.walk(ast.parse(path.read_text())):
+            for node in ast.walk(tree_of(path)):
                 if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
                     continue
                 owner = ast.unparse(node.func.value)

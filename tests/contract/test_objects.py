@@ -22,6 +22,7 @@ from infra.objects import (
     read_range,
 )
 from infra.s3 import S3Objects
+from tests import examples
 from tests.contract.backends import BACKENDS
 
 BAD_KEYS = ["", "/", "/a", "a/", "a//b", ".", "..", "../a", "a/../b", "a/./b", "a/..", "a\\b", "a\0b", "a\nb", "\ud800"]
@@ -323,7 +324,7 @@ HISTORIES = st.lists(
 )
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples.of(40), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(HISTORIES)
 @pytest.mark.parametrize("backend", ["folder", "memory"])
 def test_any_history_gives_what_a_dictionary_gives(backend, tmp_path_factory, history):

@@ -15,6 +15,7 @@ from infra.__main__ import main
 from infra.console import ExitCode, UserError
 from infra.deployment import Deployment, What
 from infra.manifests import TEMPLATES, render, write
+from tests import examples
 
 GOOD = {"bucket": "my-bucket", "image": "registry.example.org/raptor:1", "ami": "ami-0123456789abcdef0"}
 HOSTILE = (
@@ -134,7 +135,7 @@ def test_what_a_kind_does_not_need_need_not_be_given():
             render(what, Deployment())
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples.of(40))
 @given(notice_s=st.integers(30, 600), gpus=st.integers(1, 16), cores=st.integers(1, 256), nodes=st.integers(1, 200))
 def test_what_follows_is_consistent(notice_s: int, gpus: int, cores: int, nodes: int):
     try:

@@ -24,6 +24,7 @@ from pipeline.preprocess import (
     BadImageError,
     decode_image,
 )
+from tests import examples
 from tests.pipeline.test_preprocess import FILES, encode, photo, preprocessing
 
 CHOSEN = preprocessing(56)
@@ -313,7 +314,7 @@ def test_large_images_take_turns(kind: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert most == 1
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples.of(150))
 @given(seed=st.integers(0, 10**9), kind=st.sampled_from(sorted(FILES)))
 def test_hostile_numbers_in_headers_give_pixels_or_a_code(seed: int, kind: str) -> None:
     """Whole fields with the numbers that break arithmetic, where flipped bytes seldom hit them."""

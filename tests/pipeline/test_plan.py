@@ -16,6 +16,7 @@ from pipeline.plan import describe, plan_store
 from pipeline.run_config import RunConfig
 from storage_schemas.keys import COMMITS_PREFIX, commit_shard
 from storage_schemas.spec import StoreSpec
+from tests import examples
 from tests.pipeline_jobs import fake_arguments, fake_config, make_tree
 from tests.s3_servers import S3Server
 from tests.stores import make_spec, write_planted
@@ -38,7 +39,7 @@ def is_data(key: str) -> bool:
     return "/c/" in key or key.endswith(".tar")
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples.of(25))
 @given(spec=specs(codec="none", shuffle="none"))
 def test_planned_bytes_and_objects_are_those_written(spec: StoreSpec) -> None:
     objects = MemoryObjects()

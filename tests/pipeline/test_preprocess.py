@@ -27,6 +27,7 @@ from pipeline.preprocess import (
     normalise,
 )
 from pipeline.preprocessing import resize_size_for
+from tests import examples
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -110,7 +111,7 @@ def test_pixels_are_torchvisions_to_the_bit(kind: str) -> None:
     assert torch.equal(ours(data, chosen), by_torchvision(data, chosen))
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples.of(60))
 @given(width=st.integers(1, 150), height=st.integers(1, 150), image_size=st.sampled_from([1, 14, 33, 56]))
 def test_any_size_resizes_and_crops_as_torchvision_does(width: int, height: int, image_size: int) -> None:
     data, chosen = encode(photo(width, height), "PPM"), preprocessing(image_size)
@@ -191,7 +192,7 @@ def test_a_bomb_is_refused_by_its_declared_size_alone(monkeypatch: pytest.Monkey
         decode_image(huge_png(), preprocessing())
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples.of(200))
 @given(seed=st.integers(0, 10**9), kind=st.sampled_from(sorted(FILES)))
 def test_damaged_files_give_pixels_or_a_code_and_nothing_else(seed: int, kind: str) -> None:
     rng = random.Random(seed)

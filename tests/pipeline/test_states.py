@@ -12,6 +12,7 @@ from storage_schemas.keys import array_path
 from storage_schemas.precision import restore_patches, round_patches
 from storage_schemas.spec import PRECISIONS, StoreSpec
 from storage_schemas.statistics import Statistics
+from tests import examples
 from tests.stores import make_spec
 
 
@@ -63,7 +64,7 @@ def assert_same_moments(found: Statistics, expected: Statistics) -> None:
     assert np.all(np.abs(found.m2 - expected.m2) <= 1e-12 * expected.m2 + lost)
 
 
-@settings(max_examples=25)
+@settings(max_examples=examples.of(25))
 @given(data=st.data())
 def test_any_split_and_any_mask_give_the_moments_of_one_shot(data: st.DataObject) -> None:
     spec = make_spec(

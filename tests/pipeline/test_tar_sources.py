@@ -19,6 +19,7 @@ from pipeline.sources import SourceError, TarSource, images_name, open_sources
 from pipeline.tar_source import expand_braces, split_pattern
 from pipeline.tar_walk import MAX_HEADER_NBYTES, TarWalk
 from storage_schemas.samples import Sample, source_digest
+from tests import examples
 from tests.pipeline.tars import header, image_tars, read_by_webdataset, sample, tar_of, write_tar
 
 
@@ -436,7 +437,7 @@ def test_a_tar_that_was_cut_anywhere_never_passes_for_a_whole_one(whole: bytes) 
 
 
 @given(data=st.data())
-@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=examples.of(150), suppress_health_check=[HealthCheck.too_slow])
 def test_changed_bytes_never_crash_the_listing(data: st.DataObject) -> None:
     changed = bytearray(data.draw(st.sampled_from([SOUND, SOUND_PAX])))
     for _ in range(data.draw(st.integers(1, 4))):
@@ -452,7 +453,7 @@ def test_changed_bytes_never_crash_the_listing(data: st.DataObject) -> None:
 
 
 @given(blocks=st.lists(st.binary(min_size=512, max_size=512), max_size=4), head=st.sampled_from([b"", SOUND[:2048]]))
-@settings(max_examples=60)
+@settings(max_examples=examples.of(60))
 def test_junk_is_refused(blocks: list[bytes], head: bytes) -> None:
     junk = head + b"".join(blocks)
     if junk.strip(b"\0"):

@@ -51,6 +51,7 @@ from storage_schemas.samples import samples_from_bytes
 from storage_schemas.spec import StoreSpec
 from storage_schemas.verify import verify_store
 from storage_schemas.zarr_layout import CRC_NBYTES, index_nbytes, slot_nbytes
+from tests import examples
 from tests.stores import make_samples, make_spec, write_planted
 from tests.strategies import bad_images, json_values, specs
 
@@ -92,7 +93,7 @@ def any_commit(spec: StoreSpec, shard: int, bad: dict[int, str], rng: np.random.
     return Commit(shard=shard, store=STORE, bad_images=here, objects=objects, fidelity=fidelity)
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples.of(40))
 @given(specs(), st.data(), st.integers(0, 2**32))
 def test_commits_and_index_round_trip(spec, data, seed):
     bad, rng = data.draw(bad_images(spec.n_samples)), np.random.default_rng(seed)
@@ -114,7 +115,7 @@ def fit(spec: StoreSpec, commits: list[Commit]) -> bool:
     )
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples.of(150))
 @given(specs(), st.data(), st.integers(0, 2**32))
 def test_objects_checked_at_once_are_judged_as_one_by_one(spec, data, seed):
     """Sound ones, and ones with a single number changed, or a chunk too many or too few."""
@@ -315,7 +316,7 @@ class TestIndex:
             unseal_parquet("index.parquet", data)
 
     @given(st.data())
-    @settings(max_examples=60)
+    @settings(max_examples=examples.of(60))
     def test_every_changed_byte_is_seen_before_anything_is_parsed(self, data):
         sound = _index_bytes()
         changed = bytearray(sound)
@@ -464,7 +465,7 @@ def _with_shard(table: pa.Table, shard: int) -> pa.Table:
 
 
 @given(specs(), st.dictionaries(st.from_regex(r"\A[a-z][a-z._-]{0,8}\Z"), st.binary(max_size=9), max_size=3))
-@settings(max_examples=30)
+@settings(max_examples=examples.of(30))
 def test_store_documents_round_trip(spec, teacher_files):
     document, documents = plan_documents(spec, make_samples(spec.n_samples), teacher_files)
     assert isinstance(document, StoreDocument)
@@ -543,7 +544,7 @@ hostile = st.one_of(
 )
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples.of(150))
 @given(key=st.sampled_from(["store.json", "commits/000000.json"]), data=st.data(), value=hostile)
 def test_any_forged_value_is_refused_or_harmless(key, data, value):
     """Sealed correctly: whatever it says, only our errors are raised, and verify reports it or it is the same store."""

@@ -22,6 +22,7 @@ from storage_schemas.shard_buffers import encode_statistics
 from storage_schemas.spec import PRECISIONS, StoreSpec
 from storage_schemas.statistics import Statistics
 from storage_schemas.zarr_layout import crc_bytes
+from tests import examples
 from tests.cases import one_in
 from tests.stores import make_samples, make_spec
 from tests.strategies import bad_images, specs
@@ -88,7 +89,7 @@ def test_no_store_that_we_write_is_doubted(data):
 
 
 @pytest.mark.slow
-@settings(max_examples=100)
+@settings(max_examples=examples.of(100))
 @given(st.data())
 def test_none_of_many_stores_that_we_write_is_doubted(data):
     check_not_doubted(data)

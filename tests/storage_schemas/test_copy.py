@@ -28,6 +28,7 @@ from storage_schemas.errors import ChecksumError, SchemaError
 from storage_schemas.from_arrays import write_store
 from storage_schemas.keys import INDEX_KEY, STORE_KEY, commit_key
 from storage_schemas.spec import BACKENDS, CODECS_OF, StoreSpec
+from tests import examples
 from tests.cases import one_in
 from tests.storage_schemas.test_corruptions import copy_of
 from tests.stores import make_samples, make_spec, planted_head_inputs, planted_states, write_planted
@@ -157,7 +158,7 @@ class TestConvert:
         self.check_there_and_back(data)
 
     @pytest.mark.slow
-    @settings(max_examples=100)
+    @settings(max_examples=examples.of(100))
     @given(st.data())
     def test_there_and_back_again_many_times(self, data):
         self.check_there_and_back(data)

@@ -25,6 +25,7 @@ from storage_schemas.parquet import _check_pages, read_parquet
 from storage_schemas.samples import SCHEMA, samples_from_bytes, samples_to_bytes
 from storage_schemas.spec import MAX_SHARD_CHUNKS, MAX_SHARD_SAMPLES, StoreSpec
 from storage_schemas.verify import verify_store
+from tests import examples
 from tests.stores import make_samples, make_spec, write_planted
 from tests.strategies import specs
 
@@ -236,7 +237,7 @@ def test_lists_of_very_many_zeros_are_no_index() -> None:
         commits_from_index(spec, "0" * 64, seal_parquet(data))
 
 
-@settings(max_examples=150)
+@settings(max_examples=examples.of(150))
 @given(st.data())
 def test_damaged_tables_are_refused_or_the_same(data: st.DataObject) -> None:
     """Footers, page headers and pages: no other error, whatever a byte says."""
@@ -278,7 +279,7 @@ parts = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=300)
+@settings(max_examples=examples.of(300))
 @given(st.lists(parts | st.text(max_size=5), min_size=1, max_size=5))
 def test_no_strange_key_is_ours(pieces: list[str]) -> None:
     key = "/".join(pieces)
@@ -297,7 +298,7 @@ def test_commit_keys_that_are_read_are_owned(shard: int) -> None:
     assert commit_shard(commit_key(shard)) == shard
 
 
-@settings(max_examples=30)
+@settings(max_examples=examples.of(30))
 @given(st.data())
 def test_every_changed_byte_of_a_commit_is_refused(data: st.DataObject) -> None:
     objects, spec = MemoryObjects(), make_spec(n_samples=5, layers=(0,))

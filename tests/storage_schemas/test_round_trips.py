@@ -15,11 +15,12 @@ from storage_schemas.digest import content_digest, digest_of
 from storage_schemas.errors import SchemaError
 from storage_schemas.from_arrays import split_kinds, write_store
 from storage_schemas.keys import LOG_PREFIX
+from tests import examples
 from tests.stores import as_stored, make_samples, make_spec, planted_head_inputs, planted_states, write_planted
 from tests.strategies import bad_images, specs
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples.of(40))
 @given(specs(), st.data())
 def test_any_store_reads_back_as_it_was_written(spec, data):
     bad, objects = data.draw(bad_images(spec.n_samples)), MemoryObjects()
@@ -166,7 +167,7 @@ def test_payloads_of_another_size_are_refused(codec, shuffle):
             decode_chunk(spec, "patches", wrong)
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples.of(60))
 @given(st.sampled_from(CODECS), st.data())
 def test_damaged_payloads_never_crash_the_decoder(how, data):
     spec = make_spec(codec=how[0], shuffle=how[1])

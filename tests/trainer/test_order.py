@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import examples
 from trainer.order import MAX_LANE_SAMPLES, PassOrder, make_pass_order, make_read_plan, n_lanes_for, random64
 
 stores = st.tuples(
@@ -43,7 +44,7 @@ def test_number_of_lanes(lanes: int, n_chunks: int, expected: int) -> None:
 
 
 @given(stores)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples.of(150), deadline=None)
 def test_pass_follows_the_rule_in_exact_fractions(store) -> None:
     order = order_of(store)
     rule = sorted((Fraction(2 * k + 1, 2 * int(n)), lane, k) for lane, n in enumerate(order.lane_n) for k in range(n))
@@ -53,7 +54,7 @@ def test_pass_follows_the_rule_in_exact_fractions(store) -> None:
 
 
 @given(stores)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples.of(150), deadline=None)
 def test_every_valid_sample_once_and_one_chunk_at_a_time_per_lane(store) -> None:
     valid, samples_per_chunk, *_ = store
     order = order_of(store)
@@ -68,7 +69,7 @@ def test_every_valid_sample_once_and_one_chunk_at_a_time_per_lane(store) -> None
 
 
 @given(stores, st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples.of(100), deadline=None)
 def test_any_window_is_that_part_of_the_pass(store, data) -> None:
     order = order_of(store)
     start = data.draw(st.integers(0, order.n_samples))
@@ -88,7 +89,7 @@ def test_windows_agree_across_block_bounds(monkeypatch) -> None:
 
 
 @given(stores, st.integers(1, 20), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples.of(150), deadline=None)
 def test_ranks_share_every_batch(store, batch_size: int, data) -> None:
     order = order_of(store)
     world_size = data.draw(st.integers(1, order.n_lanes))
@@ -101,7 +102,7 @@ def test_ranks_share_every_batch(store, batch_size: int, data) -> None:
 
 
 @given(stores, st.integers(1, 20), st.sampled_from([0.0, 0.25, 1.0, 3.0]), st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples.of(150), deadline=None)
 def test_read_plan_fills_every_batch_in_time(store, batch_size: int, readahead: float, data) -> None:
     order = order_of(store)
     world_size = data.draw(st.integers(1, order.n_lanes))

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from infra.console import ExitCode, UserError, run_door
 from infra.objects import open_objects
 from storage_schemas.documents import seal, unseal
+from tests import examples
 from tests.trainer.planted_results import DATA, plant_probe, plant_run
 from trainer.__main__ import main
 from trainer.paper import ABLATION, PAPER, PUBLISHED, published
@@ -463,7 +464,7 @@ rows = st.builds(
 )
 
 
-@settings(max_examples=40)
+@settings(max_examples=examples.of(40))
 @given(st.lists(rows, max_size=3))
 def test_csv_reads_back_as_it_was_written(written: list[Row]) -> None:
     assert read_csv(write_csv(written)) == written
