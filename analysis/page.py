@@ -42,7 +42,7 @@ class Origin:
 
     Attributes:
         data: Stores and runs.
-        n_images: How many images.
+        n_images: How many images; 0 where the source does not say.
         seed: Of everything random, "0 to 2" of several; None where nothing is.
         command: What made it.
     """
@@ -54,7 +54,8 @@ class Origin:
 
     def __str__(self) -> str:
         seed = "nothing random" if self.seed is None else f"seed {self.seed}"
-        return f"{self.n_images:,} images of {self.data}; {seed}; {self.command}"
+        images = f"{self.n_images:,} images of " if self.n_images else ""
+        return f"{images}{self.data}; {seed}; {self.command}"
 
 
 @dataclass(frozen=True, kw_only=True)
