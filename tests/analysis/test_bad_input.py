@@ -22,7 +22,7 @@ from analysis.spectra import CovarianceAccumulator, spectrum
 from infra.console import UserError
 from infra.objects import FolderObjects
 from storage_schemas import open_store
-from storage_schemas.keys import commit_key
+from storage_schemas.keys import INDEX_KEY, commit_key
 from tests.stores import make_spec, write_planted
 
 PAGE = Path(__file__).parents[2] / "docs" / "analyses.md"
@@ -148,6 +148,7 @@ def many_phases(folder: Path) -> None:
 def damaged_commit(folder: Path) -> None:
     store(folder / "store")
     (folder / "store" / commit_key(1)).write_bytes(b"torn")
+    (folder / "store" / INDEX_KEY).unlink()  # which would stand in for it
     with pytest.raises(UserError, match="has 1 damaged commits: make verify says which"):
         main(["report", "--store", str(folder / "store"), "--out", str(folder / "out"), "--k", "2"])
 
