@@ -37,12 +37,12 @@ def will_want_ray(config: ExtractConfig, run: RunConfig) -> bool:
     Raises:
         UserError: What is asked for cannot be.
     """
+    check_run(run, overwrite=config.overwrite)
+    if is_remote(config.images) or is_remote(config.store or ""):
+        return False
+    check_inputs(config)
     asked_of_teacher = (config.teacher, config.weights, config.head, config.layers, config.image_size)
     if run.no_ray or cluster_address(run.ray_address) or any(value is not None for value in asked_of_teacher):
         return False
-    if is_remote(config.images) or is_remote(config.store or ""):
-        return False
-    check_run(run, overwrite=config.overwrite)
-    check_inputs(config)
     stores = [Path(split_location(config, split)) for split in open_sources(config.images)]
     return not all((store / INDEX_KEY).exists() for store in stores)
