@@ -73,8 +73,6 @@ def skips_command(
 def _numbers(blocks: str, problems: list[str]) -> list[int]:
     parts = [part.strip() for part in blocks.split(",")]
     if not all(part.isdecimal() and 1 <= int(part) <= _N_BLOCKS for part in parts):
-        problems.append(
-            f"BLOCKS={blocks}: expected numbers of blocks from 1 to {_N_BLOCKS} with commas between: {BLOCKS}"
-        )
+        problems.append(f"BLOCKS={blocks}: expected numbers of blocks, 1 to {_N_BLOCKS}, with commas between: {BLOCKS}")
         return []
     return sorted({int(part) for part in parts})
