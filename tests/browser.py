@@ -16,12 +16,13 @@ import aiohttp
 START_S = 120.0
 CHROMIUM = shutil.which("chromium")
 _OPTIONS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-port=0")
+# Not of the inner width: a phone widens its window to what is in it.
 _MEASURE = """JSON.stringify({
-  overflow: document.documentElement.scrollWidth - window.innerWidth,
+  overflow: document.documentElement.scrollWidth - WIDTH,
   broken: [...document.images].filter(one => !one.complete || !one.naturalWidth).map(one => one.alt),
   images: document.images.length,
   covered: [...document.querySelectorAll('h1,h2,h3,p,figcaption,dd')].filter(
-    one => one.getBoundingClientRect().right > window.innerWidth + 1).map(one => one.textContent.slice(0, 60)),
+    one => one.getBoundingClientRect().right > WIDTH + 1).map(one => one.textContent.slice(0, 60)),
   height: document.documentElement.scrollHeight,
 })"""
 
@@ -100,7 +101,7 @@ class _Tab:
         await self._call("Page.navigate", url=page.resolve().as_uri())
         while not any(event["method"] == "Page.loadEventFired" for event in self._events):
             self._events.append(await self._socket.receive_json(timeout=START_S))
-        answer = await self._call("Runtime.evaluate", expression=_MEASURE)
+        answer = await self._call("Runtime.evaluate", expression=_MEASURE.replace("WIDTH", str(width)))
         found = json.loads(answer["result"]["value"])
         clip = {"x": 0, "y": 0, "width": width, "height": found["height"] if tall else height, "scale": 1}
         shot = await self._call("Page.captureScreenshot", format="png", captureBeyondViewport=True, clip=clip)
