@@ -1,8 +1,10 @@
 """The part of a report that reads single tokens of some images again: their paths, and depth as a linear system."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from analysis.linear_depth import linear_span, linear_windows
+from analysis.linear_depth import LinearSpan, linear_span, linear_windows
 from analysis.measure import Findings, class_numbers
 from analysis.page import Origin, Section
 from analysis.partitions import segments_of
@@ -30,7 +32,9 @@ def path_sections(store: Store, found: Findings, phases: Phases, limit: int, com
     kinds = [kind for kind in ONE_TOKEN if kind in store.spec.token_kinds]
     spans = segments_of(phases.chosen.groups) or []
     length = min(WINDOW, len(store.layers) - 1)
-    sections, windows, of_phases = [], {}, {}
+    sections: list[Section] = []
+    windows: dict[str, Sequence[LinearSpan]] = {}
+    of_phases: dict[str, list[LinearSpan]] = {}
     with Progress(total=len(kinds), unit="kinds", label="paths") as progress:
         for kind in kinds:
             states = store.read(None, rows, kind)[:, :, 0]
