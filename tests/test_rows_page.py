@@ -9,7 +9,7 @@ LAST_ROWS = {"A": 15, "B": 10, "C": 15, "D": 13, "E": 10, "F": 11, "G": 11, "H":
 
 
 def test_every_row_stands_there_once() -> None:
-    found = re.findall(r"^\| ([A-J]\d+) \|", PAGE, re.MULTILINE)
+    found = re.findall(r"^\| ([A-J]\d+)\b", PAGE, re.MULTILINE)
     assert sorted(found) == sorted(f"{letter}{n}" for letter, last in LAST_ROWS.items() for n in range(1, last + 1))
 
 
