@@ -17,7 +17,7 @@ from analysis.gallery.gallery_command import gallery_command
 from analysis.partitions import spans_text
 from analysis.phase_report import Phases, find_phases, phases_json, phases_table
 from analysis.phases import DEFAULT_OBJECTIVE, MAX_CUT_LAYERS, MIN_SIZE, OBJECTIVES, partition_problems
-from analysis.places import DEFAULT_STORE, make_command, open_out, open_train, store_name
+from analysis.places import DEFAULT_STORE, committed_text, make_command, open_out, open_train, store_name
 from analysis.positions.positions_command import positions_command
 from analysis.report_command import report_command
 from analysis.training.curves_command import curves_command
@@ -152,8 +152,7 @@ def _image_problems(store: Store, limit: int) -> list[str]:
 
 
 def _measure(store: Store, depth: int, limit: int) -> LayerDistances:
-    if not store.is_complete:
-        say(f"{store.location} is not finished: phases of the {store.n_valid:,} images that are there")
+    committed_text(store, "phases")
     total = min(limit, store.n_valid)
     with Progress(total=total, unit="images", label="distances between layers") as progress:
         measured = layer_distances(store, range(1, depth + 1), limit, progress=progress.advance)

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 
-from infra.console import UserError
+from infra.console import UserError, say
 from infra.objects import (
     Get,
     ObjectAccessError,
@@ -37,6 +37,12 @@ def make_command(target: str, variables: Mapping[str, object]) -> str:
     return " ".join(["make", target, *typed])
 
 
+def flags_text(flags: Mapping[str, tuple[object, object]]) -> str | None:
+    """For ARGS=: flags, by name, whose value is not the default that comes after it; None if there is none."""
+    given = [f"--{name} {value}" for name, (value, default) in flags.items() if value != default]
+    return " ".join(given) or None
+
+
 def open_train(location: str, problems: list[str]) -> Store | None:
     """A store, or the store train of a folder; None, with the reason added to problems, if there is none."""
     try:
@@ -49,6 +55,19 @@ def open_train(location: str, problems: list[str]) -> Store | None:
     except (StoreError, ObjectError, UserError) as error:
         problems.append(f"STORE={location}: {error}")
         return None
+
+
+def committed_text(store: Store, what: str) -> str | None:
+    """How much of a store that is not finished is there, said aloud and for a page; None for a finished one.
+
+    Args:
+        store: That is read.
+        what: Comes out of it, such as "phases".
+    """
+    if store.is_complete:
+        return None
+    say(f"{store.location} is not finished: {what} of the {store.n_valid:,} images that are there")
+    return f"{store.n_committed:,} of {store.n_samples:,} samples are committed: the store is not finished"
 
 
 def open_out(place: str, store: str, problems: list[str]) -> Objects | None:

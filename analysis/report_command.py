@@ -7,7 +7,15 @@ from analysis.page import Origin, Section, Table, page_html, table_csv
 from analysis.partitions import MIN_SIZE
 from analysis.phase_report import Phases, find_phases
 from analysis.phases import DEFAULT_OBJECTIVE
-from analysis.places import DEFAULT_STORE, make_command, open_out, open_train, store_name
+from analysis.places import (
+    DEFAULT_STORE,
+    committed_text,
+    flags_text,
+    make_command,
+    open_out,
+    open_train,
+    store_name,
+)
 from analysis.report import dynamics_section, overview_section, similarity_section, spectra_section
 from analysis.similarity import LEAST_ROWS
 from infra.cluster import cluster_address
@@ -77,10 +85,17 @@ def report_command(
         "OUT": out or None,
         "K": k if k != 3 else None,
         "LIMIT": limit if limit != LIMIT else None,
+        "SEED": seed or None,
+        "DEVICE": device if device != "cpu" else None,
+        "RAY_ADDRESS": ray_address,
+        "ENDPOINT_URL": endpoint_url,
+        "ARGS": flags_text({"wide-limit": (wide_limit, WIDE_LIMIT), "model-limit": (model_limit, MODEL_LIMIT)}),
     }
     command = make_command("report", typed)
+    committed = committed_text(source, "a report")
     found = _measure(source, limit, wide_limit, cluster)
     sections, facts, phases = _store_sections(source, found, k, command)
+    facts |= {} if committed is None else {"unfinished": committed}
     sections += path_sections(source, found, phases, limit, command)
     sections += model_sections(source, models, phases, model_limit, seed, command)
     _save(saved, f"{source.spec.teacher} on {source.location}", facts, sections)
@@ -153,11 +168,16 @@ def _store_problems(store: Store, k: int) -> list[str]:
     problems = []
     if store.damaged_commits:
         problems.append(f"{store.location} has {len(store.damaged_commits)} damaged commits: make verify says which")
-    if store.n_valid < 4:
-        problems.append(f"{store.location} has {store.n_valid} valid images, expected 4 or more: make extract")
-    if store.layers != tuple(range(len(store.layers))) or len(store.layers) < 2:
+    if store.n_valid < LEAST_ROWS:
+        problems.append(
+            f"{store.location} has {store.n_valid} valid images, expected {LEAST_ROWS} or more: make extract"
+        )
+    if store.layers != tuple(range(len(store.layers))) or len(store.layers) < 1 + MIN_SIZE:
         listed = ", ".join(map(str, store.layers))
-        problems.append(f"{store.location} holds layers {listed}; a report needs all from 0 on: make extract")
+        problems.append(
+            f"{store.location} holds layers {listed}; a report needs layers 0 to {MIN_SIZE} or more, none left out: "
+            "make extract"
+        )
     elif (len(store.layers) - 1) // MIN_SIZE < k:
         most = (len(store.layers) - 1) // MIN_SIZE
         problems.append(f"K={k}: layers 1 to {store.layers[-1]} are cut into at most {most} phases of {MIN_SIZE}")

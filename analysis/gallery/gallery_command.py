@@ -7,7 +7,15 @@ from analysis.page import PAGE, Origin, save_page
 from analysis.partitions import MIN_SIZE
 from analysis.phase_report import Phases, find_phases
 from analysis.phases import DEFAULT_OBJECTIVE
-from analysis.places import DEFAULT_STORE, make_command, open_out, open_train, store_name
+from analysis.places import (
+    DEFAULT_STORE,
+    committed_text,
+    flags_text,
+    make_command,
+    open_out,
+    open_train,
+    store_name,
+)
 from analysis.similarity import LEAST_ROWS
 from infra.console import Progress, UserError, say
 from infra.s3_settings import use_endpoint
@@ -61,9 +69,11 @@ def gallery_command(
         "OUT": out if out != DEFAULT_OUT else None,
         "K": k if k != 3 else None,
         "LIMIT": limit if limit != LIMIT else None,
-        "ARGS": f"--wide-limit {wide_limit}" if wide_limit != WIDE_LIMIT else None,
+        "ENDPOINT_URL": endpoint_url,
+        "ARGS": flags_text({"wide-limit": (wide_limit, WIDE_LIMIT)}),
     }
     command = make_command("gallery", typed)
+    unfinished = {name: text for name, one in sources.items() if (text := committed_text(one, "a gallery")) is not None}
     found = {}
     for name, source in sources.items():
         n_images = min(limit, source.n_valid)
@@ -103,6 +113,7 @@ def gallery_command(
     if between or left_out:
         sections.append(between_section(between, found, origins, left_out))
     facts = {"encoders": ", ".join(found), "phases": str(k), "command": command}
+    facts |= {f"unfinished, {name}": text for name, text in unfinished.items()}
     said = save_page(saved, "Layers of several encoders", facts, sections)
     print(f"saved  {out}/{PAGE}: {said}, also as {out}/tables/*.csv")
     return 0
