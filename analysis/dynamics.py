@@ -78,13 +78,14 @@ class DynamicsAccumulator:
         if states.shape[2] == 0:
             raise ValueError("states have no tokens of this kind")
         units, norms = unit_vectors(states, self._layers)
+        speed = angles_between(units[:, :-1], units[:, 1:]).mean(axis=2)  # before the moves: less memory at a time
         moves = np.diff(units, axis=1)
         lengths = np.linalg.norm(moves, axis=-1)
         directions = moves / np.where(lengths > 0, lengths, 1)[..., None]
         values = {
             "to_final": np.einsum("rltd,rtd->rlt", units, units[:, -1]).clip(-1, 1).mean(axis=2),
             "norm": norms.mean(axis=2),
-            "speed": (2 * np.arcsin(np.clip(lengths / 2, 0, 1))).mean(axis=2),
+            "speed": speed,
             "state_coherence": np.linalg.norm(units.mean(axis=2), axis=-1),
             "update_coherence": np.linalg.norm(directions.mean(axis=2), axis=-1),
         }
@@ -178,6 +179,10 @@ def speed_phases(speeds: Float[np.ndarray, " step"], n_phases: int, least: int =
     return tuple(reversed(cuts))
 
 
+#: Radians below which directions are one: states are float32 values, whose rounding turns them by more.
+_ONE_DIRECTION = 1e-9
+
+
 class ClassDirections:
     """Sums of the directions of each class at each layer: the first step to `Basins`. 8 layer class dim bytes."""
 
@@ -219,8 +224,9 @@ class Basins:
 
     @property
     def separation(self) -> Float64[np.ndarray, " layer"]:
-        """Within over between; small where classes are compact and apart."""
-        return self.within.mean / self.between
+        """Within over between; small where classes are compact and apart, NaN where all have one direction."""
+        undefined = np.full(len(self.between), np.nan)
+        return np.divide(self.within.mean, self.between, out=undefined, where=self.between > _ONE_DIRECTION)
 
 
 class BasinAccumulator:
@@ -255,9 +261,23 @@ class BasinAccumulator:
         self._accuracy.merge(other._accuracy)
 
     def result(self) -> Basins:
-        known = self._directions[self._known]
-        pairs = np.triu_indices(len(known), 1)
-        between = angles_between(known[pairs[0]], known[pairs[1]]).mean(axis=0)
+        n_layers = self._directions.shape[1]
         return Basins(
-            within=self._within.result(), between=between, accuracy=self._accuracy.result(), n_classes=len(known)
+            within=self._within.result(),
+            between=np.array([_mean_angle(self._directions[self._known, layer]) for layer in range(n_layers)]),
+            accuracy=self._accuracy.result(),
+            n_classes=int(self._known.sum()),
         )
+
+
+def _mean_angle(units: Float64[np.ndarray, "cls dim"]) -> float:
+    """Mean angle over all pairs; those of one class at a time are held, as a thousand classes make half a million.
+
+    From chords alone, 2 asin(|a - b| / 2), a third of the time of `angles_between`: 1e-8 radians off near pi.
+    """
+    total, differences = 0.0, np.empty_like(units)
+    for i in range(len(units) - 1):
+        away = np.subtract(units[i + 1 :], units[i], out=differences[i + 1 :])
+        chords = np.sqrt(np.einsum("cd,cd->c", away, away))
+        total += float(2 * np.arcsin(np.minimum(chords / 2, 1)).sum())
+    return total / (len(units) * (len(units) - 1) / 2)

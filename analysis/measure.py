@@ -340,16 +340,19 @@ def measure_nbytes(spec: StoreSpec, n_classes: int, batch_rows: int = BATCH_ROWS
     directions = 24 * n_classes * n * dim if one else 0
     values = 8 * max(rows * n * dim, slice_values(spec, batch_rows))
     kernels = 8 * n * rows**2
-    made = max(_COPIES * values, kernels + values, 8 * rows * n * n_classes + 3 * values)
+    made = max(_COPIES * values, kernels + values, 8 * rows * n * n_classes + 5 * values)
     reading = pass_nbytes(spec, spec.token_kinds, batch_rows=batch_rows) + made + 8 * n * dim**2
-    ending = products + 24 * n * dim**2  # the covariances, beside the sums that they are made of
+    # The covariances, beside the sums that they are made of; and one layer's directions of classes, less one of them.
+    ending = products + 24 * n * dim**2 + 16 * n_classes * dim
     return products + directions + max(reading, ending)
 
 
 def check_images(store: Store) -> None:
     """Refuse a store with too few images, before anything is read."""
     if store.n_valid < LEAST_ROWS:
-        raise UserError(f"{store.location} has {store.n_valid} valid images; the unbiased HSIC needs 4 or more")
+        raise UserError(
+            f"{store.location} has {store.n_valid} valid images; the unbiased HSIC needs {LEAST_ROWS} or more"
+        )
 
 
 def step_middles(layers: Sequence[int]) -> Float64[np.ndarray, " step"]:

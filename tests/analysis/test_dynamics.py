@@ -1,6 +1,7 @@
 """Depth as time: planted rotations, phases, ranks and classes come back; chunks and workers change nothing."""
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -81,6 +82,13 @@ def test_angles_keep_their_digits_at_both_ends():
         assert angles_between(a, b) == pytest.approx(angle, rel=1e-4)
     assert angles_between(a, a) == 0
     assert angles_between(a, -a) == pytest.approx(np.pi)
+
+
+def test_speed_keeps_its_digits_at_both_ends():
+    for angle in (1e-9, np.pi - 1e-7):
+        found = measured(np.array([[[[1.0, 0.0]], [[np.cos(angle), np.sin(angle)]]]])).speed.mean[0]
+        assert found == pytest.approx(angle, rel=1e-6)
+        assert np.pi - found == pytest.approx(np.pi - angle, rel=1e-6)
 
 
 def test_coherence_of_same_and_opposite_and_independent_tokens():
@@ -273,3 +281,40 @@ def test_a_class_without_images_takes_no_part():
     assert (sums.result().n_classes, sums.result().within.n) == (2, 40)
     with pytest.raises(ValueError, match="1 classes have images"):
         BasinAccumulator(fit.result()[:2])
+
+
+def many_classes(n_classes: int = 200) -> BasinAccumulator:
+    fit = ClassDirections(3, n_classes, 64)
+    fit.update(normal(n_classes, 3, 64), np.arange(n_classes))
+    sums = BasinAccumulator(fit.result())
+    sums.update(normal(n_classes, 3, 64, seed=1), np.arange(n_classes))
+    return sums
+
+
+def test_the_angle_between_classes_is_that_of_all_pairs():
+    units = normal(200, 3, 64)
+    units /= np.linalg.norm(units, axis=-1, keepdims=True)
+    a, b = np.triu_indices(200, 1)
+    expected = angles_between(units[a], units[b]).mean(axis=0)
+    np.testing.assert_allclose(many_classes().result().between, expected, rtol=1e-12)
+
+
+def test_all_pairs_of_classes_are_never_held():
+    """200 classes have 19,900 pairs: 31 MB of differences. What is held is twice the directions of one layer."""
+    sums = many_classes()
+    sums.result()
+    tracemalloc.start()
+    try:
+        sums.result()
+        assert tracemalloc.get_traced_memory()[1] < 3 * 8 * 200 * 64
+    finally:
+        tracemalloc.stop()
+
+
+def test_classes_of_one_direction_have_no_separation():
+    """As CLS at layer 0: the same in all images."""
+    states, labels = classes(60, 0.3)
+    states[:, 0] = np.float32(0.1)
+    found = basins(states.astype(np.float32), labels)
+    assert np.isnan(found.separation[0])
+    assert found.separation[1] == pytest.approx(found.within.mean[1] / found.between[1])
