@@ -1,6 +1,7 @@
 """Ray starts while libraries load: when it does, that the store is the same, and that whatever happens it ends."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -135,5 +136,7 @@ def test_a_stop_while_ray_is_on_its_way_leaves_nothing_behind(number: signal.Sig
     assert wait_for(lambda: len(marked(digits.mark)) > 1 or digits.process.poll() is not None)
     digits.press_ctrl_c() if number == signal.SIGINT else os.kill(digits.process.pid, number)
     assert digits.process.wait(ENDED_S) in (ExitCode.KILLED, ExitCode.INTERRUPTED, -signal.SIGKILL), digits.told
-    assert "Traceback" not in digits.told
+    # Ctrl-C reaches a child that Ray has just forked, too, which may say so on its way to the program that it becomes.
+    told = re.sub(r"Exception ignored in: .*?KeyboardInterrupt:? *\n", "", digits.told, flags=re.DOTALL)
+    assert "Traceback" not in told
     assert left_after(digits.mark, ENDED_S) == []
