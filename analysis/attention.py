@@ -138,7 +138,7 @@ def look(
         progress: Told the number of rows after each batch.
 
     Raises:
-        UserError: Blocks of another kind.
+        UserError: Blocks of another kind, or a patch that looks at no patch at all.
     """
     n_blocks, heads = teacher.n_layers - 1, teacher.n_heads
     size = (teacher.pixel_size[0] / teacher.grid[0], teacher.pixel_size[1] / teacher.grid[1])
@@ -148,7 +148,10 @@ def look(
         state = x[start : start + batch_rows].to(teacher.device)
         reaches, of_branches = [], []
         for block in teacher.model.blocks:
-            reaches.append(attention_reach(attention_of(block, state).float().cpu().numpy(), teacher.grid, size))
+            try:
+                reaches.append(attention_reach(attention_of(block, state).float().cpu().numpy(), teacher.grid, size))
+            except ValueError as error:
+                raise UserError(f"block {len(reaches) + 1} of {teacher.name}: {error}") from error
             *both, state = branch_ratios(block, state)
             of_branches.append([one.double().cpu().numpy() for one in both])
         distance.update(np.stack([reach.distance for reach in reaches], axis=1))

@@ -71,7 +71,7 @@ def _sections(
         beside = Origin(data=f"{store.location} and {raptor.name}", n_images=total, seed=None, command=command)
         sections.append(raptor_section(raptor.name, compared, beside))
     sections.append(final_norm_section(models[TEACHER], store, phases, limit, command))
-    sections += _attention(models[TEACHER], x, origin)
+    sections += attention_sections(models[TEACHER], x, origin)
     sections += vision_sections(store, models[TEACHER], limit, seed, command)
     sections += _positions(models[TEACHER], store.location, seed, command)
     depth = store.layers[-1]
@@ -94,12 +94,13 @@ def _sections(
     return [*sections, swap_section(swaps, origin)]
 
 
-def _attention(teacher: Teacher, x: torch.Tensor, origin: Origin) -> list[Section]:
+def attention_sections(teacher: Teacher, x: torch.Tensor, origin: Origin) -> list[Section]:
+    """What the teacher's blocks look at; none, with a line that says why, where that cannot be measured."""
     kinds = token_kinds(has_cls=teacher.has_cls, n_registers=teacher.n_registers, n_patches=teacher.n_patches)
     try:
         with Progress(total=len(x), unit="images", label="attention") as progress:
             return [attention_section(look(teacher, x, kinds, progress=progress.advance), origin)]
-    except UserError as error:  # blocks whose attention has another form; the rest of the report does without
+    except UserError as error:  # attention of another form, or without distances; the rest of the report does without
         say(f"no attention distances: {error}")
         return []
 

@@ -88,10 +88,11 @@ def vision_sections(store: Store, teacher: Teacher, limit: int, seed: int, comma
         "receptive fields": fields,
         "ablation of skips": skips,
     }
-    return [section for name, part in parts.items() if (section := _section(name, part)) is not None]
+    return [section for name, part in parts.items() if (section := section_or_line(name, part)) is not None]
 
 
-def _section(name: str, part: Callable[[], Section]) -> Section | None:
+def section_or_line(name: str, part: Callable[[], Section]) -> Section | None:
+    """A section, or None and a line that says why there is none."""
     try:
         return part()
     except UserError as error:  # a teacher of another build; the rest of the report does without

@@ -12,6 +12,7 @@ from analysis.vision.measure import N_SHOTS, LayerProbes, Localised
 from analysis.vision.receptive_field import ReceptiveField, TeacherFields
 from analysis.vision.skips import SkipAblation
 from analysis.vision.taps import PARTS, tap_names
+from infra.console import UserError
 
 _N_SHOWN = 6
 
@@ -73,11 +74,17 @@ def _next(values: np.ndarray, part: str) -> float:
 
 
 def localisation_section(found: Localised, origin: Origin) -> Section:
-    """How well tokens keep to their own places."""
+    """How well tokens keep to their own places.
+
+    Raises:
+        UserError: At no layer does a token have a CKA with its own patch.
+    """
     layers = list(found.by_layer)
     x = np.array(layers, dtype=np.float64)
     shares = np.array([one.own_share() for one in found.by_layer.values()])
     contrasts = np.array([one.contrast() for one in found.by_layer.values()])
+    if not np.isfinite(shares).any():
+        raise UserError("every patch has the same pixels, or every token the same states, in all images")
     rows, columns = found.grid
     n_patches = rows * columns
     last = found.by_layer[layers[-1]]

@@ -7,6 +7,8 @@ from timm.layers.attention import Attention
 
 from analysis.attention import attention_of, attention_reach, branch_ratios, look, patch_distances
 from analysis.interventions import token_kinds
+from analysis.page import Origin
+from analysis.report_models import attention_sections
 from infra.console import UserError
 from pipeline.teacher import load_teacher
 
@@ -133,6 +135,18 @@ def test_batches_change_nothing_and_kinds_are_their_tokens(teacher, x):
     np.testing.assert_allclose(whole.distance.mean[0], first.distance.mean(axis=0), rtol=1e-5)
     ratio = branch_ratios(teacher.model.blocks[0], x)[0].detach().numpy()
     np.testing.assert_allclose(whole.attention_ratio["registers"].mean[0], ratio[:, 1:5].mean(), rtol=1e-5)
+
+
+def test_patches_that_look_at_no_patch_leave_the_section_out(teacher, x, monkeypatch, capsys):
+    def sink(block, state):
+        attention = torch.zeros(len(state), teacher.n_heads, state.shape[1], state.shape[1])
+        attention[..., 0] = 1
+        return attention
+
+    monkeypatch.setattr("analysis.attention.attention_of", sink)
+    origin = Origin(data="here", n_images=5, seed=None, command="make report")
+    assert attention_sections(teacher, x, origin) == []
+    assert "no attention distances: block 1 of digits_vit: a patch gives all" in capsys.readouterr().err
 
 
 def test_timms_attention_is_the_one_that_is_read(teacher):

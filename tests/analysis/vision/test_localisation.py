@@ -3,8 +3,12 @@
 import numpy as np
 import pytest
 
+from analysis.page import Origin
 from analysis.similarity import minibatch_cka
 from analysis.vision.localisation import Localisation, LocalisationAccumulator
+from analysis.vision.measure import Localised
+from analysis.vision.report import section_or_line
+from analysis.vision.sections import localisation_section
 
 N, PATCHES, VALUES, DIM = 96, 9, 6, 12
 
@@ -75,6 +79,14 @@ def test_where_nothing_changes_there_is_no_share():
     found = localised(np.ones((8, 2, 3)), np.ones((8, 2, 3)))
     assert np.isnan(found.own_share())
     assert np.isnan(found.contrast())
+
+
+def test_a_section_without_any_share_is_left_out(capsys):
+    still = localised(np.ones((8, 4, 3)), np.ones((8, 4, 3)))
+    found = Localised(by_layer={0: still, 1: still}, grid=(2, 2), n_seen=3, n_values=3)
+    origin = Origin(data="here", n_images=8, seed=None, command="make report")
+    assert section_or_line("localisation", lambda: localisation_section(found, origin)) is None
+    assert "no localisation: every patch has the same pixels" in capsys.readouterr().err
 
 
 def test_bad_input_is_refused():
