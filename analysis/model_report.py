@@ -63,9 +63,21 @@ def swap_accuracies(
 ) -> Swaps:
     """Accuracy of the model's own head after swaps within and across the phases.
 
+    Args:
+        model: With a head.
+        x: State 0.
+        labels: -1 for none: such images are left out.
+        groups: Blocks of each phase.
+        seed: Of the swaps.
+        progress: Told 1 after each order of blocks.
+
     Raises:
-        ValueError: The model has no head.
+        ValueError: The model has no head, or no image has a label.
     """
+    known = labels >= 0
+    if not known.any():
+        raise ValueError(f"none of {len(labels)} images has a label; expected one or more")
+    x, labels = x[torch.from_numpy(known).to(x.device)], labels[known]
 
     def accuracy(order: tuple[int, ...]) -> float:
         with torch.no_grad():
@@ -128,11 +140,17 @@ def self_correction_section(found: Mapping[str, Sequence[Tracked]], origin: Orig
     return Section(title="Self-correction", text=text, parts=parts)
 
 
-def swap_section(swaps: Swaps, origin: Origin) -> Section:
-    """Accuracy after swaps, within phases and across."""
+def swap_section(swaps: Swaps, images: str, origin: Origin) -> Section:
+    """Accuracy after swaps, within phases and across.
+
+    Args:
+        swaps: Of some images.
+        images: What these are to the teacher, a sentence.
+        origin: Of the images.
+    """
     lines: dict[str, Curve] = {"no swap": (np.array(N_SWAPPED, float), np.full(len(N_SWAPPED), swaps.clean), None)}
     rows: list[list[Cell]] = [["none", 0, 0, swaps.clean]]
-    text = []
+    text = [images]
     for where, name in (("intra", "within a phase"), ("inter", "across phases")):
         means = np.array([np.mean(one) if len(one := swaps.by_kind[where, n]) else np.nan for n in N_SWAPPED])
         spread = np.array([np.std(one) if len(one := swaps.by_kind[where, n]) else np.nan for n in N_SWAPPED])

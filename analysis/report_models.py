@@ -25,6 +25,7 @@ from analysis.page import Origin, Section
 from analysis.phase_report import Phases
 from analysis.positions.map_section import map_section, position_maps
 from analysis.report_paths import final_norm_section
+from analysis.vision.held_out import head_images, sibling_val
 from analysis.vision.report import vision_sections
 from infra.console import Progress, UserError, say
 from infra.objects import ObjectError
@@ -72,7 +73,8 @@ def _sections(
         sections.append(raptor_section(raptor.name, compared, beside))
     sections.append(final_norm_section(models[TEACHER], store, phases, limit, command))
     sections += attention_sections(models[TEACHER], x, origin)
-    sections += vision_sections(store, models[TEACHER], limit, seed, command)
+    val = sibling_val(store)
+    sections += vision_sections(store, models[TEACHER], val, limit, seed, command)
     sections += _positions(models[TEACHER], store.location, seed, command)
     depth = store.layers[-1]
     with Progress(total=depth * len(models), unit="layers", label="self-correction") as progress:
@@ -82,16 +84,23 @@ def _sections(
         }
     sections.append(self_correction_section(tracked, origin))
     teacher = models[TEACHER]
-    labels = np.array([-1 if one is None else one for one in store.samples["label"].to_pylist()])[rows]
-    if teacher.head is None or (labels < 0).all():
+    images = head_images(store, val, limit)
+    if teacher.head is None or (images.labels < 0).all():
         say("no layer swap: the teacher has no head, or the images no labels")
         return sections
     n_swaps = len(N_SWAPPED) * N_DRAWS * 2 + 1
     with Progress(total=n_swaps, unit="models", label="layer swap") as progress:
         swaps = swap_accuracies(
-            teacher, x.to(teacher.device), labels, phases.chosen.groups, seed=seed, progress=progress.advance
+            teacher,
+            images.x.to(teacher.device),
+            images.labels,
+            phases.chosen.groups,
+            seed=seed,
+            progress=progress.advance,
         )
-    return [*sections, swap_section(swaps, origin)]
+    n_images = int((images.labels >= 0).sum())
+    of_images = Origin(data=f"{images.place} ({teacher.name})", n_images=n_images, seed=seed, command=command)
+    return [*sections, swap_section(swaps, images.text, of_images)]
 
 
 def attention_sections(teacher: Teacher, x: torch.Tensor, origin: Origin) -> list[Section]:

@@ -7,6 +7,7 @@ import torch
 
 from analysis.interventions import token_kinds
 from analysis.page import Origin, Section
+from analysis.vision.held_out import head_images
 from analysis.vision.measure import LOCAL_ROWS, TAP_ROWS, local_batches, localise, probe_layers, sub_layer_cka
 from analysis.vision.receptive_field import teacher_fields
 from analysis.vision.sections import (
@@ -18,23 +19,23 @@ from analysis.vision.sections import (
 )
 from analysis.vision.skips import ablate_skips
 from infra.console import Progress, UserError, say
-from infra.objects import ObjectError
 from pipeline.teacher import Teacher
-from storage_schemas import Store, open_store
-from storage_schemas.errors import StoreError
-from storage_schemas.find import find_stores
+from storage_schemas import Store
 
 # Images, as multiples of those of the other parts that run models.
 _LAYERS, _PROBES, _SKIPS, _FIELDS = 8, 16, 2, 0.5
 _N_DRAWS = 1
 
 
-def vision_sections(store: Store, teacher: Teacher, limit: int, seed: int, command: str) -> list[Section]:
+def vision_sections(
+    store: Store, teacher: Teacher, val: Store | None, limit: int, seed: int, command: str
+) -> list[Section]:
     """Sub-layers, localisation, probes, receptive fields and ablated skips; those that the teacher allows.
 
     Args:
         store: With all layers from 0.
         teacher: The store's.
+        val: Images that it was not trained on, for probes and accuracies; None if there are none.
         limit: Images where models run: 8 times as many for sub-layers and localisation, 16 times for probes (of each
             store), twice for ablated skips, half for receptive fields.
         seed: Of channels and shuffled labels.
@@ -59,7 +60,6 @@ def vision_sections(store: Store, teacher: Teacher, limit: int, seed: int, comma
         return localisation_section(found, origin(n_images))
 
     def probes() -> Section:
-        val = sibling_val(store)
         with Progress(total=len(store.layers), unit="layers", label="probes") as progress:
             found = probe_layers(store, val, _PROBES * limit, seed=seed, progress=progress.advance)
         return probe_section(found, origin(found.n_fit + found.n_test, f"{data}, tested on {found.tested_on}", True))
@@ -72,14 +72,12 @@ def vision_sections(store: Store, teacher: Teacher, limit: int, seed: int, comma
         return field_section(found, origin(len(x), drawn=True))
 
     def skips() -> Section:
-        rows = np.flatnonzero(store.valid)[: _SKIPS * limit]
-        x = torch.from_numpy(store.read([0], rows, "all")[:, 0])
-        labels = np.array([-1 if one is None else one for one in store.samples["label"].to_pylist()])[rows]
+        images = head_images(store, val, _SKIPS * limit)
         kinds = token_kinds(has_cls=teacher.has_cls, n_registers=teacher.n_registers, n_patches=teacher.n_patches)
         compared = {kind: tokens for kind, tokens in kinds.items() if kind != "registers"}
         with Progress(total=teacher.n_layers, unit="models", label="without skips") as progress:
-            found = ablate_skips(teacher, x, labels, compared, progress=progress.advance)
-        return skip_section(found, origin(len(x)))
+            found = ablate_skips(teacher, images.x, images.labels, compared, progress=progress.advance)
+        return skip_section(found, images.text, origin(len(images.x), f"{images.place} ({teacher.name})"))
 
     parts = {
         "sub-layers": sub_layers,
@@ -98,23 +96,3 @@ def section_or_line(name: str, part: Callable[[], Section]) -> Section | None:
     except UserError as error:  # a teacher of another build; the rest of the report does without
         say(f"no {name}: {error}")
         return None
-
-
-def sibling_val(store: Store) -> Store | None:
-    """The store val beside a store train, if it holds the same teacher's states; None if there is none to test on."""
-    folder, _, name = store.location.rpartition("/")
-    if name != "train":
-        return None
-    try:
-        place = find_stores(folder).get("val")
-        val = None if place is None else open_store(place)
-    except (StoreError, ObjectError) as error:
-        say(f"{folder}/val is left aside: {error}")
-        return None
-    if val is None or not val.n_valid:
-        return None
-    same = ("teacher_weights_digest", "layers", "dim", "grid", "n_registers", "has_cls")
-    if any(getattr(val.spec, name) != getattr(store.spec, name) for name in same):
-        say(f"{val.location} is left aside: it holds states of another teacher or of other layers")
-        return None
-    return val

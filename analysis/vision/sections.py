@@ -292,8 +292,14 @@ def field_section(found: TeacherFields, origin: Origin) -> Section:
     )
 
 
-def skip_section(found: SkipAblation, origin: Origin) -> Section:
-    """What is left when a block loses its skip connections."""
+def skip_section(found: SkipAblation, images: str, origin: Origin) -> Section:
+    """What is left when a block loses its skip connections.
+
+    Args:
+        found: Of some images.
+        images: What these are to the teacher, a sentence.
+        origin: Of the images.
+    """
     without, clean = found.crossing()
     n_blocks = len(without)
     blocks = np.arange(1.0, n_blocks + 1)
@@ -343,7 +349,7 @@ def skip_section(found: SkipAblation, origin: Origin) -> Section:
         )
         text.append(
             f"Accuracy falls from {found.clean_accuracy:.3f} to between {found.accuracy.min():.3f} and "
-            f"{found.accuracy.max():.3f}: blocks that have learned to add to the stream cannot carry it alone."
+            f"{found.accuracy.max():.3f}: blocks that have learned to add to the stream cannot carry it alone. {images}"
         )
     accuracies = [None] * n_blocks if found.accuracy is None else [float(one) for one in found.accuracy]
     rows: list[list[Cell]] = [[i + 1, float(without[i]), float(clean[i]), accuracies[i]] for i in range(n_blocks)]
