@@ -24,6 +24,7 @@ class LinearSpan:
     Attributes:
         start: First state.
         stop: Last state.
+        n_fitted: Images that all operators were fitted to; with fewer than channels they are mostly the ridge's.
         operator: K.
         by_power: Mean cosine on other images of K^p x_start to x_start+p, p = 1 to stop - start.
         by_endpoint: The same of the map that was fitted from x_start to x_start+p alone.
@@ -32,6 +33,7 @@ class LinearSpan:
 
     start: int
     stop: int
+    n_fitted: int
     operator: Float64[np.ndarray, "dim dim"]
     by_power: Float64[np.ndarray, " power"]
     by_endpoint: Float64[np.ndarray, " power"]
@@ -104,6 +106,7 @@ def linear_span(
     return LinearSpan(
         start=start,
         stop=stop,
+        n_fitted=len(fitted),
         operator=operator,
         by_power=np.array(by_power),
         by_endpoint=np.array(by_endpoint),

@@ -13,11 +13,15 @@ from analysis.interventions import Tracked, run_order, swapped_orders, token_kin
 from analysis.page import Cell, Figure, Origin, Section, Table
 from analysis.partitions import Groups
 from analysis.plots import Curve, curves, heat_maps
+from analysis.verdicts import MARGIN, no_verdict, verdict
 from pipeline.teacher import Teacher
 
 EPSILONS = (0.01, 0.1)
 N_DRAWS = 4
 N_SWAPPED = (1, 2, 3)
+# What counts as a paper's statement: a share of states that contract, and shares of the accuracy without a swap.
+_CONTRACTS = 0.75
+_KEEPS, _COLLAPSES = 0.9, 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +129,9 @@ def self_correction_section(found: Mapping[str, Sequence[Tracked]], origin: Orig
         small = [one.ratio(kind) for one in tracked for kind in one.angles if one.epsilon == EPSILONS[0]]
         text.append(
             f"{name}: of pushes of {EPSILONS[0]:g} |x|, {sum(r < 1 for r in small)} of {len(small)} (states, kinds) "
-            "end at a smaller angle than they began. The Raptor paper reports weak contraction."
+            "end at a smaller angle than they began. The Raptor paper reports weak contraction; counted as such from "
+            f"{_CONTRACTS:.0%} of them on. "
+            + verdict(np.mean([r < 1 for r in small]) >= _CONTRACTS, n_images=origin.n_images, values=small)
         )
     parts.append(
         Table(
@@ -150,17 +156,27 @@ def swap_section(swaps: Swaps, images: str, origin: Origin) -> Section:
     """
     lines: dict[str, Curve] = {"no swap": (np.array(N_SWAPPED, float), np.full(len(N_SWAPPED), swaps.clean), None)}
     rows: list[list[Cell]] = [["none", 0, 0, swaps.clean]]
-    text = [images]
+    text, kept = [images], dict[str, np.ndarray]()
     for where, name in (("intra", "within a phase"), ("inter", "across phases")):
         means = np.array([np.mean(one) if len(one := swaps.by_kind[where, n]) else np.nan for n in N_SWAPPED])
         spread = np.array([np.std(one) if len(one := swaps.by_kind[where, n]) else np.nan for n in N_SWAPPED])
+        kept[where] = means / swaps.clean if swaps.clean else np.full(len(means), np.nan)
         lines[name] = (np.array(N_SWAPPED, float), means, spread)
         rows += [[where, n, i, one] for n in N_SWAPPED for i, one in enumerate(swaps.by_kind[where, n])]
         text.append(
             f"{name}: accuracy {', '.join(f'{one:.3f}' for one in means)} with {', '.join(map(str, N_SWAPPED))} "
             f"layers swapped, {swaps.clean:.3f} without."
         )
-    text.append("The Raptor paper reports that swaps within a phase keep the accuracy and swaps across collapse it.")
+    text.append(
+        "The Raptor paper reports that swaps within a phase keep the accuracy and swaps across collapse it; counted as "
+        f"such where, with any of these numbers of layers, the ones keep {_KEEPS:.0%} of it or more and the others "
+        f"{_COLLAPSES:.0%} or less. "
+        + verdict(
+            bool((kept["intra"] >= _KEEPS).all() and (kept["inter"] <= _COLLAPSES).all()),
+            n_images=origin.n_images,
+            values=[*kept["intra"], *kept["inter"]],
+        )
+    )
     return Section(
         title="Layer swap",
         text=text,
@@ -302,7 +318,7 @@ def attention_section(found: Looks, origin: Origin) -> Section:
         )
     )
     ratio_rows: list[list[Cell]] = []
-    text = [_reach_statement(ordered)]
+    text = [_reach_statement(ordered, origin.n_images)]
     for name, ratios in (("attention", found.attention_ratio), ("mlp", found.mlp_ratio)):
         lines: dict[str, Curve] = {kind: (blocks, one.mean, one.std) for kind, one in ratios.items()}
         parts.append(
@@ -323,7 +339,9 @@ def attention_section(found: Looks, origin: Origin) -> Section:
                 for kind in ("cls", "patches")
             )
             text.append(
-                f"{name} branch, |z| / |f(z)|: {listed}. Raghu et al. report CLS above patches first, and below after."
+                f"{name} branch, |z| / |f(z)|: {listed}. Raghu et al. report CLS above patches first, and below "
+                f"after; counted as such where each is so by {MARGIN:.0%}. "
+                + verdict(_crosses(ratios["cls"].mean, ratios["patches"].mean), n_images=origin.n_images)
             )
     parts.append(
         Table(
@@ -338,10 +356,22 @@ def attention_section(found: Looks, origin: Origin) -> Section:
     return Section(title="Attention and branches", text=text, parts=parts)
 
 
-def _reach_statement(ordered: np.ndarray) -> str:
+def _crosses(cls: np.ndarray, patches: np.ndarray) -> bool:
+    """Whether CLS is above patches in the first half of the blocks and below them in the second."""
+    half = len(cls) // 2
+    (first, after), (first_patches, after_patches) = ((one[:half].mean(), one[half:].mean()) for one in (cls, patches))
+    return bool(first > (1 + MARGIN) * first_patches and after_patches > (1 + MARGIN) * after)
+
+
+def _reach_statement(ordered: np.ndarray, n_images: int) -> str:
     low, high = ordered[:2], ordered[-2:]
+    local = ordered.max() / 2
+    if len(ordered) < 4:
+        judged = no_verdict(f"{len(ordered)} blocks have no two lowest beside two highest")
+    else:
+        judged = verdict(low.min() < local <= low.max() and high.min() >= local, n_images=n_images)
     return (
         f"Heads of the two lowest blocks reach {low.min():.3g} to {low.max():.3g} px, of the two highest "
         f"{high.min():.3g} to {high.max():.3g} px. Raghu et al. report local and global heads in the lowest blocks, "
-        "global ones in the highest."
+        f"global ones in the highest; counted as local below {local:.3g} px, half of the farthest of all. {judged}"
     )

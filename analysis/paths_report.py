@@ -9,18 +9,18 @@ from analysis.linear_depth import LinearSpan
 from analysis.page import Cell, Figure, Origin, Section, Table
 from analysis.paths import Paths, rises_as_s
 from analysis.plots import Curve, curves, paths_on_plane
+from analysis.verdicts import no_verdict, verdict
 
 WINDOW = 4
-_CLOSE = 0.02
-
-
-def _verdict(holds: bool) -> str:
-    return "This holds here." if holds else "This does not hold here."
+_CLOSE = 0.02  # of two cosines
+_COMPACT = 0.9  # ratio of angles at the last layer over that at the first
+_LEAST_OF_A_CLASS = 5  # images, on average
 
 
 def final_direction_text(name: str, found: Mapping[str, Dynamics], layers: Sequence[int]) -> str:
     """Whether the cosine to the final direction rises as the Raptor paper says."""
     listed, shaped = [], []
+    n_images = min(one.to_final.n for one in found.values())
     for kind, one in found.items():
         gamma = one.to_final.mean
         steps = np.diff(gamma)
@@ -31,8 +31,9 @@ def final_direction_text(name: str, found: Mapping[str, Dynamics], layers: Seque
             f"at {int((steps >= 0).sum())} of {len(steps)} steps, steepest from layer {layers[at]} to {layers[at + 1]}"
         )
     return (
-        f"Cosine to the final direction, {name}: {'; '.join(listed)}. The Raptor paper reports an S-shaped rise to 1: "
-        f"at every step, and steepest between the ends. {_verdict(all(shaped))}"
+        f"Cosine to the final direction, {name}: {'; '.join(listed)}. The Raptor paper reports an S-shaped rise to 1; "
+        "counted as such where no step falls and the steepest is neither the first nor the last. "
+        + (no_verdict("of two steps or one") if len(layers) < 4 else verdict(all(shaped), n_images=n_images))
     )
 
 
@@ -94,11 +95,19 @@ def paths_section(
     text = [final_direction_text("raw states", raw, layers)]
     if basins is not None:
         ratio, right = basins.separation, basins.accuracy.mean
+        chance = 1 / basins.n_classes
+        least = chance + 3 * np.sqrt(chance * (1 - chance) / max(1, basins.accuracy.n))
+        if basins.accuracy.n < _LEAST_OF_A_CLASS * basins.n_classes:
+            judged = no_verdict(f"{basins.accuracy.n} images of {basins.n_classes} classes")
+        else:
+            holds = ratio[-1] < min(1, _COMPACT * ratio[1]) and right[-1] > least
+            judged = verdict(holds, n_images=basins.accuracy.n, values=[ratio[1], ratio[-1]])
         text.append(
             f"Angle to the own class's direction over that between classes: {ratio[1]:.3g} at layer {layers[1]}, "
             f"{ratio[-1]:.3g} at layer {layers[-1]}; nearest to the own class {right[1]:.1%} and {right[-1]:.1%}, "
-            f"{1 / basins.n_classes:.1%} by chance. The Raptor paper reports that paths enter compact regions of their "
-            f"classes: counted as such below a ratio of 1. {_verdict(bool(ratio[-1] < min(1, ratio[1])))}"
+            f"{chance:.1%} by chance. The Raptor paper reports that paths enter compact regions of their classes; "
+            f"counted as such where the ratio ends below 1 and below {_COMPACT} times that at layer {layers[1]}, and "
+            f"the share nearest to the own class above {least:.1%}, three standard errors over chance. {judged}"
         )
     rows: list[list[Cell]] = [
         [i, int(label), layer, float(x), float(y)]
@@ -209,23 +218,38 @@ def _linear_text(windows: Mapping[str, Sequence[LinearSpan]]) -> list[str]:
     source = "The paper on dynamic mode decomposition along depth reports"
     for kind, found in windows.items():
         gaps = np.array([(one.by_endpoint - one.by_power).max() for one in found])
-        means[kind] = np.mean([one.by_power[-1] for one in found])
+        means[kind] = float(np.mean([one.by_power[-1] for one in found]))
         first, last = found[0], found[-1]
+        too_few = _too_few(first)
         text.append(
             f"{kind}: powers of one operator stay within {gaps.max():.3f} of the endpoint map over up to "
             f"{_steps(found)} steps, {int((gaps <= _CLOSE).sum())} of {len(found)} starts within {_CLOSE}. {source} "
-            f"{_CLOSE} for up to 4 steps on one large model. {_verdict(bool((gaps <= _CLOSE).all()))}"
+            f"{_CLOSE} for up to 4 steps on one large model. "
+            + (too_few or verdict(bool((gaps <= _CLOSE).all()), n_images=first.n_fitted))
         )
         text.append(
             f"{kind}: cosine {first.by_power[-1]:.3f} from layer {first.start}, {last.by_power[-1]:.3f} into layer "
-            f"{last.stop}, where no map at all has {last.by_identity[-1]:.3f}. {source} less with depth. "
-            f"{_verdict(bool(last.by_power[-1] < first.by_power[-1]))}"
+            f"{last.stop}, where no map at all has {last.by_identity[-1]:.3f}. {source} less with depth; "
+            f"counted as less from {_CLOSE} on. "
+            + (too_few or verdict(last.by_power[-1] <= first.by_power[-1] - _CLOSE, n_images=first.n_fitted))
         )
     if len(means) > 1 and "cls" in means:
         listed = ", ".join(f"{kind} {value:.3f}" for kind, value in means.items())
-        most = max(means, key=lambda kind: means[kind])
-        text.append(f"Mean over starts: {listed}. {source} CLS as the most linear. {_verdict(most == 'cls')}")
+        ahead = all(means["cls"] >= value + _CLOSE for kind, value in means.items() if kind != "cls")
+        one = windows["cls"][0]
+        text.append(
+            f"Mean over starts: {listed}. {source} CLS as the most linear; counted as such where it is ahead by "
+            f"{_CLOSE}. " + (_too_few(one) or verdict(ahead, n_images=one.n_fitted))
+        )
     return text
+
+
+def _too_few(span: LinearSpan) -> str:
+    """That operators are not judged, where images are fewer than what each has to be told; empty where they are not."""
+    dim = len(span.operator)
+    if span.n_fitted >= dim:
+        return ""
+    return no_verdict(f"fitted to {span.n_fitted} images, where an operator of {dim} channels takes as many")
 
 
 def _steps(found: Sequence[LinearSpan]) -> int:

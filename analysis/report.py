@@ -1,6 +1,7 @@
 """What a report shows of its findings: sections of figures with captions, tables, and statements with their numbers."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
@@ -13,9 +14,12 @@ from analysis.page import Cell, Figure, Origin, Section, Table
 from analysis.partitions import segments_of, spans_text
 from analysis.phase_report import Phases
 from analysis.plots import Curve, curves, depth_overview, heat_maps
+from analysis.similarity import dropped_text
 from analysis.spectra import Covariances, expected_participation_ratio, spectrum
+from analysis.verdicts import MARGIN, no_verdict, verdict
 
 _N_SINGULAR = 50
+_LATE_RISE = 0.05
 
 
 def phase_cuts(phases: Phases) -> list[float]:
@@ -34,6 +38,20 @@ def speed_jumps(findings: Findings, n_phases: int) -> dict[str, list[float]]:
         return {}
     speeds = {kind: dynamics.speed.mean[1:] for kind, dynamics in findings.dynamics.items()}
     return {kind: [float(inner[i]) for i in speed_phases(speed, n_phases)] for kind, speed in speeds.items()}
+
+
+def chance_hits(cuts: Sequence[float], places: Sequence[int]) -> float:
+    """How many of the cuts have one of as many places within half a layer, on average over all choices of places.
+
+    The sum over cuts of 1 - C(n - near, k) / C(n, k), for k of n places, of which `near` are that close to the cut.
+
+    Args:
+        cuts: Between the phases.
+        places: All at which speeds can be cut.
+    """
+    n, k = len(places), min(len(cuts), len(places))
+    near = [sum(abs(cut - place) <= 0.5 for place in places) for cut in cuts]
+    return sum(1 - math.comb(n - one, k) / math.comb(n, k) for one in near)
 
 
 def overview_section(findings: Findings, phases: Phases, origin: Origin) -> Section:
@@ -62,7 +80,8 @@ def overview_section(findings: Findings, phases: Phases, origin: Origin) -> Sect
         total = sum(map(len, near.values()))
         text.append(
             f"Angular speed is best cut into as many phases: {listed}. {hits} of {total} phase boundaries have "
-            "such a cut within half a layer."
+            "such a cut within half a layer, where as many cuts at random would be so near to "
+            f"{len(jumps) * chance_hits(cuts, findings.layers[2:-1]):.1f} on average."
         )
     text += _crossing_statement(findings, cuts)
     return Section(
@@ -103,7 +122,7 @@ def similarity_section(findings: Findings, phases: Phases, origin: Origin) -> Se
                 title="Linear CKA between layers",
                 svg=heat_maps(cka, rows=layers, columns=layers, unit="linear CKA, unbiased", limits=(0, 1), cuts=cuts),
                 caption=f"Minibatch CKA with the unbiased HSIC over {first.n_batches} batches ({first.n_rows:,} "
-                "images), no unit. White where a layer's features are the same for all images.",
+                f"images{dropped_text(first)}), no unit. White where a layer's features are the same for all images.",
                 origin=origin,
             )
         )
@@ -235,7 +254,14 @@ def dynamics_section(findings: Findings, phases: Phases, origin: Origin) -> Sect
     )
     return Section(
         title="Dynamics",
-        text=[_rank_statement(kind, [one.stable for one in of_kind], layers) for kind, of_kind in ranks.items()],
+        text=[
+            *(
+                _rank_statement(kind, [one.stable for one in of_kind], layers, findings.updates[kind])
+                for kind, of_kind in ranks.items()
+            ),
+            *_speed_statement(findings),
+            *_coherence_statement(findings),
+        ],
         parts=parts,
     )
 
@@ -279,13 +305,13 @@ def spectra_section(findings: Findings, phases: Phases, origin: Origin) -> Secti
                 origin=origin,
             )
         )
-        rows += [[kind, layer, found.n, *one.values(), _most(found)] for layer, one in zip(layers, scalars[kind])]
+        rows += [[kind, layer, found.n, *one.values(), _isotropic(found)] for layer, one in zip(layers, scalars[kind])]
     parts.append(
         Table(
             name="spectra",
             title="Six scalars",
-            caption="Per kind and layer; n is the number of vectors, the limit the participation ratio of as many "
-            "independent isotropic ones.",
+            caption="Per kind and layer; n is the number of vectors, the limit about the participation ratio of "
+            "as many independent isotropic ones.",
             columns=["kind", "layer", "n", *(name.replace("_", " ") for name in names), "isotropic limit"],
             rows=rows,
             origin=origin,
@@ -295,15 +321,15 @@ def spectra_section(findings: Findings, phases: Phases, origin: Origin) -> Secti
         title="Spectra",
         text=[
             f"{kind}: {found.n:,} vectors of {found.mean.shape[1]} channels; so many independent ones without a "
-            f"preferred direction have a participation ratio of {_most(found):.1f} (Marchenko and Pastur). Kinds with "
-            "other limits are to be compared as shares of theirs."
+            f"preferred direction have a participation ratio of about {_isotropic(found):.1f} (Marchenko and Pastur). "
+            "Kinds with other limits are to be compared as shares of theirs."
             for kind, found in findings.covariances.items()
         ],
         parts=parts,
     )
 
 
-def _most(found: Covariances) -> float:
+def _isotropic(found: Covariances) -> float:
     return expected_participation_ratio(found.mean.shape[1], found.n)
 
 
@@ -317,18 +343,62 @@ def _crossing_statement(findings: Findings, cuts: Sequence[float]) -> list[str]:
     )
     return [
         f"Mean angular speed of the steps into a new phase against those within one, radians: {listed}. The Raptor "
-        "paper reports jumps at the boundaries of its phases. Both leave out the step from layer 0."
+        "paper reports jumps at the boundaries of its phases; counted as such where the first is larger by "
+        f"{MARGIN:.0%} for every kind. Both leave out the step from layer 0. "
+        + verdict(
+            all(speed[crossing].mean() > (1 + MARGIN) * speed[~crossing].mean() for speed in speeds.values()),
+            n_images=min(found.speed.n for found in findings.dynamics.values()),
+        )
     ]
 
 
-def _rank_statement(kind: str, stable: Sequence[float], layers: Sequence[int]) -> str:
+def _speed_statement(findings: Findings) -> list[str]:
+    """Who turns when, where all three kinds are there."""
+    speeds = {kind: found.speed.mean[1:] for kind, found in findings.dynamics.items()}
+    if not {"cls", "registers", "patches"} <= set(speeds) or len(speeds["cls"]) < 3:
+        return []
+    third = max(1, len(speeds["cls"]) // 3)
+    means = {kind: float(speeds[kind].mean()) for kind in ("registers", "patches", "cls")}
+    late, usual = float(speeds["cls"][-third:].mean()), float(speeds["cls"][:-third].mean())
+    holds = means["patches"] > (1 + MARGIN) * means["registers"] and late > (1 + MARGIN) * usual
+    return [
+        f"Mean angular speed from layer {findings.layers[1]} on, radians: registers {means['registers']:.3g}, patches "
+        f"{means['patches']:.3g}; cls {late:.3g} in the last {third} steps, {usual:.3g} before. The Raptor paper "
+        "reports slow registers, faster patches, and a CLS that turns sharply in the last layers; counted as such "
+        f"where both the second and the third number exceed the one they are set beside by {MARGIN:.0%}. "
+        + verdict(holds, n_images=findings.n_images_wide)
+    ]
+
+
+def _coherence_statement(findings: Findings) -> list[str]:
+    """Whether patches gather in the last layers."""
+    found = findings.dynamics.get("patches")
+    if found is None or len(findings.layers) < 4:
+        return []
+    mean, start = found.state_coherence.mean[1:], len(findings.layers[1:]) * 2 // 3
+    early, late = float(mean[start] - mean[0]), float(mean[-1] - mean[start])
+    return [
+        f"Coherence of an image's patches goes from {mean[0]:.3f} at layer {findings.layers[1]} over {mean[start]:.3f} "
+        f"at layer {findings.layers[1 + start]} to {mean[-1]:.3f}. The Raptor paper reports a sharp rise late in "
+        f"depth; counted as such where the last third rises by {_LATE_RISE} or more, and by more than all before it. "
+        + verdict(late >= _LATE_RISE and late > early, n_images=findings.n_images_wide)
+    ]
+
+
+def _rank_statement(kind: str, stable: Sequence[float], layers: Sequence[int], updates: Covariances) -> str:
     first, last = stable[0], stable[-1]
     falls = sum(after < before for before, after in itertools.pairwise(stable))
     lowest = int(np.nanargmin(stable)) if np.isfinite(stable).any() else 0
+    dim = updates.mean.shape[1]
+    if updates.n < dim:
+        judged = no_verdict(f"{updates.n} vectors of {dim} channels, whose number bounds the rank")
+    else:
+        judged = verdict(last < (1 - MARGIN) * first, values=stable)
     return (
         f"{kind}: the stable rank of updates goes from {first:.3g} (step from layer {layers[0]}) to {last:.3g} (into "
         f"layer {layers[-1]}); it falls at {falls} of {len(stable) - 1} layers and is lowest, {stable[lowest]:.3g}, at "
-        f"the step from layer {layers[lowest]}. The Raptor paper reports a fall to about 6 for DINOv2 ViT-B."
+        f"the step from layer {layers[lowest]}. The Raptor paper reports a fall with depth, to about 6 for DINOv2 "
+        f"ViT-B; counted as a fall where the last is lower than the first by {MARGIN:.0%}. {judged}"
     )
 
 

@@ -1,6 +1,7 @@
 """The part of a report that reads single tokens of some images again: their paths, and depth as a linear system."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -9,7 +10,7 @@ from analysis.measure import Findings, class_numbers
 from analysis.page import Origin, Section
 from analysis.partitions import segments_of
 from analysis.pass_over import ONE_TOKEN
-from analysis.paths import normed_dynamics, project_paths
+from analysis.paths import Paths, normed_dynamics, project_paths
 from analysis.paths_report import WINDOW, linear_section, normed_section, paths_section
 from analysis.phase_report import Phases
 from analysis.report import phase_cuts
@@ -39,14 +40,20 @@ def path_sections(store: Store, found: Findings, phases: Phases, limit: int, com
         for kind in kinds:
             states = store.read(None, rows, kind)[:, :, 0]
             if kind == kinds[0] and len(rows) > 2:
-                numbers = class_numbers(store)[0][rows]
-                paths = project_paths(states, numbers)
+                paths = named_paths(project_paths(states, class_numbers(store)[0][rows]), store)
                 sections = [paths_section(kind, paths, found.dynamics, found.basins, found.layers, origin)]
             fitted, tested = np.array_split(states, 2)
             windows[kind] = linear_windows(fitted, tested, length)
             of_phases[kind] = [linear_span(fitted, tested, start, stop) for start, stop in spans]
             progress.advance()
     return [*sections, linear_section(windows, of_phases, origin)]
+
+
+def named_paths(paths: Paths, store: Store) -> Paths:
+    """With the labels that the store has in the place of numbers of classes."""
+    labels, numbers = store.samples["label"].to_pylist(), class_numbers(store)[0]
+    label_of = {int(number): label for number, label in zip(numbers, labels) if number >= 0}
+    return replace(paths, labels=np.array([label_of[int(number)] for number in paths.labels], dtype=np.int64))
 
 
 def final_norm_section(teacher: Teacher, store: Store, phases: Phases, limit: int, command: str) -> Section:

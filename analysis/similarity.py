@@ -48,6 +48,11 @@ class Cka:
     n_dropped: int
 
 
+def dropped_text(found: Cka) -> str:
+    """For after a number of images: how many more were left out; empty if none was."""
+    return f" and {found.n_dropped:,} left out, of batches below {LEAST_ROWS}" if found.n_dropped else ""
+
+
 def linear_kernels(
     states: Float[np.ndarray, "row layer dim"], out: Float64[np.ndarray, "layer row row"] | None = None
 ) -> Float64[np.ndarray, "layer row row"]:

@@ -179,8 +179,8 @@ def spectrum(eigenvalues: Float[np.ndarray, " direction"]) -> Spectrum:
 def expected_participation_ratio(dim: int, n: int) -> float:
     """Participation ratio of n independent isotropic Gaussian vectors of dim channels: dim / (1 + dim / n).
 
-    From the second moment 1 + dim / n of the Marchenko-Pastur law. What a tap of few rows can reach at most, where one
-    of many rows reaches dim: spectra of different numbers of rows are to be compared against this.
+    From the second moment 1 + dim / n of the Marchenko-Pastur law. About what a tap of few rows can reach, where one of
+    many rows reaches dim: an expectation, no bound. Spectra of different numbers of rows are to be compared against it.
 
     Raises:
         ValueError: dim or n below 1.

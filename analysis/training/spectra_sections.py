@@ -123,8 +123,8 @@ def sample_size_section(n_vectors: Mapping[str, int], dim: int, record: EpochRec
     return Section(
         title="Sample size",
         text=[
-            f"{n_vectors[low]:,} vectors of {dim} channels, as {tap_title(low)} has, reach a participation ratio of at "
-            f"most {limits[0]:.1f} where all directions are equal, {n_vectors[high]:,} as {tap_title(high)} has "
+            f"{n_vectors[low]:,} vectors of {dim} channels, as {tap_title(low)} has, reach a participation ratio of "
+            f"about {limits[0]:.1f} where all directions are equal, {n_vectors[high]:,} as {tap_title(high)} has "
             f"{limits[1]:.1f} (dim / (1 + dim / n), Marchenko and Pastur): {percent(limits[0] / limits[1])} of it. "
             "Tokens of one image are not independent, so that their number flatters."
         ],
@@ -132,7 +132,7 @@ def sample_size_section(n_vectors: Mapping[str, int], dim: int, record: EpochRec
             Table(
                 name="sample_size",
                 title="What the number of vectors allows",
-                caption=f"At epoch {record.epoch}: participation ratio, and the most that so many independent "
+                caption=f"At epoch {record.epoch}: participation ratio, and about what so many independent "
                 "isotropic vectors would have.",
                 columns=["tap", "n", "isotropic limit", "participation ratio", "share of the limit"],
                 rows=rows,

@@ -57,7 +57,7 @@ def vision_sections(
         total = len(local_batches(store, n_images, LOCAL_ROWS)) * len(store.layers)
         with Progress(total=total, unit="layers", label="localisation") as progress:
             found = localise(store, teacher, n_images, progress=progress.advance)
-        return localisation_section(found, origin(n_images))
+        return localisation_section(found, origin(found.by_layer[0].n_rows))  # not those of too short batches
 
     def probes() -> Section:
         with Progress(total=len(store.layers), unit="layers", label="probes") as progress:

@@ -7,7 +7,8 @@ import numpy as np
 from analysis.accumulate import finite_mean
 from analysis.page import Cell, Figure, Origin, Section, Table
 from analysis.plots import Curve, curves, heat_maps, model_maps, pictures
-from analysis.similarity import Cka
+from analysis.similarity import Cka, dropped_text
+from analysis.verdicts import no_verdict, verdict
 from analysis.vision.measure import N_SHOTS, LayerProbes, Localised
 from analysis.vision.receptive_field import ReceptiveField, TeacherFields
 from analysis.vision.skips import SkipAblation
@@ -15,11 +16,6 @@ from analysis.vision.taps import PARTS, tap_names
 from infra.console import UserError
 
 _N_SHOWN = 6
-
-
-def verdict(holds: bool) -> str:
-    """How a statement ends."""
-    return "This holds here." if holds else "This does not hold here."
 
 
 def sub_layer_section(found: Cka, n_blocks: int, origin: Origin) -> Section:
@@ -51,8 +47,8 @@ def sub_layer_section(found: Cka, n_blocks: int, origin: Origin) -> Section:
                     axis_name="sub-layer",
                 ),
                 caption="All tokens of an image as one vector. 0: embedded sequence; then of each block "
-                f"{', '.join(PARTS)}; last, the final norm. Branches as they are added. {found.n_batches} batches, "
-                "minibatch CKA with the unbiased HSIC.",
+                f"{', '.join(PARTS)}; last, the final norm. Branches as they are added. {found.n_batches} batches"
+                f"{dropped_text(found)}, minibatch CKA with the unbiased HSIC.",
                 origin=origin,
             ),
             Table(
@@ -163,7 +159,7 @@ def probe_section(found: LayerProbes, origin: Origin) -> Section:
         f"At the last layer single patches name {single:.1%} rightly on average, {best} {top:.1%}; chance is "
         f"{found.chance:.1%}. Raghu et al. report that single patches of a ViT with CLS are poor probes in the last "
         "layers (6 to 12 %, where tokens of other models give 44 to 58 %); counted as such below half of the best. "
-        + verdict(bool(single < top / 2))
+        + _of_shots(found, bool(single < top / 2))
     ]
     if "cls" in found.pooled:
         cls, mean = found.pooled["cls"], found.pooled["mean of all"]
@@ -171,7 +167,7 @@ def probe_section(found: LayerProbes, origin: Origin) -> Section:
         text.append(
             f"CLS is ahead of the mean of all tokens at {len(ahead)} of {len(found.layers)} layers; at the last one it "
             f"is {cls[-1]:.1%} against {mean[-1]:.1%}. Raghu et al. report that the mean of a ViT with CLS stays "
-            f"behind in the last layers. {verdict(bool(cls[-1] > mean[-1]))}"
+            f"behind in the last layers. {_of_shots(found, bool(cls[-1] > mean[-1]))}"
         )
     rows: list[list[Cell]] = [
         [layer, name, float(values[i])] for name, values in found.pooled.items() for i, layer in enumerate(found.layers)
@@ -219,6 +215,13 @@ def probe_section(found: LayerProbes, origin: Origin) -> Section:
         )
     )
     return Section(title="Linear probes", text=text, parts=parts)
+
+
+def _of_shots(found: LayerProbes, holds: bool) -> str:
+    """A verdict where as many images of each class were fitted as by Raghu et al."""
+    if found.least_shots < N_SHOTS:
+        return no_verdict(f"they fit {N_SHOTS} images of each class, here one has {found.least_shots}")
+    return verdict(holds)
 
 
 def field_section(found: TeacherFields, origin: Origin) -> Section:
@@ -331,8 +334,8 @@ def skip_section(found: SkipAblation, images: str, origin: Origin) -> Section:
     text = [
         f"Without a block's skips the CKA across it is lower than in the whole model for {lower} of {known} blocks "
         f"from the second on, {finite_mean(without[1:]):.3f} against {finite_mean(clean[1:]):.3f} on average. "
-        "Raghu et al. report a collapse in ViTs that were trained so; here nothing is trained again. "
-        + verdict(lower == known)
+        "Raghu et al. report a collapse in ViTs that were trained so. "
+        + no_verdict("nothing is trained again; make skips trains ViTs without skips, on digits, and judges them")
     ]
     if found.accuracy is not None and found.clean_accuracy is not None:
         drawn: dict[str, Curve] = {

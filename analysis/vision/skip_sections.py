@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from analysis.page import Cell, Figure, Origin, Section, Table
 from analysis.plots import model_maps
-from analysis.vision.sections import verdict
+from analysis.verdicts import verdict
 from analysis.vision.skip_training import WHOLE, SkipModel
 
 

@@ -76,5 +76,5 @@ def test_the_final_norm_comes_before_directions() -> None:
         np.testing.assert_allclose(found[kind].to_final.std, of_images.std(0, ddof=1), atol=1e-6)
     assert found["cls"].to_final.mean[-1] == pytest.approx(1)
     text = final_direction_text("after the final norm", found, store.layers)
-    assert "This does not hold here" in text
+    assert "Not judged here: of two steps or one" in text
     assert "of 2 steps" in text
