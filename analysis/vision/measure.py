@@ -137,6 +137,7 @@ class LayerProbes:
             draw may be lucky: where classes lie apart, it gives each of them some class or other.
         chance: Share of the most frequent class among the images that were tested on.
         n_fit: Images that were fitted; as many were tuned on, at most.
+        least_shots: Fitted images of the class that has fewest.
         n_test: Images that were tested on.
         tested_on: Where these come from.
     """
@@ -150,6 +151,7 @@ class LayerProbes:
     shuffled: Float64[np.ndarray, "layer draw"]
     chance: float
     n_fit: int
+    least_shots: int
     n_test: int
     tested_on: str
 
@@ -162,22 +164,25 @@ def probe_layers(
     Args:
         store: Images to fit and to tune on.
         val: Images to test on; None for those of the store that were neither fitted nor tuned on.
-        limit: First images of each.
+        limit: Images of each at most: where that is not 2 n_shots for every class, all have fewer.
         seed: Of the shuffled labels.
-        n_shots: Images of each class that are fitted.
+        n_shots: Images of each class that are fitted, and as many that are tuned on.
         progress: Told 1 after each layer.
 
     Raises:
         UserError: Too few labelled images.
     """
     numbers, n_classes = class_numbers(store)
-    rows = np.flatnonzero(store.valid & (numbers >= 0))[:limit]
+    labelled = np.flatnonzero(store.valid & (numbers >= 0))
+    n_each = min(n_shots, max(1, limit // (2 * max(1, n_classes))))
+    rows = labelled[_first_of_each(numbers[labelled], 2 * n_each)][:limit]
     try:
-        shots = few_shots(numbers[rows], n_shots)
+        shots = few_shots(numbers[rows], n_each)
     except ValueError as error:
         raise UserError(f"no probes on {store.location}: {error}") from error
     if val is None:
-        test, test_labels, where = store, numbers, np.delete(rows, np.concatenate([shots.fit, shots.tune]))
+        test, test_labels = store, numbers
+        where = np.setdiff1d(labelled, rows[np.concatenate([shots.fit, shots.tune])])[:limit]
     else:
         test, test_labels = val, _same_classes(val, store)
         where = np.flatnonzero(val.valid & (test_labels >= 0))[:limit]
@@ -212,9 +217,18 @@ def probe_layers(
         shuffled=np.array(control),
         chance=float(np.bincount(of_test).max() / len(of_test)),
         n_fit=len(shots.fit),
+        least_shots=int(np.bincount(numbers[rows[shots.fit]], minlength=n_classes).min()),
         n_test=len(where),
         tested_on=test.location,
     )
+
+
+def _first_of_each(numbers: Int64[np.ndarray, " row"], n: int) -> Int64[np.ndarray, " chosen"]:
+    """The first n rows of each class, ascending."""
+    by_class = np.argsort(numbers, kind="stable")
+    ordered = numbers[by_class]
+    place = np.arange(len(ordered)) - np.searchsorted(ordered, ordered)
+    return np.sort(by_class[place < n])
 
 
 def _same_classes(val: Store, train: Store) -> Int64[np.ndarray, " sample"]:
@@ -240,6 +254,8 @@ def _representations(
     parts: list[Float[np.ndarray, "row probe dim"]] = []
     for start in range(0, len(rows), _READ_ROWS):
         states = store.read([layer], rows[start : start + _READ_ROWS], "all")[:, 0]
-        means = [states.mean(axis=1), states[:, 1:].mean(axis=1)]
+        means = [states.mean(axis=1), *([states[:, 1:].mean(axis=1)] if spec.has_cls else [])]
         parts.append(np.concatenate([states[:, single], np.stack(means, axis=1)], axis=1))
-    return np.concatenate(parts), [*names, *(f"patch {p}" for p in places), "mean of all", "mean of all but the first"]
+    # Raghu et al.'s mean of all but the first token leaves out CLS; without CLS it would leave out a patch.
+    pooled = ["mean of all", *(["mean of all but the first"] if spec.has_cls else [])]
+    return np.concatenate(parts), [*names, *(f"patch {p}" for p in places), *pooled]

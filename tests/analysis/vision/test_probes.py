@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
+from analysis.page import Origin
+from analysis.vision.measure import probe_layers
 from analysis.vision.probes import Shots, few_shots, probe, ridge_path, sign_targets
+from analysis.vision.sections import probe_section
+from infra.objects import FolderObjects
+from storage_schemas import open_store
+from storage_schemas.from_arrays import write_store
+from storage_schemas.samples import Sample
+from tests.stores import make_spec, planted_states, write_planted
 
 N_CLASSES = 4
 
@@ -76,6 +84,33 @@ def test_a_signal_in_one_token_is_found_by_its_probe_alone():
     found = probe(train, labels, few_shots(labels, 10), test, test_labels, N_CLASSES)
     assert found.accuracy[1] > 0.95
     assert found.accuracy[[0, 2]].max() < 0.4  # chance is 0.25
+
+
+@pytest.mark.parametrize(
+    ("has_cls", "pooled"),
+    [(True, ["cls", "mean of all", "mean of all but the first"]), (False, ["mean of all"])],
+)
+def test_the_mean_without_the_first_token_is_there_where_that_is_cls(tmp_path, has_cls, pooled):
+    write_planted(FolderObjects(tmp_path), make_spec(has_cls=has_cls, n_registers=0, layers=(0, 1)))
+    found = probe_layers(open_store(str(tmp_path)), None, 21, seed=0, n_shots=2)
+    assert list(found.pooled) == pooled
+    assert found.patches.shape == (2, 6)
+
+
+@pytest.mark.parametrize(
+    ("limit", "shots", "n_fit", "judged"), [(200, 10, 30, True), (36, 6, 18, False), (4, 0, 2, False)]
+)
+def test_every_class_gives_as_many_shots_and_fewer_are_not_judged(tmp_path, limit, shots, n_fit, judged):
+    """The third class begins late: the first rows have none of it."""
+    spec = make_spec(n_samples=90, n_registers=0, layers=(0, 1))
+    labels = [*[0, 1] * 30, *[2] * 30]
+    samples = [Sample(sample_id=f"{i}.png", label=one, class_name="x", nbytes=9) for i, one in enumerate(labels)]
+    write_store(FolderObjects(tmp_path), spec, samples, lambda rows: planted_states(spec, rows))
+    found = probe_layers(open_store(str(tmp_path)), None, limit, seed=0)
+    assert (found.least_shots, found.n_fit, found.n_test) == (shots, n_fit, min(limit, 90 - 2 * n_fit))
+    text = probe_section(found, Origin(data="here", n_images=90, seed=0, command="make report")).text
+    assert [f"here one has {shots}" in line for line in text] == [not judged] * 2
+    assert ["This " in line for line in text] == [judged] * 2
 
 
 def test_shuffled_labels_leave_chance():
