@@ -119,10 +119,14 @@ def store_alike(store: Store, *, limit: int, wide_limit: int, progress: Progress
 
 
 def same_images(stores: Sequence[Store], limit: int) -> Int64[np.ndarray, " row"]:
-    """Rows, of the first `limit`, that hold the same image in every store; none where their orders differ.
+    """Rows, of the first `limit`, that hold the same image in every store; none where sources or orders differ.
 
-    Stores of one source share their order, and one that was made with LIMIT= begins as the others do.
+    Stores of one source share its digest, of the names and sizes of all images, which LIMIT= does not change, and their
+    order, which one that was made with LIMIT= begins as the others do. Names alone do not tell: those of other images
+    of another folder may be the same.
     """
+    if len({store.spec.source_digest for store in stores}) > 1:
+        return np.zeros(0, np.int64)
     n = min(limit, *(store.n_samples for store in stores))
     ids = [store.samples["sample_id"][:n].to_pylist() for store in stores]
     if any(one != ids[0] for one in ids[1:]):

@@ -48,11 +48,15 @@ def refused(folder: Path, match: str, *more: str, **changes: object) -> None:
 def one_layer(folder: Path) -> None:
     with pytest.raises(ValueError, match="dynamics of 1 layers; expected 2 or more"):
         DynamicsAccumulator([3])
-    refused(folder, "holds layers 0; a report needs all from 0 on", layers=(0,))
+    refused(folder, "holds layers 0; a report needs layers 0 to 2 or more", layers=(0,))
+
+
+def two_layers(folder: Path) -> None:
+    refused(folder, "holds layers 0, 1; a report needs layers 0 to 2 or more, none left out", "--k", "1", layers=(0, 1))
 
 
 def gaps_in_layers(folder: Path) -> None:
-    refused(folder, "holds layers 0, 2, 3; a report needs all from 0 on", layers=(0, 2, 3))
+    refused(folder, "holds layers 0, 2, 3; a report needs layers 0 to 2 or more, none left out", layers=(0, 2, 3))
 
 
 def few_images(folder: Path) -> None:
@@ -182,6 +186,7 @@ def other_attention(_: Path) -> None:
 
 CHECKS: dict[str, Check] = {
     "one layer": one_layer,
+    "layers 0 and 1 alone": two_layers,
     "layers that are not all from 0 on": gaps_in_layers,
     "fewer than 4 images": few_images,
     "a last batch of fewer than 4": short_batch,

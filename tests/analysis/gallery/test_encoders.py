@@ -108,6 +108,13 @@ def test_images_are_the_same_as_far_as_both_stores_go(tmp_path):
     assert not len(same_images([first, open_store(other)], 100))
 
 
+def test_images_of_another_source_are_other_images_whatever_their_names(tmp_path):
+    first, other = write(tmp_path / "a"), write(tmp_path / "b", source_digest="2" * 64)
+    assert first.samples["sample_id"].equals(other.samples["sample_id"])
+    assert len(same_images([first, first], 100)) == 12
+    assert not len(same_images([first, other], 100))
+
+
 def test_encoders_with_nothing_in_common_are_refused(tmp_path):
     first, second = write(tmp_path / "a"), write(tmp_path / "b")
     with pytest.raises(UserError, match="have 3 images and cls, patch_mean in common; expected 4 images or more"):
