@@ -109,6 +109,8 @@ def paths_section(
             f"counted as such where the ratio ends below 1 and below {_COMPACT} times that at layer {layers[1]}, and "
             f"the share nearest to the own class above {least:.1%}, three standard errors over chance. {judged}"
         )
+    if not len(paths.labels):
+        return Section(title="Paths", text=[*text, f"No image has a class: no paths of {kind} are drawn."], parts=[])
     rows: list[list[Cell]] = [
         [i, int(label), layer, float(x), float(y)]
         for i, (label, path) in enumerate(zip(paths.labels, paths.points))

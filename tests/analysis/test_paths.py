@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from analysis.dynamics import DynamicsAccumulator
+from analysis.page import Origin
 from analysis.paths import normed_dynamics, project_paths, rises_as_s
-from analysis.paths_report import final_direction_text
+from analysis.paths_report import final_direction_text, paths_section
 from infra.objects import MemoryObjects
 from pipeline.teacher import load_teacher
 from storage_schemas import open_store
@@ -37,6 +39,17 @@ def test_classes_with_most_images_are_shown_and_so_many_of_each() -> None:
     states = np.random.default_rng(0).standard_normal((10, 3, 5))
     assert project_paths(states, labels, n_classes=2, n_each=2).labels.tolist() == [3, 3, 1, 1]
     assert project_paths(states, np.full(10, -1)).points.shape == (0, 3, 2)
+
+
+def test_a_store_without_classes_has_a_line_and_no_empty_figure() -> None:
+    states = np.random.default_rng(0).standard_normal((6, 3, 5))
+    sums = DynamicsAccumulator(range(3))
+    sums.update(states[:, :, None])
+    origin = Origin(data="here", n_images=6, seed=None, command="make report")
+    paths = project_paths(states, np.full(6, -1))
+    found = paths_section("cls", paths, {"cls": sums.result()}, None, range(3), origin)
+    assert found.parts == []
+    assert found.text[-1] == "No image has a class: no paths of cls are drawn."
 
 
 def test_a_plane_needs_three_images() -> None:
