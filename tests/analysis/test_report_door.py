@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from analysis.__main__ import main
 from analysis.report_command import PAGE
@@ -74,13 +75,28 @@ def test_a_store_without_cls_has_a_report_of_what_it_has(tmp_path):
     assert "registers" not in re.sub(r"<span class.*?</span>|<dd>.*?</dd>|Mean over .*?</figcaption>", "", page)
 
 
+def test_registers_without_cls_and_as_many_layers_as_vit_l_are_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **how: file.write(b"<svg/>"))  # drawing takes seconds
+    write(tmp_path / "store", has_cls=False, n_registers=2, layers=tuple(range(25)))
+    page = report(tmp_path / "store", tmp_path / "out", "--limit", "12", "--wide-limit", "12")
+    assert re.findall(r"<h2>(.*?)</h2>", page) == SECTIONS
+    tables = tmp_path / "out/tables"
+    names = {path.stem for path in tables.iterdir()}
+    assert {name for name in names if "cosine" in name} == {"cosine_registers", "cosine_patches", "cosine_patch_mean"}
+    assert {name for name in names if "cka" in name} == {"cka_patch_mean"}
+    with (tables / "cosine_registers.csv").open() as file:
+        rows = list(csv.reader(file))
+    assert [row[0] for row in rows[1:]] == rows[0][1:] == [str(layer) for layer in range(25)]
+
+
 @pytest.mark.parametrize(
     ("more", "changes", "expected"),
     [
         (["--limit", "3"], {}, "LIMIT=3: expected 4 or more images"),
         (["--k", "0"], {}, "K=0: expected 1 or more phases"),
         (["--k", "4"], {}, "K=4: layers 1 to 6 are cut into at most 3 phases of 2"),
-        ([], {"layers": (3, 4)}, "holds layers 3, 4; a report needs all from 0 on"),
+        (["--k", "1"], {"layers": (0, 1)}, "holds layers 0, 1; a report needs layers 0 to 2 or more"),
+        ([], {"layers": (3, 4)}, "holds layers 3, 4; a report needs layers 0 to 2 or more, none left out"),
         ([], {"n_samples": 3}, "has 3 valid images, expected 4 or more"),
         (["--run", "nowhere"], {}, "nowhere"),
     ],
@@ -119,7 +135,7 @@ def test_states_that_have_no_direction_are_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tests.stores, "planted_states", with_zeros)
     write(tmp_path / "store")
-    with pytest.raises(UserError, match=r"no direction: layer 4: 8 of 8 rows|no direction: layer 4"):
+    with pytest.raises(UserError, match="no direction: layer 4: 21 of 21 rows"):
         report(tmp_path / "store", tmp_path / "out")
 
 
