@@ -8,7 +8,7 @@ from analysis.accumulate import finite_mean
 from analysis.page import Cell, Figure, Origin, Section, Table
 from analysis.plots import Curve, curves, heat_maps, model_maps, pictures
 from analysis.similarity import Cka, dropped_text
-from analysis.verdicts import no_verdict, verdict
+from analysis.verdicts import MARGIN, no_verdict, verdict
 from analysis.vision.measure import N_SHOTS, LayerProbes, Localised
 from analysis.vision.receptive_field import ReceptiveField, TeacherFields
 from analysis.vision.skips import SkipAblation
@@ -16,6 +16,7 @@ from analysis.vision.taps import PARTS, tap_names
 from infra.console import UserError
 
 _N_SHOWN = 6
+_AHEAD = 0.02  # of accuracies
 
 
 def sub_layer_section(found: Cka, n_blocks: int, origin: Origin) -> Section:
@@ -31,7 +32,7 @@ def sub_layer_section(found: Cka, n_blocks: int, origin: Origin) -> Section:
         text=[
             f"Mean CKA between outputs of the lowest {quarter} and the highest {quarter} blocks: {across:.3f}. Raghu "
             "et al. report that lower and upper layers of a ViT are much alike; counted as such above 0.5. "
-            + verdict(across > 0.5),
+            + verdict(across > 0.5, n_images=found.n_rows, values=[across]),
             f"Mean CKA of a state with what the next block's attention adds to it: {_next(values, 'attention'):.3f}, "
             f"and with the sum of both: {_next(values, 'sum1'):.3f}. Such differences are the grid of the figure.",
         ],
@@ -105,7 +106,8 @@ def localisation_section(found: Localised, origin: Origin) -> Section:
             f"At the last layer {shares[-1]:.0%} of the tokens resemble the pixels of their own patch most, of "
             f"{known} whose pixels differ between images; chance is {1 / n_patches:.1%}. Raghu et al. report that "
             "tokens of a ViT with CLS keep to their places up to the last layer, and those of one with mean pooling "
-            f"less; counted as such above a half. {verdict(bool(shares[-1] > 0.5))}",
+            "less; counted as such above a half. "
+            + verdict(bool(shares[-1] > 0.5), n_images=origin.n_images, values=[shares[-1]]),
             f"The share is highest at layer {layers[int(np.nanargmax(shares))]} ({np.nanmax(shares):.0%}) and below a "
             f"half at {sum(share < 0.5 for share in shares)} of {len(layers)} layers.",
         ],
@@ -167,7 +169,8 @@ def probe_section(found: LayerProbes, origin: Origin) -> Section:
         text.append(
             f"CLS is ahead of the mean of all tokens at {len(ahead)} of {len(found.layers)} layers; at the last one it "
             f"is {cls[-1]:.1%} against {mean[-1]:.1%}. Raghu et al. report that the mean of a ViT with CLS stays "
-            f"behind in the last layers. {_of_shots(found, bool(cls[-1] > mean[-1]))}"
+            f"behind in the last layers; counted as such from {_AHEAD:.0%} of the images at the last one on. "
+            + _of_shots(found, bool(cls[-1] >= mean[-1] + _AHEAD))
         )
     rows: list[list[Cell]] = [
         [layer, name, float(values[i])] for name, values in found.pooled.items() for i, layer in enumerate(found.layers)
@@ -221,7 +224,7 @@ def _of_shots(found: LayerProbes, holds: bool) -> str:
     """A verdict where as many images of each class were fitted as by Raghu et al."""
     if found.least_shots < N_SHOTS:
         return no_verdict(f"they fit {N_SHOTS} images of each class, here one has {found.least_shots}")
-    return verdict(holds)
+    return verdict(holds, n_images=found.n_test)
 
 
 def field_section(found: TeacherFields, origin: Origin) -> Section:
@@ -253,12 +256,14 @@ def field_section(found: TeacherFields, origin: Origin) -> Section:
         text=[
             f"In the middle (block {middle + 1}) the centre's field reaches {wide:.0%} as far as one that sees all "
             "pixels alike. Raghu et al. report that it turns global in the middle of the network; counted as such "
-            f"above a half. {verdict(bool(wide > 0.5))}",
+            "above a half. " + verdict(bool(wide > 0.5), n_images=found.n_images),
             f"Its own patch still has {after[-1]:.1%} of the last block's field, {after[-1] / area:.1f} times its "
             "share of the image. Raghu et al. report that it stays peaked there; counted as such above twice. "
-            + verdict(bool(after[-1] > 2 * area)),
+            + verdict(bool(after[-1] > 2 * area), n_images=found.n_images),
             f"Before the sum the own patch has less of the field in {int((before < after).sum())} of {n_blocks} "
-            f"blocks. Raghu et al. report far less peaked fields there. {verdict(bool((before < after).all()))}",
+            f"blocks. Raghu et al. report far less peaked fields there; counted as such where it has less by "
+            f"{MARGIN:.0%} in all of them. "
+            + verdict(bool((before < (1 - MARGIN) * after).all()), n_images=found.n_images),
         ],
         parts=[
             Figure(

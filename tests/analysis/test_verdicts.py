@@ -18,7 +18,8 @@ from analysis.paths_report import linear_section, paths_section
 from analysis.report_paths import named_paths
 from analysis.similarity import CkaAccumulator, dropped_text
 from analysis.verdicts import verdict
-from analysis.vision.sections import skip_section
+from analysis.vision.measure import LayerProbes
+from analysis.vision.sections import probe_section, skip_section
 from analysis.vision.skips import SkipAblation
 from infra.objects import MemoryObjects
 from storage_schemas import open_store
@@ -180,3 +181,26 @@ def test_rows_of_short_batches_are_said() -> None:
     for n in (8, 3):
         sums.update(np.random.default_rng(0).standard_normal((n, 2, 5)))
     assert dropped_text(sums.result()) == " and 3 left out, of batches below 4"
+
+
+def test_probes_of_few_test_images_or_hardly_ahead_are_not_said_to_hold() -> None:
+    def judged(cls: float, n_test: int) -> str:
+        probes = LayerProbes(
+            layers=(0, 1),
+            pooled={"cls": np.array([0.5, cls]), "mean of all": np.array([0.5, 0.8])},
+            registers=np.zeros((2, 0)),
+            patches=np.full((2, 1), 0.3),
+            places=np.array([0]),
+            grid=(2, 2),
+            shuffled=np.full((2, 3), 0.1),
+            chance=0.1,
+            n_fit=20,
+            least_shots=10,
+            n_test=n_test,
+            tested_on="there",
+        )
+        return probe_section(probes, ORIGIN).text[-1]
+
+    assert HOLDS in judged(0.83, 64)
+    assert NOT in judged(0.81, 64)
+    assert NONE in judged(0.83, 31)
