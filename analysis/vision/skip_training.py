@@ -4,8 +4,10 @@ Raghu et al. 2021, figure 8 and appendix E: each model lacks both skips of one b
 digits_vit on the digits, trained by its own recipe.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -54,18 +56,24 @@ def remove_skips(model: Any, block: int) -> None:
         model.blocks[block - 1] = WithoutSkips(model.blocks[block - 1])
 
 
+def model_key(block: int, config: DigitsTeacherConfig) -> str:
+    """models/<block>-epochs<n>-seed<s>-<digest of the whole recipe>.safetensors: one of another recipe is another."""
+    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode()).hexdigest()[:12]
+    return f"models/{block:02d}-epochs{config.n_epochs}-seed{config.seed}-{digest}.safetensors"
+
+
 def trained_model(
     saved: Objects, block: int, config: DigitsTeacherConfig, report: Callable[[str], None]
 ) -> tuple[nn.Module, nn.Linear]:
     """The model without the skips of a block, from where it was saved, or trained now and saved.
 
     Args:
-        saved: Where models/<block>-epochs<n>-seed<s>.safetensors lies.
+        saved: Where `model_key` lies.
         block: From 1; WHOLE for none.
-        config: The recipe; number of epochs and seed are in the file's name, the rest must be the same.
+        config: The recipe.
         report: Told how far a training is.
     """
-    key = f"models/{block:02d}-epochs{config.n_epochs}-seed{config.seed}.safetensors"
+    key = model_key(block, config)
     model = make_digits_vit()
     head = nn.Linear(2 * model.embed_dim, N_CLASSES)
     remove_skips(model, block)

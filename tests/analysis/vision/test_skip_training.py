@@ -1,6 +1,7 @@
 """ViTs trained without the skips of one block: kept and found again, and what their layers have in common."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,15 @@ import torch
 
 from analysis.__main__ import main
 from analysis.page import PAGE
-from analysis.vision.skip_training import WHOLE, SkipModel, measure_skip_models, remove_skips, states_of, trained_model
+from analysis.vision.skip_training import (
+    WHOLE,
+    SkipModel,
+    measure_skip_models,
+    model_key,
+    remove_skips,
+    states_of,
+    trained_model,
+)
 from analysis.vision.skips import WithoutSkips
 from infra.console import UserError
 from infra.objects import open_objects
@@ -35,9 +44,17 @@ def test_a_model_is_trained_once_and_found_again(tmp_path):
 
 def test_a_damaged_model_is_named(tmp_path):
     saved = open_objects(str(tmp_path))
-    saved.put("models/03-epochs1-seed0.safetensors", b"torn")
-    with pytest.raises(UserError, match=r"models/03-epochs1-seed0\.safetensors cannot be used: .* Delete it"):
+    saved.put(model_key(3, STEP), b"torn")
+    with pytest.raises(UserError, match=r"models/03-epochs1-seed0-\w{12}\.safetensors cannot be used: .* Delete it"):
         trained_model(saved, 3, STEP, print)
+
+
+@pytest.mark.parametrize(
+    "change", [{"peak_lr": 1e-3}, {"n_train": 64}, {"bfloat16": True}, {"seed": 1}, {"n_epochs": 2}]
+)
+def test_a_model_of_another_recipe_is_another(change):
+    assert model_key(3, STEP) == model_key(3, replace(STEP))
+    assert model_key(3, STEP) != model_key(3, replace(STEP, **change))
 
 
 def test_the_whole_model_is_the_plain_training(tmp_path):
