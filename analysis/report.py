@@ -15,10 +15,9 @@ from analysis.partitions import segments_of, spans_text
 from analysis.phase_report import Phases
 from analysis.plots import Curve, curves, depth_overview, heat_maps
 from analysis.similarity import dropped_text
-from analysis.spectra import Covariances, expected_participation_ratio, spectrum
+from analysis.spectra import N_SINGULAR, Covariances, expected_participation_ratio, spectrum
 from analysis.verdicts import MARGIN, no_verdict, verdict
 
-_N_SINGULAR = 50
 _LATE_RISE = 0.05
 
 
@@ -293,14 +292,14 @@ def spectra_section(findings: Findings, phases: Phases, origin: Origin) -> Secti
         chosen = sorted({0, len(layers) // 3, 2 * len(layers) // 3, len(layers) - 1})
         decays: dict[str, Curve] = {}
         for i in chosen:
-            decay = spectrum(eigenvalues[i]).decay[:_N_SINGULAR]
+            decay = spectrum(eigenvalues[i]).decay[:N_SINGULAR]
             if np.isfinite(decay).all():
                 decays[f"layer {layers[i]}"] = (np.arange(1.0, len(decay) + 1), decay, None)
         parts.append(
             Figure(
                 title=f"Singular values, {kind}",
                 svg=curves(decays, x_name="rank of the direction", y_name="singular value over the first", log_y=True),
-                caption=f"The first {_N_SINGULAR} singular values of the centred states over the first, "
+                caption=f"The first {N_SINGULAR} singular values of the centred states over the first, "
                 f"{found.n:,} vectors. A layer whose states are all the same has none.",
                 origin=origin,
             )

@@ -1,9 +1,7 @@
 """`make report`: one HTML page of everything that is asked of a store, and its tables as CSV."""
 
-from collections.abc import Mapping
-
 from analysis.measure import Findings, class_numbers, measure_nbytes, measure_store
-from analysis.page import Origin, Section, Table, page_html, table_csv
+from analysis.page import PAGE, Origin, Section, save_page
 from analysis.partitions import MIN_SIZE
 from analysis.phase_report import Phases, find_phases
 from analysis.phases import DEFAULT_OBJECTIVE
@@ -20,7 +18,6 @@ from analysis.report import dynamics_section, overview_section, similarity_secti
 from analysis.similarity import LEAST_ROWS
 from infra.cluster import cluster_address
 from infra.console import Progress, UserError, human_bytes, say
-from infra.objects import Objects
 from infra.s3_settings import use_endpoint
 from storage_schemas import Store
 
@@ -28,7 +25,6 @@ DEFAULT_OUT = "data/reports"
 LIMIT = 10_240  # ten batches of CKA
 WIDE_LIMIT = 1_000
 MODEL_LIMIT = 64
-PAGE = "report.html"
 
 
 def report_command(
@@ -98,10 +94,8 @@ def report_command(
     facts |= {} if committed is None else {"unfinished": committed}
     sections += path_sections(source, found, phases, limit, command)
     sections += model_sections(source, models, phases, model_limit, seed, command)
-    _save(saved, f"{source.spec.teacher} on {source.location}", facts, sections)
-    n_figures = sum(not isinstance(part, Table) for section in sections for part in section.parts)
-    n_tables = sum(isinstance(part, Table) for section in sections for part in section.parts)
-    print(f"saved  {place}/{PAGE}: {n_figures} figures; {n_tables} tables, also as {place}/tables/*.csv")
+    said = save_page(saved, f"{source.spec.teacher} on {source.location}", facts, sections)
+    print(f"saved  {place}/{PAGE}: {said}, also as {place}/tables/*.csv")
     return 0
 
 
@@ -144,14 +138,6 @@ def _measure(store: Store, limit: int, wide_limit: int, cluster: str | None) -> 
         return measure_on_ray(store, cluster, limit=limit, wide_limit=wide_limit)
     with Progress(total=min(limit, store.n_valid), unit="images", label="analyses") as progress:
         return measure_store(store, limit=limit, wide_limit=wide_limit, progress=progress.advance)
-
-
-def _save(out: Objects, title: str, facts: Mapping[str, str], sections: list[Section]) -> None:
-    for section in sections:
-        for part in section.parts:
-            if isinstance(part, Table):
-                out.put(f"tables/{part.name}.csv", table_csv(part).encode())
-    out.put(PAGE, page_html(title, facts, sections).encode())
 
 
 def _setting_problems(k: int, limit: int, wide_limit: int, model_limit: int) -> list[str]:

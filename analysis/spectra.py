@@ -15,6 +15,8 @@ from analysis.accumulate import check_finite
 
 #: Least eigenvalue in the spectral flatness, as published.
 FLATNESS_FLOOR = 1e-12
+#: Singular values that are kept and shown of a spectrum, as published.
+N_SINGULAR = 50
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from analysis.page import Origin, Section, Table, page_html, table_csv
+from analysis.page import PAGE, Origin, Section, save_page
 from analysis.partitions import MIN_SIZE
 from analysis.places import make_command, open_out
 from analysis.training.records import EpochRecord, read_records, record_line
@@ -11,7 +11,6 @@ from infra.objects import Objects
 
 DEFAULT_CHECKPOINTS = "data/teachers/digits_vit"
 DEFAULT_OUT = "data/curves"
-PAGE = "report.html"
 RECORDS = "epoch_summaries.jsonl"
 _DEPTH = 12
 
@@ -68,15 +67,6 @@ def curves_command(
     save_page(saved, f"Curves over the training of {source}", {"from": source, "command": command}, sections)
     print(f"saved  {place}/{PAGE}, {place}/tables/*.csv, {place}/{RECORDS}: {len(found)} epochs")
     return 0
-
-
-def save_page(out: Objects, title: str, facts: dict[str, str], sections: list[Section]) -> None:
-    """The page, and its tables beside it."""
-    for section in sections:
-        for part in section.parts:
-            if isinstance(part, Table):
-                out.put(f"tables/{part.name}.csv", table_csv(part).encode())
-    out.put(PAGE, page_html(title, facts, sections).encode())
 
 
 def _of_records(path: Path, command: str) -> tuple[list[Section], list[EpochRecord]]:

@@ -19,7 +19,7 @@ from analysis.partitions import segments_of, spans_text
 from analysis.phase_report import Phases, find_phases
 from analysis.phases import DEFAULT_OBJECTIVE
 from analysis.similarity import CosineAccumulator
-from analysis.spectra import SpectralScalars
+from analysis.spectra import N_SINGULAR, SpectralScalars
 from analysis.training.paths import Plane, fit_plane
 from analysis.training.raptor_fit import Images, RaptorFit, fit_raptor, measure_fit
 from analysis.training.records import EpochRecord
@@ -37,8 +37,6 @@ from pipeline.preprocess import normalise
 from pipeline.teacher import Teacher
 
 FORMAT = 1
-#: Singular values that are kept of each tap, as the paper draws.
-N_SINGULAR = 50
 _BATCH = 64
 
 

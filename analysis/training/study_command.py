@@ -10,11 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.page import Origin, Section
+from analysis.page import Origin, Section, save_page
 from analysis.partitions import MIN_SIZE
 from analysis.parts import Part, Parts, claim, hold
 from analysis.places import make_command
-from analysis.training.curves_command import save_page
 from infra.console import ExitCode, Progress, UserError, human_duration, say, stop_on_signals
 from infra.machine import n_cores
 from infra.objects import open_objects

@@ -11,8 +11,8 @@ import ray
 
 from analysis.__main__ import main
 from analysis.measure import measure_store
+from analysis.page import PAGE
 from analysis.pass_ray import _results, measure_on_ray
-from analysis.report_command import PAGE
 from infra.console import JobError, UserError
 from infra.objects import FolderObjects
 from storage_schemas import open_store

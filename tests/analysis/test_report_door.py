@@ -11,7 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from analysis.__main__ import main
-from analysis.report_command import PAGE
+from analysis.page import PAGE
 from infra.console import UserError
 from infra.objects import open_objects
 from pipeline.teacher import load_teacher
