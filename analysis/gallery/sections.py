@@ -12,6 +12,7 @@ from analysis.page import Cell, Figure, Origin, Section, Table
 from analysis.partitions import segments_of, spans_text
 from analysis.phase_report import Phases
 from analysis.plots import heat_maps, model_maps
+from analysis.similarity import Cka, dropped_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,7 @@ def maps_section(found: Mapping[str, Encoder], origin: Origin) -> Section:
                 title="Linear CKA between layers",
                 svg=model_maps(values, layers=layers, cuts=cuts, unit="linear CKA, unbiased", limits=(0, 1)),
                 caption="Of CLS and patch means joined, where there are both. White: a layer that is the same for all "
-                "images. Lines: phases.",
+                f"images. Lines: phases. {_counted(cka)}",
                 origin=origin,
             )
         )
@@ -164,6 +165,11 @@ def _depth_statement(first: str, second: str, values: np.ndarray) -> str:
         f"{len(known)} layers of {first} the most similar layer of {second} lies at the same share of the "
         "depth, within a fifth."
     )
+
+
+def _counted(cka: Mapping[str, Cka]) -> str:
+    listed = "; ".join(f"{name}: {one.n_rows:,}{dropped_text(one)}" for name, one in cka.items())
+    return f"Images: {listed}."
 
 
 def _kinds(found: Mapping[str, Encoder]) -> list[str]:

@@ -41,3 +41,4 @@ def test_a_gallery_says_which_stores_are_not_finished(
     assert "<dt>unfinished, store</dt><dd>16 of 24 samples are committed: the store is not finished</dd>" in page
     assert "a gallery of the 16 images that are there" in capsys.readouterr().err
     assert "--wide-limit 9" in page
+    assert "Images: store: 16." in page
