@@ -102,13 +102,13 @@ def test_the_mean_without_the_first_token_is_there_where_that_is_cls(tmp_path, h
 )
 def test_every_class_gives_as_many_shots_and_fewer_are_not_judged(tmp_path, limit, shots, n_fit, judged):
     """The third class begins late: the first rows have none of it."""
-    spec = make_spec(n_samples=90, n_registers=0, layers=(0, 1))
-    labels = [*[0, 1] * 30, *[2] * 30]
+    spec = make_spec(n_samples=120, n_registers=0, layers=(0, 1))
+    labels = [*[0, 1] * 40, *[2] * 40]
     samples = [Sample(sample_id=f"{i}.png", label=one, class_name="x", nbytes=9) for i, one in enumerate(labels)]
     write_store(FolderObjects(tmp_path), spec, samples, lambda rows: planted_states(spec, rows))
     found = probe_layers(open_store(str(tmp_path)), None, limit, seed=0)
-    assert (found.least_shots, found.n_fit, found.n_test) == (shots, n_fit, min(limit, 90 - 2 * n_fit))
-    text = probe_section(found, Origin(data="here", n_images=90, seed=0, command="make report")).text
+    assert (found.least_shots, found.n_fit, found.n_test) == (shots, n_fit, min(limit, 120 - 2 * n_fit))
+    text = probe_section(found, Origin(data="here", n_images=120, seed=0, command="make report")).text
     assert [f"here one has {shots}" in line for line in text] == [not judged] * 2
     assert ["This " in line for line in text] == [judged] * 2
 
