@@ -16,7 +16,7 @@ from analysis.plots import Curve, curves, heat_maps
 from analysis.verdicts import MARGIN, no_verdict, verdict
 from pipeline.teacher import Teacher
 
-EPSILONS = (0.01, 0.1)
+EPSILONS = (0.01, 0.05, 0.1, 0.2)
 N_DRAWS = 4
 N_SWAPPED = (1, 2, 3)
 # What counts as a paper's statement: a share of states that contract, and shares of the accuracy without a swap.

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from analysis.interventions import run_order, swapped_orders, token_kinds, track_perturbation
+from analysis.model_report import self_correction
 from pipeline.teacher import load_teacher
 
 KINDS = {"all": slice(None)}
@@ -130,3 +131,12 @@ def test_tied_blocks_may_be_swapped_and_others_not():
         assert not torch.allclose(run_order(teacher, x, order), clean)
     with pytest.raises(ValueError, match="the model has 0 to"):
         run_order(teacher, x, (0, len(blocks)))
+
+
+def test_a_report_pushes_every_state_by_each_published_size():
+    teacher = load_teacher("digits_vit")
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 69, 64), dtype=np.float32))
+    found = self_correction(teacher, x, seed=0)
+    assert sorted((one.start, one.epsilon) for one in found) == [
+        (i, e) for i in range(12) for e in (0.01, 0.05, 0.1, 0.2)
+    ]
