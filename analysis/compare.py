@@ -23,6 +23,9 @@ from storage_schemas import Store
 BATCH_ROWS = 256
 
 
+_ROWS_AT_ONCE = 32
+
+
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """A model against the states of a store.
@@ -72,7 +75,7 @@ def compare_with_store(
         store: Complete in depth.
         limit: Only the first so many valid images.
         device: Where the model runs.
-        batch_rows: That roll out together, and of a batch of CKA.
+        batch_rows: Whose states 0 are held together, and of a batch of CKA.
         progress: Told the number of images after each batch.
 
     Raises:
@@ -93,7 +96,8 @@ def compare_with_store(
     dynamics = {kind: DynamicsAccumulator(store.layers) for kind in kinds}
     for run in batches(spec, rows, batch_rows):
         x = torch.from_numpy(store.read([0], run, "all")[:, 0]).to(device)
-        theirs = rolled_out(model, x, kinds)
+        parts = [rolled_out(model, part, kinds) for part in x.split(_ROWS_AT_ONCE)]
+        theirs = {kind: np.concatenate([part[kind] for part in parts]) for kind in kinds}
         ours = {kind: store.read(None, run, kind)[:, :, 0] for kind in kinds}
         cka.update(*(np.concatenate([one[kind] for kind in kinds], axis=-1) for one in (ours, theirs)))
         for kind in kinds:

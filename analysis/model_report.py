@@ -1,7 +1,7 @@
 """What a report shows of models that run: self-correction, layer swaps, a Raptor beside its teacher."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from pipeline.teacher import Teacher
 
 EPSILONS = (0.01, 0.05, 0.1, 0.2)
 N_DRAWS = 4
+_ROWS_AT_ONCE = 16
 N_SWAPPED = (1, 2, 3)
 # What counts as a paper's statement: a share of states that contract, and shares of the accuracy without a swap.
 _CONTRACTS = 0.75
@@ -39,21 +40,35 @@ def self_correction(
     seed: int,
     progress: Callable[[int], None] | None = None,
 ) -> list[Tracked]:
-    """Pushes of every size at every state of one model's own path from x, which is state 0."""
+    """Pushes of every size at every state of one model's own path from x, which is state 0.
+
+    A few images at a time, whose states of all layers are held. `progress` is told their number.
+    """
+    parts = x.split(_ROWS_AT_ONCE)
+    by_part = []
+    for i, part in enumerate(parts):
+        by_part.append(_corrections(model, part, seed + i))
+        if progress is not None:
+            progress(len(part))
+    shares = np.array([len(part) for part in parts]) / len(x)
+    found = []
+    for same in zip(*by_part):  # one push of all parts; their angles are means over images
+        angles = {kind: shares @ np.stack([one.angles[kind] for one in same]) for kind in same[0].angles}
+        found.append(replace(same[0], angles=angles))
+    return found
+
+
+def _corrections(model: Teacher, x: Float32[torch.Tensor, "row token dim"], seed: int) -> list[Tracked]:
     kinds = token_kinds(has_cls=model.has_cls, n_registers=model.n_registers, n_patches=model.n_patches)
-    path, found = [x], []
+    path = [x]
     with torch.no_grad():
         for layer in range(model.n_layers - 1):
             path.append(model.run_blocks(path[-1], layer, layer + 1))
-    for start in range(model.n_layers - 1):
-        for epsilon in EPSILONS:
-            clean = path[start:]
-            found.append(
-                track_perturbation(model, clean[0], start, epsilon=epsilon, kinds=kinds, seed=seed, clean=clean)
-            )
-        if progress is not None:
-            progress(1)
-    return found
+        return [
+            track_perturbation(model, path[start], start, epsilon=epsilon, kinds=kinds, seed=seed, clean=path[start:])
+            for start in range(model.n_layers - 1)
+            for epsilon in EPSILONS
+        ]
 
 
 def swap_accuracies(
@@ -85,7 +100,8 @@ def swap_accuracies(
 
     def accuracy(order: tuple[int, ...]) -> float:
         with torch.no_grad():
-            named = model.logits(run_order(model, x, order)).argmax(dim=1).cpu().numpy()
+            parts = [model.logits(run_order(model, part, order)).argmax(dim=1).cpu() for part in x.split(_ROWS_AT_ONCE)]
+            named = torch.cat(parts).numpy()
         if progress is not None:
             progress(1)
         return float((named == labels).mean())

@@ -11,6 +11,7 @@ import torch
 from analysis.attention import look
 from analysis.compare import compare_with_store
 from analysis.interventions import token_kinds
+from analysis.model_memory import models_nbytes
 from analysis.model_report import (
     N_DRAWS,
     N_SWAPPED,
@@ -26,8 +27,8 @@ from analysis.phase_report import Phases
 from analysis.positions.map_section import map_section, position_maps
 from analysis.report_paths import final_norm_section
 from analysis.vision.held_out import head_images, sibling_val
-from analysis.vision.report import vision_sections
-from infra.console import Progress, UserError, say
+from analysis.vision.report import PROBES, vision_sections
+from infra.console import Progress, UserError, human_bytes, say
 from infra.objects import ObjectError
 from pipeline.positions import positions_of
 from pipeline.teacher import Teacher, teacher_from_files
@@ -47,8 +48,11 @@ def model_sections(
     if not models:
         say(f"{store.location} holds no teacher: no self-correction, layer swap or Raptor")
         return []
+    teacher = models[TEACHER]
+    memory = models_nbytes(store.spec, teacher.n_heads, limit, PROBES * limit)
+    say(f"the models run: at most {human_bytes(memory)} of memory beside their weights")
     before = torch.get_num_threads()
-    torch.set_num_threads(torch_threads(models[TEACHER].dim))  # a second one costs small models many times their work
+    torch.set_num_threads(torch_threads(teacher.dim))  # a second one costs small models many times their work
     try:
         return _sections(store, models, phases, limit, seed, command)
     finally:
@@ -76,8 +80,7 @@ def _sections(
     val = sibling_val(store)
     sections += vision_sections(store, models[TEACHER], val, limit, seed, command)
     sections += _positions(models[TEACHER], store.location, seed, command)
-    depth = store.layers[-1]
-    with Progress(total=depth * len(models), unit="layers", label="self-correction") as progress:
+    with Progress(total=len(x) * len(models), unit="images", label="self-correction") as progress:
         tracked = {
             name: self_correction(model, x.to(model.device), seed=seed, progress=progress.advance)
             for name, model in models.items()

@@ -31,6 +31,7 @@ MOST_PATCHES = 64
 N_SHUFFLES = 10
 
 _READ_ROWS = 64
+_PROBES_AT_ONCE = 8  # of thousands of classes the scores of all would be gigabytes
 
 Progress = Callable[[int], None] | None
 
@@ -200,7 +201,9 @@ def probe_layers(
     for layer in store.layers:
         fitted, names = _representations(store, layer, read, places)
         tested, _ = _representations(test, layer, where, places)
-        accuracies.append(probe(fitted, labels, inside, tested, of_test, n_classes).accuracy)
+        few = [slice(i, i + _PROBES_AT_ONCE) for i in range(0, len(names), _PROBES_AT_ONCE)]  # each is by itself
+        probed = [probe(fitted[:, some], labels, inside, tested[:, some], of_test, n_classes) for some in few]
+        accuracies.append(np.concatenate([one.accuracy for one in probed]))
         means = [one[:, [names.index("mean of all")]] for one in (fitted, tested)]
         control.append([probe(means[0], one, inside, means[1], of_test, n_classes).accuracy[0] for one in shuffles])
         if progress is not None:

@@ -16,6 +16,9 @@ from analysis.vision.embedding import move_pixels
 from analysis.vision.taps import tapped
 from pipeline.teacher import Teacher
 
+#: Images whose graphs are held at a time.
+FIELD_ROWS = 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReceptiveField:
@@ -98,7 +101,7 @@ def teacher_fields(
     *,
     n_draws: int,
     seed: int,
-    batch_rows: int = 8,
+    batch_rows: int = FIELD_ROWS,
     progress: Callable[[int], None] | None = None,
 ) -> TeacherFields:
     """Fields of the patch at the centre of the grid; of an even grid, right and below of its middle.

@@ -23,7 +23,7 @@ from pipeline.teacher import Teacher
 from storage_schemas import Store
 
 # Images, as multiples of those of the other parts that run models.
-_LAYERS, _PROBES, _SKIPS, _FIELDS = 8, 16, 2, 0.5
+_LAYERS, PROBES, _SKIPS, _FIELDS = 8, 16, 2, 0.5
 _N_DRAWS = 1
 
 
@@ -61,7 +61,7 @@ def vision_sections(
 
     def probes() -> Section:
         with Progress(total=len(store.layers), unit="layers", label="probes") as progress:
-            found = probe_layers(store, val, _PROBES * limit, seed=seed, progress=progress.advance)
+            found = probe_layers(store, val, PROBES * limit, seed=seed, progress=progress.advance)
         return probe_section(found, origin(found.n_fit + found.n_test, f"{data}, tested on {found.tested_on}", True))
 
     def fields() -> Section:

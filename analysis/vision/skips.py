@@ -18,6 +18,7 @@ from analysis.similarity import minibatch_cka
 from infra.console import UserError
 from pipeline.teacher import Teacher
 
+_ROWS_AT_ONCE = 16  # that run together: states of all layers are held of them
 _NEEDED = ("norm1", "attn", "ls1", "norm2", "mlp", "ls2")
 
 
@@ -100,7 +101,7 @@ def ablate_skips(
 
     def look(without: int | None) -> tuple[np.ndarray, float]:
         seen, right = [], []
-        for part, named in zip(x.split(batch_rows), torch.from_numpy(labels).split(batch_rows)):
+        for part, named in zip(x.split(_ROWS_AT_ONCE), torch.from_numpy(labels).split(_ROWS_AT_ONCE)):
             states = _states(teacher, part.to(teacher.device), without)
             means = [[state[:, tokens].mean(dim=1) for tokens in kinds.values()] for state in states]
             seen.append(torch.stack([torch.cat(one, dim=-1) for one in means], dim=1).cpu().numpy())
