@@ -53,7 +53,8 @@ def spectral_scalars(eigenvalues: Float[np.ndarray, " direction"]) -> SpectralSc
     if total <= 0:
         nothing = float("nan")
         return SpectralScalars(**dict.fromkeys(SpectralScalars.__dataclass_fields__, nothing))
-    shares = values[values > 0] / total
+    shares = values / total
+    shares = shares[shares > 0]  # the quotient of a subnormal number may be none
     entropy = float(-(shares * np.log(shares)).sum())
     floored = np.maximum(values, FLATNESS_FLOOR)
     return SpectralScalars(

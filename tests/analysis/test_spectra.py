@@ -5,7 +5,7 @@ from dataclasses import astuple
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from analysis.spectra import (
@@ -44,6 +44,7 @@ def test_spectrum_of_rank_one():
     np.testing.assert_allclose(astuple(found), [1, 1, 1, 0, 4e-9, 1], rtol=1e-6)
 
 
+@example([2.0, 5e-324])
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=12).filter(lambda values: max(values) > 1e-3))
 def test_identities_and_order(values):
     found = spectral_scalars(np.array(values))
