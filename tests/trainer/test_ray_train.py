@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from trainer.feed import Feed, Share
 from trainer.meter import DivergedError
 from trainer.ray_train import _resources, train_on_ray
 from trainer.run_files import RunFiles
+from trainer.workers import Workers
 
 # of Ray's own making, when its data context is made
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")
@@ -193,14 +195,17 @@ def test_workers_take_what_there_is() -> None:
     assert _resources({"CPU": 2}, 4, "cuda", grows=True) == (True, {"CPU": 1.0, "GPU": 1})
 
 
-def test_ranks_are_seen_to_fail() -> None:
+def test_ranks_are_seen_to_fail(tmp_path: Path) -> None:
     """So that the equalities above mean something: the harness tells a dead process from a finished one."""
-    dead, alive = run_ranks(2, _die_first)
-    assert (dead.error, dead.exit_code) == ("died", -signal.SIGKILL)
+    alive, dead = run_ranks(2, _last_dies, tmp_path)
     assert alive.value == "alive"
+    assert (dead.error, dead.exit_code) == ("died", -signal.SIGKILL)
 
 
-def _die_first(workers: object) -> str:
-    if os.environ["RANK"] == "0":
+def _last_dies(workers: Workers, notes: Path) -> str:
+    (notes / f"{workers.rank} joined").touch()
+    while len(list(notes.iterdir())) < workers.world_size:  # one that leaves takes along who is still connecting
+        time.sleep(0.01)
+    if not workers.is_first:
         os.kill(os.getpid(), signal.SIGKILL)
     return "alive"
