@@ -11,8 +11,9 @@ import numpy as np
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from analysis.measure import Findings, Share, StoreAnalyses, Sums, check_images, measure_shares
+from analysis.measure import Share, StoreAnalyses, check_images, measure_shares
 from analysis.pass_over import BATCH_ROWS
+from analysis.sums import Findings, Sums
 from infra.cluster import connected
 from infra.console import JobError, Progress, say
 from pipeline.locations import full_location

@@ -1,24 +1,19 @@
-"""What a report shows of its findings: sections of figures with captions, tables, and statements with their numbers."""
+"""What a report shows of layers beside each other: phases, speeds and CKA on one axis, and similarity."""
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 
 import numpy as np
 
 from analysis.accumulate import Moments
-from analysis.dynamics import speed_phases, update_ranks
-from analysis.measure import Findings, step_middles
-from analysis.page import Cell, Figure, Origin, Section, Table
+from analysis.dynamics import speed_phases
+from analysis.page import Figure, Origin, Section, Table
 from analysis.partitions import segments_of, spans_text
 from analysis.phase_report import Phases
-from analysis.plots import Curve, curves, depth_overview, heat_maps
+from analysis.plots import Curve, depth_overview, heat_maps
 from analysis.similarity import dropped_text
-from analysis.spectra import N_SINGULAR, Covariances, expected_participation_ratio, spectrum
-from analysis.verdicts import MARGIN, no_verdict, verdict
-
-_LATE_RISE = 0.05
+from analysis.sums import Findings, step_middles
+from analysis.verdicts import MARGIN, verdict
 
 
 def phase_cuts(phases: Phases) -> list[float]:
@@ -58,7 +53,7 @@ def overview_section(findings: Findings, phases: Phases, origin: Origin) -> Sect
     name = list(findings.cka)[-1]
     cuts = phase_cuts(phases)
     jumps = speed_jumps(findings, len(phases.chosen.groups))
-    speeds = _of_steps(findings, "speed")
+    speeds = of_steps(findings, "speed")
     figure = depth_overview(
         findings.distance[1:, 1:],
         findings.cka[name].values,
@@ -136,202 +131,6 @@ def similarity_section(findings: Findings, phases: Phases, origin: Origin) -> Se
     return Section(title="Similarity", text=text, parts=parts)
 
 
-def dynamics_section(findings: Findings, phases: Phases, origin: Origin) -> Section:
-    """Directions, norms, speeds, coherence, ranks of updates."""
-    layers, cuts = findings.layers, phase_cuts(phases)
-    x = np.asarray(layers, dtype=np.float64)
-    middles = step_middles(layers)
-    band = "Bands: one standard deviation over images."
-
-    def figure(title: str, lines: Mapping[str, Curve], y_name: str, caption: str) -> Figure:
-        drawn = curves(lines, x_name="layer", y_name=y_name, cuts=cuts)
-        return Figure(title=title, svg=drawn, caption=f"{caption} Dotted: phases.", origin=origin)
-
-    ranks = {kind: [update_ranks(values) for values in found.eigenvalues()] for kind, found in findings.updates.items()}
-    stable = {kind: (middles, np.array([one.stable for one in of_kind]), None) for kind, of_kind in ranks.items()}
-    effective = {kind: (middles, np.array([one.effective for one in of_kind]), None) for kind, of_kind in ranks.items()}
-    parts: list[Figure | Table] = [
-        figure(
-            "Cosine to the final direction",
-            _of_layers(findings, "to_final"),
-            "cosine to the last layer",
-            f"Mean over images and tokens. {band}",
-        ),
-        figure("Norm", _of_layers(findings, "norm"), "length of the state", f"Mean over images and tokens. {band}"),
-        figure(
-            "Angular speed",
-            _of_steps(findings, "speed"),
-            "radians per layer",
-            f"Angle between a token's directions at l and l + 1, drawn between them. {band}",
-        ),
-    ]
-    many = [kind for kind in ("registers", "patches") if kind in findings.dynamics]
-    if many:
-        coherence = {f"{kind}, states": _curve(x, findings.dynamics[kind].state_coherence) for kind in many}
-        coherence |= {f"{kind}, updates": _curve(middles, findings.dynamics[kind].update_coherence) for kind in many}
-        parts.append(
-            figure(
-                "Coherence of an image's tokens",
-                coherence,
-                "length of the mean direction",
-                f"1 where all tokens of an image point, or move, one way; 0 where they cancel. {band}",
-            )
-        )
-    parts += [
-        figure(
-            "Stable rank of updates",
-            stable,
-            "stable rank",
-            "Of the matrix of all tokens' angular updates u(l + 1) - u(l), pooled over images, not centred.",
-        ),
-        figure(
-            "Effective rank of updates",
-            effective,
-            "effective rank",
-            "exp of the entropy of its normalised singular values; the table has that of the squared ones too.",
-        ),
-    ]
-    if findings.basins is not None:
-        basins = findings.basins
-        parts.append(
-            figure(
-                "Class basins",
-                {
-                    "within: to the own class's mean direction": _curve(x, basins.within),
-                    "between the mean directions of two classes": (x, basins.between, None),
-                },
-                "angle, radians",
-                f"{basins.n_classes} classes; mean directions of the first half of the images, angles of the second. "
-                "Bands: one standard deviation over images.",
-            )
-        )
-        parts.append(
-            figure(
-                "Nearest class direction",
-                {"accuracy": (x, basins.accuracy.mean, None)},
-                "accuracy",
-                f"Share of the second half's {basins.accuracy.n:,} images nearest to their own class.",
-            )
-        )
-    rows: list[list[Cell]] = []
-    for kind, found in findings.dynamics.items():
-        for i, layer in enumerate(layers):
-            step = i < len(layers) - 1
-            rank = ranks[kind][i] if step else None
-            rows.append(
-                [
-                    kind,
-                    layer,
-                    float(found.to_final.mean[i]),
-                    float(found.norm.mean[i]),
-                    float(found.state_coherence.mean[i]),
-                    float(found.speed.mean[i]) if step else None,
-                    float(found.update_coherence.mean[i]) if step else None,
-                    *([rank.stable, rank.effective, rank.effective_squared] if rank else [None] * 3),
-                ]
-            )
-    parts.append(
-        Table(
-            name="dynamics",
-            title="Dynamics",
-            caption="Per kind and layer; speed (rad), update coherence and ranks of the step to the next layer.",
-            columns=[
-                "kind",
-                "layer",
-                "cosine to final",
-                "norm",
-                "state coherence",
-                "speed",
-                "update coherence",
-                "stable rank",
-                "effective rank",
-                "effective rank of squares",
-            ],
-            rows=rows,
-            origin=origin,
-        )
-    )
-    return Section(
-        title="Dynamics",
-        text=[
-            *(
-                _rank_statement(kind, [one.stable for one in of_kind], layers, findings.updates[kind])
-                for kind, of_kind in ranks.items()
-            ),
-            *_speed_statement(findings),
-            *_coherence_statement(findings),
-        ],
-        parts=parts,
-    )
-
-
-def spectra_section(findings: Findings, phases: Phases, origin: Origin) -> Section:
-    """Six scalars and spectra of the states' covariance."""
-    layers, cuts = findings.layers, phase_cuts(phases)
-    x = np.asarray(layers, dtype=np.float64)
-    scalars = {kind: [asdict(one) for one in found.scalars()] for kind, found in findings.covariances.items()}
-    names = list(next(iter(scalars.values()))[0])
-    parts: list[Figure | Table] = []
-    for name in names:
-        lines: dict[str, Curve] = {
-            kind: (x, np.array([one[name] for one in of_kind]), None) for kind, of_kind in scalars.items()
-        }
-        title = name.replace("_", " ")
-        unit = f"{title}, nats" if name == "entropy" else title
-        parts.append(
-            Figure(
-                title=title.capitalize(),
-                svg=curves(lines, x_name="layer", y_name=unit, cuts=cuts),
-                caption="Of the covariance of states pooled over images (and tokens). Dotted: phases.",
-                origin=origin,
-            )
-        )
-    rows: list[list[Cell]] = []
-    for kind, found in findings.covariances.items():
-        eigenvalues = found.eigenvalues()
-        chosen = sorted({0, len(layers) // 3, 2 * len(layers) // 3, len(layers) - 1})
-        decays: dict[str, Curve] = {}
-        for i in chosen:
-            decay = spectrum(eigenvalues[i]).decay[:N_SINGULAR]
-            if np.isfinite(decay).all():
-                decays[f"layer {layers[i]}"] = (np.arange(1.0, len(decay) + 1), decay, None)
-        parts.append(
-            Figure(
-                title=f"Singular values, {kind}",
-                svg=curves(decays, x_name="rank of the direction", y_name="singular value over the first", log_y=True),
-                caption=f"The first {N_SINGULAR} singular values of the centred states over the first, "
-                f"{found.n:,} vectors. A layer whose states are all the same has none.",
-                origin=origin,
-            )
-        )
-        rows += [[kind, layer, found.n, *one.values(), _isotropic(found)] for layer, one in zip(layers, scalars[kind])]
-    parts.append(
-        Table(
-            name="spectra",
-            title="Six scalars",
-            caption="Per kind and layer; n is the number of vectors, the limit about the participation ratio of "
-            "as many independent isotropic ones.",
-            columns=["kind", "layer", "n", *(name.replace("_", " ") for name in names), "isotropic limit"],
-            rows=rows,
-            origin=origin,
-        )
-    )
-    return Section(
-        title="Spectra",
-        text=[
-            f"{kind}: {found.n:,} vectors of {found.mean.shape[1]} channels; so many independent ones without a "
-            f"preferred direction have a participation ratio of about {_isotropic(found):.1f} (Marchenko and Pastur). "
-            "Kinds with other limits are to be compared as shares of theirs."
-            for kind, found in findings.covariances.items()
-        ],
-        parts=parts,
-    )
-
-
-def _isotropic(found: Covariances) -> float:
-    return expected_participation_ratio(found.mean.shape[1], found.n)
-
-
 def _crossing_statement(findings: Findings, cuts: Sequence[float]) -> list[str]:
     crossing = np.isin(step_middles(findings.layers)[1:], cuts)
     if not crossing.any() or crossing.all():
@@ -351,56 +150,6 @@ def _crossing_statement(findings: Findings, cuts: Sequence[float]) -> list[str]:
     ]
 
 
-def _speed_statement(findings: Findings) -> list[str]:
-    """Who turns when, where all three kinds are there."""
-    speeds = {kind: found.speed.mean[1:] for kind, found in findings.dynamics.items()}
-    if not {"cls", "registers", "patches"} <= set(speeds) or len(speeds["cls"]) < 3:
-        return []
-    third = max(1, len(speeds["cls"]) // 3)
-    means = {kind: float(speeds[kind].mean()) for kind in ("registers", "patches", "cls")}
-    late, usual = float(speeds["cls"][-third:].mean()), float(speeds["cls"][:-third].mean())
-    holds = means["patches"] > (1 + MARGIN) * means["registers"] and late > (1 + MARGIN) * usual
-    return [
-        f"Mean angular speed from layer {findings.layers[1]} on, radians: registers {means['registers']:.3g}, patches "
-        f"{means['patches']:.3g}; cls {late:.3g} in the last {third} steps, {usual:.3g} before. The Raptor paper "
-        "reports slow registers, faster patches, and a CLS that turns sharply in the last layers; counted as such "
-        f"where both the second and the third number exceed the one they are set beside by {MARGIN:.0%}. "
-        + verdict(holds, n_images=findings.n_images_wide)
-    ]
-
-
-def _coherence_statement(findings: Findings) -> list[str]:
-    """Whether patches gather in the last layers."""
-    found = findings.dynamics.get("patches")
-    if found is None or len(findings.layers) < 4:
-        return []
-    mean, start = found.state_coherence.mean[1:], len(findings.layers[1:]) * 2 // 3
-    early, late = float(mean[start] - mean[0]), float(mean[-1] - mean[start])
-    return [
-        f"Coherence of an image's patches goes from {mean[0]:.3f} at layer {findings.layers[1]} over {mean[start]:.3f} "
-        f"at layer {findings.layers[1 + start]} to {mean[-1]:.3f}. The Raptor paper reports a sharp rise late in "
-        f"depth; counted as such where the last third rises by {_LATE_RISE} or more, and by more than all before it. "
-        + verdict(late >= _LATE_RISE and late > early, n_images=findings.n_images_wide)
-    ]
-
-
-def _rank_statement(kind: str, stable: Sequence[float], layers: Sequence[int], updates: Covariances) -> str:
-    first, last = stable[0], stable[-1]
-    falls = sum(after < before for before, after in itertools.pairwise(stable))
-    lowest = int(np.nanargmin(stable)) if np.isfinite(stable).any() else 0
-    dim = updates.mean.shape[1]
-    if updates.n < dim:
-        judged = no_verdict(f"{updates.n} vectors of {dim} channels, whose number bounds the rank")
-    else:
-        judged = verdict(last < (1 - MARGIN) * first, values=stable)
-    return (
-        f"{kind}: the stable rank of updates goes from {first:.3g} (step from layer {layers[0]}) to {last:.3g} (into "
-        f"layer {layers[-1]}); it falls at {falls} of {len(stable) - 1} layers and is lowest, {stable[lowest]:.3g}, at "
-        f"the step from layer {layers[lowest]}. The Raptor paper reports a fall with depth, to about 6 for DINOv2 "
-        f"ViT-B; counted as a fall where the last is lower than the first by {MARGIN:.0%}. {judged}"
-    )
-
-
 def _matrix_table(name: str, title: str, values: np.ndarray, layers: Sequence[int], origin: Origin) -> Table:
     return Table(
         name=name.replace("+", "_"),
@@ -412,15 +161,15 @@ def _matrix_table(name: str, title: str, values: np.ndarray, layers: Sequence[in
     )
 
 
-def _curve(x: np.ndarray, moments: Moments) -> Curve:
+def curve_of(x: np.ndarray, moments: Moments) -> Curve:
     return x, moments.mean, moments.std
 
 
-def _of_layers(findings: Findings, name: str) -> dict[str, Curve]:
+def of_layers(findings: Findings, name: str) -> dict[str, Curve]:
     x = np.asarray(findings.layers, dtype=np.float64)
-    return {kind: _curve(x, getattr(found, name)) for kind, found in findings.dynamics.items()}
+    return {kind: curve_of(x, getattr(found, name)) for kind, found in findings.dynamics.items()}
 
 
-def _of_steps(findings: Findings, name: str) -> dict[str, Curve]:
+def of_steps(findings: Findings, name: str) -> dict[str, Curve]:
     x = step_middles(findings.layers)
-    return {kind: _curve(x, getattr(found, name)) for kind, found in findings.dynamics.items()}
+    return {kind: curve_of(x, getattr(found, name)) for kind, found in findings.dynamics.items()}

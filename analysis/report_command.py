@@ -1,6 +1,7 @@
 """`make report`: one HTML page of everything that is asked of a store, and its tables as CSV."""
 
-from analysis.measure import Findings, class_numbers, measure_nbytes, measure_store
+from analysis.dynamics_report import dynamics_section
+from analysis.measure import class_numbers, measure_nbytes, measure_store
 from analysis.page import PAGE, Origin, Section, save_page
 from analysis.partitions import MIN_SIZE
 from analysis.phase_report import Phases, find_phases
@@ -14,8 +15,10 @@ from analysis.places import (
     open_train,
     store_name,
 )
-from analysis.report import dynamics_section, overview_section, similarity_section, spectra_section
+from analysis.report import overview_section, similarity_section
 from analysis.similarity import LEAST_ROWS
+from analysis.spectra_report import spectra_section
+from analysis.sums import Findings
 from infra.cluster import cluster_address
 from infra.console import Progress, UserError, human_bytes, say
 from infra.s3_settings import use_endpoint

@@ -9,19 +9,12 @@ import numpy as np
 import torch
 
 from analysis.attention import look
+from analysis.attention_report import attention_section
 from analysis.compare import compare_with_store
 from analysis.interventions import token_kinds
 from analysis.model_memory import models_nbytes
-from analysis.model_report import (
-    N_DRAWS,
-    N_SWAPPED,
-    attention_section,
-    raptor_section,
-    self_correction,
-    self_correction_section,
-    swap_accuracies,
-    swap_section,
-)
+from analysis.model_report import raptor_section, self_correction_section, swap_section
+from analysis.model_runs import N_DRAWS, N_SWAPPED, self_correction, swap_accuracies
 from analysis.page import Origin, Section
 from analysis.phase_report import Phases
 from analysis.positions.map_section import map_section, position_maps

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from analysis.linear_depth import LinearSpan, linear_span, linear_windows
-from analysis.measure import Findings, class_numbers
+from analysis.measure import class_numbers
 from analysis.page import Origin, Section
 from analysis.partitions import segments_of
 from analysis.pass_over import ONE_TOKEN
@@ -14,6 +14,7 @@ from analysis.paths import Paths, normed_dynamics, project_paths
 from analysis.paths_report import WINDOW, linear_section, normed_section, paths_section
 from analysis.phase_report import Phases
 from analysis.report import phase_cuts
+from analysis.sums import Findings
 from infra.console import Progress
 from pipeline.teacher import Teacher
 from storage_schemas import Store

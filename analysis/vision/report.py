@@ -7,16 +7,12 @@ import torch
 
 from analysis.interventions import token_kinds
 from analysis.page import Origin, Section
+from analysis.vision.field_section import field_section
 from analysis.vision.held_out import head_images
 from analysis.vision.measure import LOCAL_ROWS, TAP_ROWS, local_batches, localise, probe_layers, sub_layer_cka
+from analysis.vision.probe_section import probe_section
 from analysis.vision.receptive_field import teacher_fields
-from analysis.vision.sections import (
-    field_section,
-    localisation_section,
-    probe_section,
-    skip_section,
-    sub_layer_section,
-)
+from analysis.vision.sections import localisation_section, skip_section, sub_layer_section
 from analysis.vision.skips import ablate_skips
 from infra.console import Progress, UserError, say
 from pipeline.teacher import Teacher

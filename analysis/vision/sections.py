@@ -1,6 +1,6 @@
-"""What a report shows of what a teacher sees: sections of figures, tables, and statements of Raghu et al. 2021."""
+"""What a report shows of a teacher's sub-layers, places of tokens and skips, with statements of Raghu et al. 2021."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -8,15 +8,11 @@ from analysis.accumulate import finite_mean
 from analysis.page import Cell, Figure, Origin, Section, Table
 from analysis.plots import Curve, curves, heat_maps, model_maps, pictures
 from analysis.similarity import Cka, dropped_text
-from analysis.verdicts import MARGIN, no_verdict, verdict
-from analysis.vision.measure import N_SHOTS, LayerProbes, Localised
-from analysis.vision.receptive_field import ReceptiveField, TeacherFields
+from analysis.verdicts import no_verdict, verdict
+from analysis.vision.measure import Localised
 from analysis.vision.skips import SkipAblation
 from analysis.vision.taps import PARTS, tap_names
 from infra.console import UserError
-
-_N_SHOWN = 6
-_AHEAD = 0.02  # of accuracies
 
 
 def sub_layer_section(found: Cka, n_blocks: int, origin: Origin) -> Section:
@@ -146,160 +142,6 @@ def localisation_section(found: Localised, origin: Origin) -> Section:
     )
 
 
-def probe_section(found: LayerProbes, origin: Origin) -> Section:
-    """Accuracy of linear probes by layer and token."""
-    x = np.array(found.layers, dtype=np.float64)
-    lines: dict[str, Curve] = {name: (x, values, None) for name, values in found.pooled.items()}
-    for name, values in (("registers", found.registers), ("patches", found.patches)):
-        if values.shape[1]:
-            lines[f"{name}, each by itself"] = (x, values.mean(axis=1), values.std(axis=1))
-    lines["shuffled labels"] = (x, found.shuffled.mean(axis=1), found.shuffled.std(axis=1))
-    single = found.patches[-1].mean()
-    best = max(found.pooled, key=lambda name: float(found.pooled[name][-1]))
-    top = found.pooled[best][-1]
-    text = [
-        f"At the last layer single patches name {single:.1%} rightly on average, {best} {top:.1%}; chance is "
-        f"{found.chance:.1%}. Raghu et al. report that single patches of a ViT with CLS are poor probes in the last "
-        "layers (6 to 12 %, where tokens of other models give 44 to 58 %); counted as such below half of the best. "
-        + _of_shots(found, bool(single < top / 2))
-    ]
-    if "cls" in found.pooled:
-        cls, mean = found.pooled["cls"], found.pooled["mean of all"]
-        ahead = [layer for layer, a, b in zip(found.layers, cls, mean) if a > b]
-        text.append(
-            f"CLS is ahead of the mean of all tokens at {len(ahead)} of {len(found.layers)} layers; at the last one it "
-            f"is {cls[-1]:.1%} against {mean[-1]:.1%}. Raghu et al. report that the mean of a ViT with CLS stays "
-            f"behind in the last layers; counted as such from {_AHEAD:.0%} of the images at the last one on. "
-            + _of_shots(found, bool(cls[-1] >= mean[-1] + _AHEAD))
-        )
-    rows: list[list[Cell]] = [
-        [layer, name, float(values[i])] for name, values in found.pooled.items() for i, layer in enumerate(found.layers)
-    ]
-    rows += [
-        [layer, f"register {j + 1}", float(found.registers[i, j])]
-        for i, layer in enumerate(found.layers)
-        for j in range(found.registers.shape[1])
-    ]
-    rows += [
-        [layer, f"patch {place}", float(found.patches[i, j])]
-        for i, layer in enumerate(found.layers)
-        for j, place in enumerate(found.places)
-    ]
-    rows += [[layer, "shuffled labels", float(one.mean())] for layer, one in zip(found.layers, found.shuffled)]
-    parts: list[Figure | Table] = [
-        Figure(
-            title="Linear probes by layer",
-            svg=curves(lines, x_name="layer", y_name="accuracy"),
-            caption=f"Ridge regression to -1 and +1 on {found.n_fit} images ({N_SHOTS} of each class where there are "
-            f"as many), its strength chosen on further ones, accuracy on {found.n_test} images of {found.tested_on}. "
-            f"Bands: one standard deviation over tokens. Shuffled labels: the mean of all tokens, fitted to "
-            f"{found.shuffled.shape[1]} permutations of the labels.",
-            origin=origin,
-        )
-    ]
-    if len(found.places) == found.grid[0] * found.grid[1]:
-        maps = {f"layer {found.layers[i]}": found.patches[i].reshape(found.grid) for i in _indices(len(x), _N_SHOWN)}
-        parts.append(
-            Figure(
-                title="Probes of single patches",
-                svg=pictures(maps, unit="accuracy", limits=(0, 1), columns=3),
-                caption="Each picture is the grid of patches: accuracy of a probe of that token alone.",
-                origin=origin,
-            )
-        )
-    parts.append(
-        Table(
-            name="probes",
-            title="Linear probes",
-            caption="Accuracy by layer and representation.",
-            columns=["layer", "representation", "accuracy"],
-            rows=rows,
-            origin=origin,
-        )
-    )
-    return Section(title="Linear probes", text=text, parts=parts)
-
-
-def _of_shots(found: LayerProbes, holds: bool) -> str:
-    """A verdict where as many images of each class were fitted as by Raghu et al."""
-    if found.least_shots < N_SHOTS:
-        return no_verdict(f"they fit {N_SHOTS} images of each class, here one has {found.least_shots}")
-    return verdict(holds, n_images=found.n_test)
-
-
-def field_section(found: TeacherFields, origin: Origin) -> Section:
-    """Effective receptive fields of the patch at the centre."""
-    n_blocks = len(found.sums)
-    blocks = np.arange(1.0, n_blocks + 1)
-    both: Mapping[str, list[ReceptiveField]] = {
-        "after the sum": list(found.sums),
-        "attention before it is added": list(found.branches),
-    }
-    own = {name: np.array([one.own_share for one in fields]) for name, fields in both.items()}
-    reach = {name: np.array([one.reach for one in fields]) for name, fields in both.items()}
-    flat = found.sums[0].flat_reach
-    area = float(np.prod(found.sums[0].cell) / found.sums[0].field.size)
-    after, before = own["after the sum"], own["attention before it is added"]
-    middle = n_blocks // 2
-    maps = {
-        f"{name}, block {i + 1}": np.log10(fields[i].field / fields[i].field.max() + 1e-4)
-        for name, fields in (("sum", found.sums), ("attention", found.branches))
-        for i in _indices(n_blocks, 4)
-    }
-    share_lines: dict[str, Curve] = {name: (blocks, values, None) for name, values in own.items()}
-    share_lines["its share of the image"] = (blocks, np.full(n_blocks, area), None)
-    reach_lines: dict[str, Curve] = {name: (blocks, values, None) for name, values in reach.items()}
-    reach_lines["all pixels alike"] = (blocks, np.full(n_blocks, flat), None)
-    wide = reach["after the sum"][middle] / flat
-    return Section(
-        title="Effective receptive field",
-        text=[
-            f"In the middle (block {middle + 1}) the centre's field reaches {wide:.0%} as far as one that sees all "
-            "pixels alike. Raghu et al. report that it turns global in the middle of the network; counted as such "
-            "above a half. " + verdict(bool(wide > 0.5), n_images=found.n_images),
-            f"Its own patch still has {after[-1]:.1%} of the last block's field, {after[-1] / area:.1f} times its "
-            "share of the image. Raghu et al. report that it stays peaked there; counted as such above twice. "
-            + verdict(bool(after[-1] > 2 * area), n_images=found.n_images),
-            f"Before the sum the own patch has less of the field in {int((before < after).sum())} of {n_blocks} "
-            f"blocks. Raghu et al. report far less peaked fields there; counted as such where it has less by "
-            f"{MARGIN:.0%} in all of them. "
-            + verdict(bool((before < (1 - MARGIN) * after).all()), n_images=found.n_images),
-        ],
-        parts=[
-            Figure(
-                title="Fields of the centre",
-                svg=pictures(maps, unit="log10 of |gradient| over its largest", limits=(-3, 0), columns=4),
-                caption="Each picture is the image: how much a pixel moves the token at the centre, after the sum, and "
-                f"what attention adds to it. Mean over {found.n_images} images with {found.n_draws} channel of each, "
-                "drawn at random; summed over colours.",
-                origin=origin,
-            ),
-            Figure(
-                title="Share of the own patch",
-                svg=curves(share_lines, x_name="block", y_name="share of the field", log_y=True),
-                caption="Share of the field that lies on the token's own patch.",
-                origin=origin,
-            ),
-            Figure(
-                title="Reach of the field",
-                svg=curves(reach_lines, x_name="block", y_name="mean distance, px"),
-                caption="Distance to the token's centre, weighted by the field.",
-                origin=origin,
-            ),
-            Table(
-                name="receptive_fields",
-                title="Receptive fields",
-                caption="By block: share of the own patch and reach (px).",
-                columns=["block", "where", "own share", "reach"],
-                rows=[
-                    [i + 1, name, float(own[name][i]), float(reach[name][i])] for name in both for i in range(n_blocks)
-                ],
-                origin=origin,
-            ),
-        ],
-    )
-
-
 def skip_section(found: SkipAblation, images: str, origin: Origin) -> Section:
     """What is left when a block loses its skip connections.
 
@@ -325,7 +167,7 @@ def skip_section(found: SkipAblation, images: str, origin: Origin) -> Section:
             origin=origin,
         )
     ]
-    chosen = _indices(n_blocks, 4)
+    chosen = some_of(n_blocks, 4)
     states = range(n_blocks + 1)
     maps = {f"block {i + 1} without skips": found.cka[i] for i in chosen}
     parts.append(
@@ -374,13 +216,13 @@ def skip_section(found: SkipAblation, images: str, origin: Origin) -> Section:
     return Section(title="Without skip connections", text=text, parts=parts)
 
 
-def _indices(n: int, n_shown: int) -> list[int]:
+def some_of(n: int, n_shown: int) -> list[int]:
     """At most so many of 0 to n - 1, evenly, both ends included."""
     return np.unique(np.linspace(0, n - 1, min(n, n_shown)).round().astype(int)).tolist()
 
 
 def _some(layers: list[int], n_shown: int) -> list[int]:
-    return [layers[i] for i in _indices(len(layers), n_shown)]
+    return [layers[i] for i in some_of(len(layers), n_shown)]
 
 
 def _largest(maps: Iterable[np.ndarray]) -> float:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from analysis.interventions import run_order, swapped_orders, token_kinds, track_perturbation
-from analysis.model_report import self_correction
+from analysis.model_runs import self_correction
 from pipeline.teacher import load_teacher
 
 KINDS = {"all": slice(None)}

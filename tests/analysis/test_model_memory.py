@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from analysis import model_report
+from analysis import model_runs
 from analysis.interventions import token_kinds, track_perturbation
 from analysis.model_memory import models_nbytes
-from analysis.model_report import EPSILONS, self_correction
+from analysis.model_runs import EPSILONS, self_correction
 from pipeline.teacher import Teacher, load_teacher
 from tests.stores import make_spec
 
@@ -19,8 +19,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "analyses.md"
 def test_pushes_of_parts_are_means_over_their_images(monkeypatch):
     teacher = load_teacher("digits_vit")
     x = teacher.embed(torch.from_numpy(np.random.default_rng(0).standard_normal((5, 3, 32, 32)).astype(np.float32)))
-    monkeypatch.setattr(model_report, "_ROWS_AT_ONCE", 3)
-    monkeypatch.setattr(model_report, "EPSILONS", EPSILONS[:1])
+    monkeypatch.setattr(model_runs, "_ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(model_runs, "EPSILONS", EPSILONS[:1])
     rows_at_once: list[int] = []
     plain = Teacher.run_blocks
 

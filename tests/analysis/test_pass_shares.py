@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from analysis.measure import Findings, StoreAnalyses, class_numbers, measure_shares, measure_store
+from analysis.measure import StoreAnalyses, class_numbers, measure_shares, measure_store
+from analysis.sums import Findings
 from infra.console import UserError
 from tests.analysis.test_distances import planted
 

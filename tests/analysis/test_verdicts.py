@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from analysis import report
+from analysis import dynamics_report, report
 from analysis.accumulate import Moments
 from analysis.dynamics import Basins, Dynamics
 from analysis.linear_depth import linear_windows
-from analysis.model_report import N_SWAPPED, Swaps, swap_section
+from analysis.model_report import swap_section
+from analysis.model_runs import N_SWAPPED, Swaps
 from analysis.page import Origin
 from analysis.paths import Paths
 from analysis.paths_report import linear_section, paths_section
@@ -19,7 +20,8 @@ from analysis.report_paths import named_paths
 from analysis.similarity import CkaAccumulator, dropped_text
 from analysis.verdicts import verdict
 from analysis.vision.measure import LayerProbes
-from analysis.vision.sections import probe_section, skip_section
+from analysis.vision.probe_section import probe_section
+from analysis.vision.sections import skip_section
 from analysis.vision.skips import SkipAblation
 from infra.objects import MemoryObjects
 from storage_schemas import open_store
@@ -87,8 +89,8 @@ def test_where_speeds_are_cut_is_among_the_places_that_chance_knows() -> None:
 )
 def test_speeds_by_kind(cls: list[float], registers: float, n: int, expected: str) -> None:
     kinds = {"cls": dynamics(cls), "registers": dynamics([9, *[registers] * 4]), "patches": dynamics([9, *[0.3] * 4])}
-    assert expected in said(report._speed_statement(findings(n, **kinds)))
-    assert report._speed_statement(findings(cls=kinds["cls"])) == []
+    assert expected in said(dynamics_report._speed_statement(findings(n, **kinds)))
+    assert dynamics_report._speed_statement(findings(cls=kinds["cls"])) == []
 
 
 @pytest.mark.parametrize(
@@ -100,7 +102,7 @@ def test_speeds_by_kind(cls: list[float], registers: float, n: int, expected: st
     ],
 )
 def test_late_coherence(coherence: list[float], expected: str) -> None:
-    assert expected in said(report._coherence_statement(findings(patches=dynamics([0.1] * 6, coherence))))
+    assert expected in said(dynamics_report._coherence_statement(findings(patches=dynamics([0.1] * 6, coherence))))
 
 
 def test_speeds_at_boundaries_of_phases_have_a_margin() -> None:
@@ -109,14 +111,16 @@ def test_speeds_at_boundaries_of_phases_have_a_margin() -> None:
         assert expected in said(report._crossing_statement(found, [3.5]))
 
 
-def test_a_rank_of_fewer_vectors_than_channels_is_not_judged() -> None:
+def test_ranks_are_judged_after_the_embedding_and_of_enough_vectors() -> None:
     def judged(stable: list[float], n: int) -> str:
-        updates: Any = SimpleNamespace(n=n, mean=np.zeros((3, 8)))
-        return report._rank_statement("cls", stable, range(4), updates)
+        updates: Any = SimpleNamespace(n=n, mean=np.zeros((len(stable), 8)))
+        return dynamics_report._rank_statement("cls", stable, range(len(stable) + 1), updates)
 
-    assert HOLDS in judged([6, 5, 4], 8)
-    assert NOT in judged([6, 5, 5.9], 8)
-    assert NONE in judged([6, 5, 4], 7)
+    assert HOLDS in judged([1, 6, 5, 4], 8)
+    assert NOT in judged([9, 6, 5, 5.9], 8)  # the step from layer 0 is another matter
+    assert NONE in judged([1, 6, 5, 4], 7)
+    assert NONE in judged([6, 4], 8)
+    assert "lowest, 4, at the step from layer 3" in judged([1, 6, 5, 4], 8)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.model_report import swap_accuracies, swap_section
+from analysis.model_report import swap_section
+from analysis.model_runs import swap_accuracies
 from analysis.page import Origin
 from analysis.vision.held_out import head_images, sibling_val
 from infra.objects import FolderObjects
@@ -62,7 +63,7 @@ def test_val_of_another_teacher_is_left_aside(tmp_path, capsys):
 
 
 def test_images_without_label_count_in_no_accuracy(monkeypatch):
-    monkeypatch.setattr("analysis.model_report.N_DRAWS", 1)
+    monkeypatch.setattr("analysis.model_runs.N_DRAWS", 1)
     teacher = load_teacher("digits_vit")
     pixels = np.random.default_rng(0).standard_normal((6, 3, 32, 32)).astype(np.float32)
     x = teacher.embed(torch.from_numpy(pixels))

@@ -5,8 +5,8 @@ import pytest
 
 from analysis.page import Origin
 from analysis.vision.measure import probe_layers
+from analysis.vision.probe_section import probe_section
 from analysis.vision.probes import Shots, few_shots, probe, ridge_path, sign_targets
-from analysis.vision.sections import probe_section
 from infra.objects import FolderObjects
 from storage_schemas import open_store
 from storage_schemas.from_arrays import write_store
