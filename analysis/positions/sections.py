@@ -1,15 +1,15 @@
-"""What the page of `make positions` shows of each experiment, with the paper's statement beside what was found."""
+"""What the page of `make positions` shows of planted data, with the paper's statement beside what was found."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from analysis.page import Cell, Figure, Origin, Section, Table
 from analysis.plots import Curve, curves, pictures
 from analysis.positions.experiments import SMALL, WIDE, Numbers, mean_and_spread
-from analysis.positions.maps import THRESHOLD, Locality, encoding_similarity, locality, mosaic
 
-_BANDS = "Bands: one standard deviation over seeds."
+#: Of every figure with curves over seeds.
+BANDS = "Bands: one standard deviation over seeds."
 
 
 def planted_section(found: Sequence[Numbers], origin: Origin) -> Section:
@@ -95,7 +95,7 @@ def transfer_section(found: Sequence[Numbers], origin: Origin) -> Section:
                     y_name="error",
                     log_x=True,
                 ),
-                caption=f"Same sets of patches, another direction of the label. {_BANDS}",
+                caption=f"Same sets of patches, another direction of the label. {BANDS}",
                 origin=origin,
             ),
             _courses("Error and association where it was learned", found, origin),
@@ -112,124 +112,6 @@ def transfer_section(found: Sequence[Numbers], origin: Origin) -> Section:
     )
 
 
-def vit_section(
-    name: str, found: Mapping[str, Sequence[Numbers]], pixels: Numbers, grid: tuple[int, int], origin: Origin
-) -> Section:
-    """Positional attention against ordinary attention: J10.
-
-    Args:
-        name: Of the images.
-        found: "ordinary" and "positional", each one mapping for each seed.
-        pixels: The baseline.
-        grid: Rows and columns of patches.
-        origin: Of all numbers.
-    """
-    accuracies = {kind: np.array([one["accuracy"] for one in seeds]) for kind, seeds in found.items()}
-    means = {kind: float(values.mean()) for kind, values in accuracies.items()}
-    baseline = float(pixels["accuracy"])
-    gap = means["ordinary"] - means["positional"]
-    above = min(means.values()) > baseline
-    losses: dict[str, Curve] = {}
-    for kind, seeds in found.items():
-        mean, spread = mean_and_spread([one["losses"] for one in seeds])
-        losses[kind] = (np.arange(1.0, len(mean) + 1), mean, spread)
-    n_seeds = len(accuracies["ordinary"])
-    rows: list[list[Cell]] = [
-        [kind, seed, float(value)] for kind, values in accuracies.items() for seed, value in enumerate(values)
-    ]
-    listed = "; ".join(f"{kind} {means[kind]:.2%}{_deviation(values)}" for kind, values in accuracies.items())
-    return Section(
-        title="Attention by position against ordinary attention",
-        text=[
-            f"{name}, top-1 on other images after the last epoch, {_seeds(n_seeds)}: {listed}; logistic regression on "
-            f"pixels {baseline:.2%}. The gap is {100 * gap:.2f} points.",
-            "Jelassi et al. report 68.9 % against 71.9 % on ImageNet, and similar numbers of both on CIFAR and SVHN. "
-            f"That both learn more than a baseline without convolutions {'holds' if above else 'does not hold'} here.",
-        ],
-        parts=[
-            Figure(
-                title="Training loss",
-                svg=curves(losses, x_name="epoch", y_name="cross entropy, nats", log_y=True),
-                caption=f"Mean of an epoch, with augmentation. {_BANDS}",
-                origin=origin,
-            ),
-            *_maps_of_vits({kind: np.array(seeds[0]["after"]) for kind, seeds in found.items()}, grid, origin),
-            Table(
-                name="accuracy",
-                title="Accuracy",
-                caption="Of each training.",
-                columns=["attention", "seed", "accuracy"],
-                rows=[*rows, ["logistic regression on pixels", None, baseline]],
-                origin=origin,
-            ),
-        ],
-    )
-
-
-def permuted_section(
-    found: Mapping[str, Sequence[Numbers]], grid: tuple[int, int], origin: Origin, what: str = "patches"
-) -> Section:
-    """Structure follows a permutation of the patches: J9.
-
-    Args:
-        found: "in order" and "permuted", each one mapping for each seed.
-        grid: Rows and columns.
-        origin: Of all numbers.
-        what: Is permuted: patches, or pixels where a patch is one.
-    """
-    maps: dict[str, np.ndarray] = {}
-    rows: list[list[Cell]] = []
-    scores: dict[str, list[Locality]] = {}
-    for seed, (plain, permuted) in enumerate(zip(found["in order"], found["permuted"])):
-        of_seed = {
-            "before training": np.array(plain["before"]),
-            "in order": np.array(plain["after"]),
-            "permuted, as the model sees them": np.array(permuted["after"]),
-            "permuted, put back": np.array(permuted["after"])[np.argsort(permuted["order"])],
-        }
-        for kind, positions in of_seed.items():
-            similarity = encoding_similarity(positions)
-            one = locality(similarity, grid)
-            scores.setdefault(kind, []).append(one)
-            rows.append([kind, seed, one.neighbours, one.chance, one.correlation, one.above, one.discs])
-            if seed == 0:
-                maps[kind] = mosaic(similarity, grid)
-    near = {kind: float(np.mean([one.neighbours for one in ones])) for kind, ones in scores.items()}
-    chance = scores["in order"][0].chance
-    seen, back = near["permuted, as the model sees them"], near["permuted, put back"]
-    holds = back > 2 * seen and back > 2 * chance
-    return Section(
-        title=f"Permuted {what}",
-        text=[
-            f"Jelassi et al.: trained on images whose {what} are permuted, a ViT still learns which belong together, "
-            f"and the permutation undone, the map is local. Here {'that holds' if holds else 'that does not hold'}: "
-            f"of a patch's neighbours in the picture {back:.0%} are among its most similar positions, {seen:.0%} of "
-            f"its neighbours in the sequence; {near['in order']:.0%} without a permutation, "
-            f"{near['before training']:.0%} before training, {chance:.0%} by chance. (Holding means: more than twice "
-            "both.)"
-        ],
-        parts=[
-            Figure(
-                title="Similarity of position embeddings",
-                svg=pictures(maps, unit="<p_i, p_j> / (|p_i| |p_j|)", limits=(-1, 1)),
-                caption="Ordinary attention, seed 0. Each small map is one patch's similarity to all others and stands "
-                "where that patch does. No unit.",
-                origin=origin,
-            ),
-            Table(
-                name="permuted",
-                title="How local the similarity is",
-                caption="neighbours: share of a patch's up to 8 neighbours among as many most similar patches, and "
-                f"what chance would find; correlation: of similarity with distance; above: share of pairs above "
-                f"{THRESHOLD:g}; discs: 1 where those are the nearest there could be, 0 where they are as far as any.",
-                columns=["positions", "seed", "neighbours", "chance", "correlation", "above", "discs"],
-                rows=rows,
-                origin=origin,
-            ),
-        ],
-    )
-
-
 def _planted_statement(found: Sequence[Numbers]) -> str:
     _, error = _ends(found, "error")
     best = [max(one["rows"]) for one in found]
@@ -241,7 +123,7 @@ def _planted_statement(found: Sequence[Numbers]) -> str:
         "Jelassi et al., theorems 4.1 and 4.2: gradient descent learns the sets, Top_C of each row of PᵀP is the "
         f"patch's own set, and the model generalises. Here {'that holds' if holds else 'that does not hold'}: "
         f"{start:.0%} of rows before training, at most {np.mean(best):.0%}, after {np.mean(when):,.0f} steps, and "
-        f"{end:.0%} at the end, where the error on other samples is {error:.4f}. (Means of {_seeds(len(found))}. "
+        f"{end:.0%} at the end, where the error on other samples is {error:.4f}. (Means of {seeds_text(len(found))}. "
         "Holding means: all rows at some step, for each seed, and an error below 0.05.)"
     )
 
@@ -262,7 +144,7 @@ def _courses(title: str, found: Sequence[Numbers], origin: Origin) -> Figure:
     return Figure(
         title=title,
         svg=curves(lines, x_name="step of gradient descent", y_name="share, or cosine"),
-        caption=f"Full-batch gradient descent. {_BANDS}",
+        caption=f"Full-batch gradient descent. {BANDS}",
         origin=origin,
     )
 
@@ -302,41 +184,10 @@ def _course_table(name: str, title: str, found: Sequence[Numbers], origin: Origi
     )
 
 
-def _maps_of_vits(positions: Mapping[str, np.ndarray], grid: tuple[int, int], origin: Origin) -> list[Figure | Table]:
-    similarity = {kind: encoding_similarity(values) for kind, values in positions.items()}
-    rows: list[list[Cell]] = []
-    for kind, values in similarity.items():
-        one = locality(values, grid)
-        rows.append([kind, one.neighbours, one.chance, one.correlation, one.above, one.discs])
-    return [
-        Figure(
-            title="Similarity of position embeddings after training",
-            svg=pictures(
-                {kind: mosaic(values, grid) for kind, values in similarity.items()},
-                unit="<p_i, p_j> / (|p_i| |p_j|)",
-                limits=(-1, 1),
-            ),
-            caption="Seed 0. Each small map is one patch's similarity to all others, at that patch's place. No unit.",
-            origin=origin,
-        ),
-        Table(
-            name="vit_positions",
-            title="How local it is",
-            caption="Seed 0; columns as in the table of permuted patches.",
-            columns=["attention", "neighbours", "chance", "correlation", "above", "discs"],
-            rows=rows,
-            origin=origin,
-        ),
-    ]
-
-
 def _ends(found: Sequence[Numbers], key: str) -> tuple[float, float]:
     return float(np.mean([one[key][0] for one in found])), float(np.mean([one[key][-1] for one in found]))
 
 
-def _deviation(values: np.ndarray) -> str:
-    return f" (deviation {values.std(ddof=1):.2%})" if len(values) > 1 else ""
-
-
-def _seeds(n: int) -> str:
+def seeds_text(n: int) -> str:
+    """How many seeds there were, in words."""
     return "one seed" if n == 1 else f"{n} seeds"

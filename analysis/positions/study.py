@@ -15,11 +15,10 @@ from analysis.positions.experiments import (
 from analysis.positions.images import LabelledImages
 from analysis.positions.sections import (
     gaussian_section,
-    permuted_section,
     planted_section,
     transfer_section,
-    vit_section,
 )
+from analysis.positions.vit_sections import permuted_section, vit_section
 from analysis.positions.vit_training import VitTraining
 
 #: Samples of the new data, in transfer.

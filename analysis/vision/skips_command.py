@@ -7,7 +7,7 @@ from infra.s3_settings import use_endpoint
 
 DEFAULT_OUT = "data/skips"
 BLOCKS = "1,7,10"
-EPOCHS = 60
+EPOCHS = 30
 _N_BLOCKS = 12
 
 
@@ -22,7 +22,7 @@ def skips_command(
 ) -> int:
     """Train digits_vit whole, and without both skips of each of some blocks; CKA of their layers, and accuracy.
 
-    Some 7 minutes a model on two idle cores. Interrupt it whenever you like: models that are trained are kept in OUT,
+    Some 8 minutes a model on an idle core. Interrupt it whenever you like: models that are trained are kept in OUT,
     and the same command trains the others.
 
     Args:
@@ -36,8 +36,8 @@ def skips_command(
     import torch  # seconds of import
 
     from analysis.vision.skip_sections import trained_section
-    from analysis.vision.skip_training import WHOLE, measure_skip_models
-    from trainer.digits_teacher import DigitsTeacherConfig, load_split
+    from analysis.vision.skip_training import WHOLE, measure_skip_models, skip_recipe
+    from trainer.digits_teacher import load_split
 
     use_endpoint(endpoint_url)
     problems = [
@@ -57,8 +57,7 @@ def skips_command(
     torch.set_num_threads(threads)
     n_models = len(numbers) + 1
     say(f"make skips: {n_models} models of {epochs} epochs; interrupt it whenever you like, and repeat it to go on")
-    config = DigitsTeacherConfig(n_epochs=epochs, seed=seed)
-    found = measure_skip_models(saved, [WHOLE, *numbers], config, say)
+    found = measure_skip_models(saved, [WHOLE, *numbers], skip_recipe(epochs, seed), say)
     data = f"the held-out digits, digits_vit trained for {epochs} epochs"
     origin = Origin(data=data, n_images=len(load_split("val")[0]), seed=seed, command=command)
     section = trained_section(found, origin)

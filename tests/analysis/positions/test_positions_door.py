@@ -12,15 +12,14 @@ import analysis.positions.images
 from analysis.__main__ import main
 from analysis.page import Origin
 from analysis.plots import pictures
-from analysis.positions import experiments, sections
+from analysis.positions import experiments, sections, vit_sections
 from analysis.positions.experiments import Experiment, run_experiments
 from analysis.positions.sections import (
     gaussian_section,
-    permuted_section,
     planted_section,
     transfer_section,
-    vit_section,
 )
+from analysis.positions.vit_sections import permuted_section, vit_section
 from infra.console import JobError, UserError
 from infra.objects import open_objects
 from tests.analysis.positions.test_vits import planted
@@ -44,7 +43,8 @@ def _small(monkeypatch):
 def _undrawn(monkeypatch):
     """Sections without their drawings, which take a second each; `a_page_with_its_drawings` (slow) has them."""
     for name in ("curves", "pictures"):
-        monkeypatch.setattr(sections, name, lambda *_, **__: b"<svg/>")
+        for module in (sections, vit_sections):
+            monkeypatch.setattr(module, name, lambda *_, **__: b"<svg/>")
 
 
 def positions(out, *more: str) -> str:

@@ -15,6 +15,7 @@ from analysis.vision.skip_training import (
     measure_skip_models,
     model_key,
     remove_skips,
+    skip_recipe,
     states_of,
     trained_model,
 )
@@ -97,8 +98,7 @@ def test_layers_across_a_block_without_skips_have_less_in_common(tmp_path, capsy
     assert main(["skips", "--blocks", "7", "--epochs", "8", "--out", str(tmp_path)]) == 0
     page = (tmp_path / PAGE).read_text()
     assert re.findall(r"<h2>(.*?)</h2>", page) == ["Trained without skip connections"]
-    config = DigitsTeacherConfig(n_epochs=8)
-    whole, without = measure_skip_models(open_objects(str(tmp_path)), [WHOLE, 7], config, pytest.fail)
+    whole, without = measure_skip_models(open_objects(str(tmp_path)), [WHOLE, 7], skip_recipe(8), pytest.fail)
     assert whole.accuracy > 0.5
     assert without.crossing(7) < 0.75 * whole.crossing(7)
     assert f"mean CKA across the block {without.crossing(7):.3f}" in capsys.readouterr().out
