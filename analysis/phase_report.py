@@ -1,5 +1,6 @@
 """The phases of a teacher with all that they are compared with: found, as a table, as JSON."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -92,6 +93,24 @@ def find_phases(
         ranges=epsilon_ranges(distance) if len(distance) <= MAX_CUT_LAYERS else [],
         controls={kind: [scored(groups) for groups in partitions] for kind, partitions in drawn.items()},
     )
+
+
+def even_score(phases: Phases) -> float:
+    """The best score, by as many contiguous segments, of a depth with the same similarities that moves evenly.
+
+    Each distance is the mean of all between layers as far apart, so that no place is a better cut than its neighbours
+    but for the ends. The best of all partitions beats random ones on such a depth too; only what it has above this is
+    due to blocks. Layers that are all alike score 1 by the normalised association. NaN where it is not defined.
+    """
+    n, even = len(phases.distance), np.zeros_like(phases.distance)
+    for apart in range(1, n):
+        mean = np.diagonal(phases.distance, apart).mean()
+        even += np.diag(np.full(n - apart, mean), apart) + np.diag(np.full(n - apart, mean), -apart)
+    try:
+        segments = contiguous_segments(even, len(phases.chosen.groups), phases.objective)
+        return partition_score(even, groups_of(segments), phases.objective)
+    except ValueError:  # an objective that is not defined on these distances
+        return math.nan
 
 
 def phases_table(phases: Phases) -> str:

@@ -9,7 +9,7 @@ from analysis.accumulate import Moments
 from analysis.dynamics import speed_phases
 from analysis.page import Figure, Origin, Section, Table
 from analysis.partitions import segments_of, spans_text
-from analysis.phase_report import Phases
+from analysis.phase_report import Phases, even_score
 from analysis.plots import Curve, depth_overview, heat_maps
 from analysis.similarity import dropped_text
 from analysis.sums import Findings, step_middles
@@ -65,7 +65,8 @@ def overview_section(findings: Findings, phases: Phases, origin: Origin) -> Sect
     )
     text = [
         f"Phases: {spans_text(phases.chosen.groups)}, {len(phases.chosen.groups)} blocks of states by "
-        f"{phases.objective.replace('_', ' ')} (score {phases.chosen.score:.4g})."
+        f"{phases.objective.replace('_', ' ')} (score {phases.chosen.score:.4g}; a depth with the same similarities "
+        f"that moves evenly is cut with {even_score(phases):.4g} at best)."
     ]
     if jumps and cuts:
         near = {kind: [min(abs(cut - place) for place in places) for cut in cuts] for kind, places in jumps.items()}

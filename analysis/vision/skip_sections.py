@@ -7,6 +7,9 @@ from analysis.plots import model_maps
 from analysis.verdicts import verdict
 from analysis.vision.skip_training import WHOLE, SkipModel
 
+_COLLAPSES = 0.5  # of a CKA, as of the accuracy after layer swaps
+_POINTS = (2, 8)  # half and twice the published fall of accuracy
+
 
 def trained_section(found: Sequence[SkipModel], origin: Origin) -> Section:
     """CKA between the layers of each model, and its accuracy beside the whole one's.
@@ -30,15 +33,22 @@ def trained_section(found: Sequence[SkipModel], origin: Origin) -> Section:
             f"whole model {usual:.3f}."
         )
     if others:
-        lower = sum(one.crossing(one.block) < whole.crossing(one.block) for one in others)
+        shares = [one.crossing(one.block) / whole.crossing(one.block) for one in others]
+        listed = ", ".join(f"{share:.0%}" for share in shares)
         text.append(
-            f"CKA across the block is lower for {lower} of {len(others)} such models. Raghu et al. report that it "
-            f"collapses. {verdict(lower == len(others))}"
+            f"CKA across the block is {listed} of that in the whole model. Raghu et al. report that it collapses; "
+            f"counted as such where each is {_COLLAPSES:.0%} or less. "
+            + verdict(all(share <= _COLLAPSES for share in shares), n_images=origin.n_images, values=shares)
         )
         middle = [one for one in others if n_states // 4 < one.block <= 3 * n_states // 4]
         if middle:
             drops = ", ".join(f"{100 * (whole.accuracy - one.accuracy):.1f}" for one in middle)
-            text.append(f"For blocks in the middle accuracy falls by {drops} points; Raghu et al. report about 4.")
+            least, most = _POINTS
+            held = all(least <= 100 * (whole.accuracy - one.accuracy) <= most for one in middle)
+            text.append(
+                f"For blocks in the middle accuracy falls by {drops} points. Raghu et al. report about 4; counted as "
+                f"such from {least} to {most}. " + verdict(held, n_images=origin.n_images)
+            )
     maps = {names[one.block]: one.cka for one in found}
     matrices: list[Figure | Table] = [
         Table(

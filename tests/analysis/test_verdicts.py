@@ -10,21 +10,27 @@ import pytest
 from analysis import dynamics_report, report
 from analysis.accumulate import Moments
 from analysis.dynamics import Basins, Dynamics
+from analysis.gallery.encoders import Alike
+from analysis.gallery.sections import Encoder, encoders_section
 from analysis.linear_depth import linear_windows
 from analysis.model_report import swap_section
 from analysis.model_runs import N_SWAPPED, Swaps
 from analysis.page import Origin
 from analysis.paths import Paths
 from analysis.paths_report import linear_section, paths_section
+from analysis.phase_report import even_score, find_phases
 from analysis.report_paths import named_paths
 from analysis.similarity import CkaAccumulator, dropped_text
 from analysis.verdicts import verdict
 from analysis.vision.measure import LayerProbes
 from analysis.vision.probe_section import probe_section
 from analysis.vision.sections import skip_section
+from analysis.vision.skip_sections import trained_section
+from analysis.vision.skip_training import WHOLE, SkipModel
 from analysis.vision.skips import SkipAblation
 from infra.objects import MemoryObjects
 from storage_schemas import open_store
+from tests.analysis.matrices import block_distances
 from tests.stores import make_samples, make_spec, write_planted
 
 ORIGIN = Origin(data="here", n_images=64, seed=0, command="make report")
@@ -208,3 +214,52 @@ def test_probes_of_few_test_images_or_hardly_ahead_are_not_said_to_hold() -> Non
     assert HOLDS in judged(0.83, 64)
     assert NOT in judged(0.81, 64)
     assert NONE in judged(0.83, 31)
+
+
+@pytest.mark.parametrize(
+    ("distance", "n", "expected"),
+    [
+        (block_distances([4, 5, 3], noise=0.02), 64, HOLDS),
+        (1 - np.cos(0.12 * np.subtract.outer(np.arange(12), np.arange(12))), 64, NOT),  # turns evenly
+        (block_distances([4, 5, 3], noise=0.02), 16, NONE),
+        (np.zeros((12, 12)), 64, NONE),
+    ],
+)
+def test_phases_of_encoders_are_judged_against_a_depth_that_moves_evenly(
+    distance: np.ndarray, n: int, expected: str
+) -> None:
+    phases = find_phases(distance, 3, None, "normalised_association")
+    same = Moments(n=n, mean=np.ones((13, 13)), std=np.zeros((13, 13)))
+    alike = Alike(layers=tuple(range(13)), cosines={"cls": same}, cka=None)
+    origin = Origin(data="here", n_images=n, seed=None, command="make gallery")
+    one = Encoder(teacher="fake", location="there", dim=8, alike=alike, phases=phases, origin=origin)
+    section = encoders_section({"one": one}, origin)
+    assert expected in section.text[-1]
+    assert "The phases of 1 of 1 encoders" in section.text[-1] or expected != HOLDS
+
+
+def test_a_depth_that_moves_evenly_scores_as_its_own_best_cut() -> None:
+    even = find_phases(1 - np.cos(0.12 * np.subtract.outer(np.arange(9), np.arange(9))), 2, None, "cut")
+    assert even_score(even) == pytest.approx(even.chosen.score)
+
+
+@pytest.mark.parametrize(
+    ("across", "accuracy", "n", "expected"),
+    [
+        (0.3, 0.93, 64, [HOLDS, HOLDS]),
+        (0.6, 0.96, 64, [NOT, NOT]),
+        (0.3, 0.85, 64, [HOLDS, NOT]),
+        (0.3, 0.93, 9, [NONE] * 2),
+    ],
+)
+def test_models_trained_without_skips(across: float, accuracy: float, n: int, expected: list[str]) -> None:
+    """The third of six blocks in the middle has lost its skips."""
+    same, parted = np.full((7, 7), 0.8), np.full((7, 7), 0.8)
+    parted[:3, 3:] = parted[3:, :3] = across
+    models = [
+        SkipModel(block=block, cka=cka, accuracy=right, loss=0.1)
+        for block, cka, right in ((WHOLE, same, 0.97), (3, parted, accuracy))
+    ]
+    origin = Origin(data="here", n_images=n, seed=0, command="make skips")
+    text = trained_section(models, origin).text
+    assert [one in said for one, said in zip(expected, text[-2:], strict=True)] == [True, True]
