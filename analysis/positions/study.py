@@ -70,6 +70,7 @@ def study_sections(
             {"ordinary": ordinary, "positional": of("vit-positional-in-order")},
             found["pixels"],
             data.grid,
+            len(data.test),
             pictures,
         ),
     ]
