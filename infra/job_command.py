@@ -64,6 +64,7 @@ TARGETS: Mapping[str, Target] = {
     "copy": Target(must_have=("STORE", "TO"), in_driver=True),
     "convert": Target(must_have=("STORE", "TO"), in_driver=True),
     "phases": Target(must_have=("STORE", "OUT"), in_driver=True),
+    "report": Target(must_have=("STORE", "OUT"), in_driver=True),
     "table": Target(must_have=("RUNS", "PROBES", "OUT"), in_driver=True),
 }
 

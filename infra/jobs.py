@@ -16,11 +16,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from infra.console import ExitCode, JobError, UserError
+from infra.console import ExitCode, JobError, UserError, say
 from infra.job_command import TARGETS, JobCommand, is_loopback
 
 KNOCK_TIMEOUT_S = 10.0
 GRACE_S = 600
+AGENT_TIMEOUT_S = 90.0
+_AGENT_WAIT_S = 2.0  # Ray itself waits some 10 s before it says that there is none
+_NO_AGENT = (
+    "the cluster's head has no agent that starts jobs. It takes a while after the start; for good it is so where "
+    "another Ray of that machine has its port: ray start --head --dashboard-agent-listen-port=<a free one>"
+)
 EXPECTED = "Expected RAY_ADDRESS=http://HOST:8265, the address of the cluster's dashboard"
 _STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"  # Ray's: SIGTERM, then so many seconds (3 if nobody says), then SIGKILL
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -225,6 +231,7 @@ def submit(client: Any, submission: Submission, *, now: float | None = None) -> 
     if submission.working_dir is not None:
         runtime_env["working_dir"] = str(submission.working_dir)
     attempt = 1
+    agent_end = time.monotonic() + AGENT_TIMEOUT_S
     while True:
         job = "-".join([submission.name, stamp, *([str(attempt)] if attempt > 1 else [])])
         try:
@@ -237,9 +244,15 @@ def submit(client: Any, submission: Submission, *, now: float | None = None) -> 
                 entrypoint_num_gpus=submission.num_gpus,
             )
         except RuntimeError as error:
-            if "already exists" not in str(error):
+            if "No available agent" in str(error):
+                if time.monotonic() > agent_end:
+                    raise UserError(f"{_NO_AGENT}: {error}") from error
+                say("the cluster's head has no agent yet that starts jobs; asking again")
+                time.sleep(_AGENT_WAIT_S)
+            elif "already exists" in str(error):
+                attempt += 1
+            else:
                 raise UserError(f"the cluster refuses the job: {error}") from error
-            attempt += 1
         except no_answer() as error:
             raise JobError(
                 f"the cluster answers no more ({first_line(error)}); whether {job} was submitted, make jobs tells"

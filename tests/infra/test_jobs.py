@@ -1,6 +1,7 @@
 """Jobs: what may be submitted, what is sent, and what is said of them. No cluster is started here."""
 
 import asyncio
+import math
 import os
 import shlex
 import signal
@@ -249,6 +250,30 @@ class Sent:
         if what["submission_id"] in self._taken:
             raise RuntimeError(f"Job with submission_id {what['submission_id']} already exists.")
         return what["submission_id"]
+
+
+class Waking:
+    """A cluster that has an agent when it is asked for the at-th time."""
+
+    def __init__(self, at: float) -> None:
+        self.at, self.n_requests = at, 0
+
+    def submit_job(self, **what: Any) -> str:
+        self.n_requests += 1
+        if self.n_requests < self.at:
+            raise RuntimeError("Request failed with status code 500: No available agent to submit job.")
+        return what["submission_id"]
+
+
+def test_a_head_that_has_just_started_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infra.jobs._AGENT_WAIT_S", 0)
+    submission = submission_of(parse_command(EXTRACT, makefile=MAKEFILE), address="http://head:1", environment={})
+    waking = Waking(at=3)
+    assert submit(waking, submission, now=0) == "extract-acts-0101-000000"
+    assert waking.n_requests == 3
+    monkeypatch.setattr("infra.jobs.AGENT_TIMEOUT_S", 0)
+    with pytest.raises(UserError, match="another Ray of that machine has its port"):
+        submit(Waking(at=math.inf), submission, now=0)
 
 
 def test_ids_are_never_used_twice() -> None:
