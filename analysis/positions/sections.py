@@ -8,9 +8,6 @@ from analysis.page import Cell, Figure, Origin, Section, Table
 from analysis.plots import Curve, curves, pictures
 from analysis.positions.experiments import SMALL, WIDE, Numbers, mean_and_spread
 
-#: Of every figure with curves over seeds.
-BANDS = "Bands: one standard deviation over seeds."
-
 
 def planted_section(found: Sequence[Numbers], origin: Origin) -> Section:
     """Sets are learned: J4. One mapping for each seed."""
@@ -95,7 +92,7 @@ def transfer_section(found: Sequence[Numbers], origin: Origin) -> Section:
                     y_name="error",
                     log_x=True,
                 ),
-                caption=f"Same sets of patches, another direction of the label. {BANDS}",
+                caption=f"Same sets of patches, another direction of the label. {bands(len(found))}",
                 origin=origin,
             ),
             _courses("Error and association where it was learned", found, origin),
@@ -144,7 +141,7 @@ def _courses(title: str, found: Sequence[Numbers], origin: Origin) -> Figure:
     return Figure(
         title=title,
         svg=curves(lines, x_name="step of gradient descent", y_name="share, or cosine"),
-        caption=f"Full-batch gradient descent. {BANDS}",
+        caption=f"Full-batch gradient descent. {bands(len(found))}",
         origin=origin,
     )
 
@@ -186,6 +183,11 @@ def _course_table(name: str, title: str, found: Sequence[Numbers], origin: Origi
 
 def _ends(found: Sequence[Numbers], key: str) -> tuple[float, float]:
     return float(np.mean([one[key][0] for one in found])), float(np.mean([one[key][-1] for one in found]))
+
+
+def bands(n_seeds: int) -> str:
+    """What the bands about curves are, for a caption."""
+    return "Bands: one standard deviation over seeds." if n_seeds > 1 else "One seed."
 
 
 def seeds_text(n: int) -> str:

@@ -52,12 +52,12 @@ def study_sections(
     def origin(text: str, n: int) -> Origin:
         return Origin(data=text, n_images=n, seed="0" if seeds == 1 else f"0 to {seeds - 1}", command=command)
 
-    planted = origin("planted samples (Assumption 1)", samples)
+    planted = origin(f"{samples:,} planted samples (Assumption 1)", 0)
     pictures = origin(data.name, len(data.train))
     ordinary = of("vit-ordinary-in-order")
     return [
         planted_section(of("planted"), planted),
-        gaussian_section(of("gaussian"), origin("Gaussian samples", samples)),
+        gaussian_section(of("gaussian"), origin(f"{samples:,} Gaussian samples", 0)),
         transfer_section(of("transfer"), planted),
         permuted_section(
             {"in order": ordinary, "permuted": of("vit-ordinary-permuted")},

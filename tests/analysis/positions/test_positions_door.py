@@ -64,6 +64,8 @@ def test_a_page_with_all_experiments_and_nothing_done_twice(tmp_path, monkeypatc
     said = capsys.readouterr().out
     assert f"saved  {tmp_path}/report.html: {page.count('<figure>')} figures; 7 tables" in said
     assert "nothing random" not in page
+    assert "200 planted samples (Assumption 1); seed 0;" in page
+    assert "One seed." in page
     assert f"make positions OUT={tmp_path} SEEDS=1 EPOCHS=1 STEPS=10 ARGS='--samples 200'" in page.replace(
         "&#x27;", "'"
     )
@@ -250,5 +252,5 @@ def test_accuracies_stand_beside_the_baseline_and_the_paper(pixels, n_test, expe
     }
     text = vit_section("digits", found, {"accuracy": pixels}, (6, 6), n_test, ORIGIN).text
     assert "ordinary 96.00% (deviation 1.41%); positional 93.00% (deviation 1.41%)" in text[0]
-    assert "The gap is 3.00 points" in text[0]
+    assert "Ordinary less positional: 3.00 points" in text[0]
     assert expected in text[1]
