@@ -5,12 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float, Float32, Float64, Int64
 
 from analysis.accumulate import unit_vectors
 from analysis.dynamics import Dynamics, DynamicsAccumulator
 from analysis.interventions import token_kinds
 from analysis.pass_over import batches
+from analysis.training.paths import fit_plane
 from pipeline.teacher import Teacher
 from storage_schemas import Store
 
@@ -68,8 +69,16 @@ def project_paths(
     )
 
 
-def normed_dynamics(teacher: Teacher, store: Store, rows: Int64[np.ndarray, " row"]) -> Mapping[str, Dynamics]:
-    """Dynamics by token kind of states that the teacher's final norm was applied to, at every layer.
+@dataclass(frozen=True, kw_only=True)
+class BothDynamics:
+    """Dynamics of the same states by token kind, as they are and after the teacher's final norm."""
+
+    raw: Mapping[str, Dynamics]
+    normed: Mapping[str, Dynamics]
+
+
+def normed_dynamics(teacher: Teacher, store: Store, rows: Int64[np.ndarray, " row"]) -> BothDynamics:
+    """Dynamics of states that the teacher's final norm was applied to, at every layer, and of the same without it.
 
     A few channels of raw states outgrow all others; a norm takes them to one scale before directions are compared.
 
@@ -82,14 +91,70 @@ def normed_dynamics(teacher: Teacher, store: Store, rows: Int64[np.ndarray, " ro
         StoreError, ObjectError: As `Store.read`.
     """
     kinds = token_kinds(has_cls=teacher.has_cls, n_registers=teacher.n_registers, n_patches=teacher.n_patches)
-    sums = {kind: DynamicsAccumulator(store.layers) for kind in kinds}
+    raw, after = ({kind: DynamicsAccumulator(store.layers) for kind in kinds} for _ in range(2))
     for run in batches(store.spec, rows, _BATCH_ROWS):
         for states in store.read(None, run, "all"):
             with torch.no_grad():
                 normed = teacher.final_norm(torch.from_numpy(states).to(teacher.device)).cpu().numpy()
             for kind, tokens in kinds.items():
-                sums[kind].update(normed[None, :, tokens])
-    return {kind: part.result() for kind, part in sums.items()}
+                raw[kind].update(states[None, :, tokens])
+                after[kind].update(normed[None, :, tokens])
+    return BothDynamics(
+        raw={kind: part.result() for kind, part in raw.items()},
+        normed={kind: part.result() for kind, part in after.items()},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenPaths:
+    """Ways of single tokens through depth, each the mean over images, on the plane in which their states spread most.
+
+    Attributes:
+        points: By token: (layer, 2), in the states' units.
+        explained: Share of the variance of all these states, image by image, along each of the two axes.
+        n_images: That the means are over.
+    """
+
+    points: Mapping[str, Float64[np.ndarray, "layer 2"]]
+    explained: Float64[np.ndarray, " 2"]
+    n_images: int
+
+
+def shown_patches(n_patches: int) -> list[int]:
+    """Patches, from 0, at the places of the tokens 10, 50 and 100 of 197 whose ways the Geometry Observatory draws."""
+    return sorted({place * n_patches // 196 for place in (9, 49, 99)})
+
+
+def token_paths(states: Mapping[str, Float[np.ndarray, "image layer dim"]]) -> TokenPaths:
+    """Mean ways on the first two principal directions of all states, over tokens, images and layers.
+
+    Source: Transformer Geometry Observatory (Kapil, Upla 2026); its PCA is randomised, this one exact.
+
+    Args:
+        states: By token, of the same images.
+
+    Raises:
+        ValueError: As `fit_plane`: fewer than three states, or all of them the same.
+    """
+    plane = fit_plane(np.stack(list(states.values())))
+    return TokenPaths(
+        points={name: plane.project(of_token.mean(axis=0, dtype=np.float64)) for name, of_token in states.items()},
+        explained=plane.explained,
+        n_images=len(next(iter(states.values()))),
+    )
+
+
+def read_tokens(store: Store, rows: Int64[np.ndarray, " row"]) -> dict[str, Float32[np.ndarray, "image layer dim"]]:
+    """CLS, where there is one, and a few patches of some images at all layers; patches of 16 images are held at a time.
+
+    Raises:
+        StoreError, ObjectError: As `Store.read`.
+    """
+    places = shown_patches(store.spec.n_patches)
+    read = [store.read(None, run, "patches")[:, :, places] for run in batches(store.spec, rows, _BATCH_ROWS)]
+    patches = np.concatenate(read)
+    cls = {"CLS": store.read(None, rows, "cls")[:, :, 0]} if store.spec.has_cls else {}
+    return cls | {f"patch {place + 1}": patches[:, :, i] for i, place in enumerate(places)}
 
 
 def rises_as_s(values: Sequence[float] | Float[np.ndarray, " layer"]) -> bool:

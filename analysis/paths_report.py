@@ -7,8 +7,8 @@ import numpy as np
 from analysis.dynamics import Basins, Dynamics
 from analysis.linear_depth import LinearSpan
 from analysis.page import Cell, Figure, Origin, Section, Table
-from analysis.paths import Paths, rises_as_s
-from analysis.plots import Curve, curves, paths_on_plane
+from analysis.paths import BothDynamics, Paths, TokenPaths, rises_as_s
+from analysis.plots import Curve, curves, paths_on_plane, plane_paths
 from analysis.verdicts import no_verdict, verdict
 
 WINDOW = 4
@@ -37,50 +37,94 @@ def final_direction_text(name: str, found: Mapping[str, Dynamics], layers: Seque
     )
 
 
-def normed_section(
-    normed: Mapping[str, Dynamics], layers: Sequence[int], cuts: Sequence[float], origin: Origin
-) -> Section:
-    """Directions after the final norm."""
+def normed_section(found: BothDynamics, layers: Sequence[int], cuts: Sequence[float], origin: Origin) -> Section:
+    """Directions after the final norm, beside those of raw states."""
     x = np.asarray(layers, dtype=np.float64)
-    gamma: dict[str, Curve] = {kind: (x, one.to_final.mean, one.to_final.std) for kind, one in normed.items()}
+    after = {kind: f"{kind}, after the norm" for kind in found.normed}
+    raw: dict[str, Curve] = {kind: (x, one.to_final.mean, None) for kind, one in found.raw.items()}
+    gamma: dict[str, Curve] = {after[kind]: (x, one.to_final.mean, None) for kind, one in found.normed.items()}
     speed: dict[str, Curve] = {
-        kind: ((x[1:] + x[:-1]) / 2, one.speed.mean, one.speed.std) for kind, one in normed.items()
+        kind: ((x[1:] + x[:-1]) / 2, one.speed.mean, one.speed.std) for kind, one in found.normed.items()
     }
     rows: list[list[Cell]] = [
         [
             kind,
             layer,
+            float(found.raw[kind].to_final.mean[i]),
+            float(found.raw[kind].to_final.std[i]),
             float(one.to_final.mean[i]),
             float(one.to_final.std[i]),
             float(one.speed.mean[i]) if i < len(layers) - 1 else None,
         ]
-        for kind, one in normed.items()
+        for kind, one in found.normed.items()
         for i, layer in enumerate(layers)
     ]
-    caption = (
-        "The teacher's final norm applied to the states of every layer. Bands: one standard deviation over images."
-    )
     return Section(
         title="Dynamics after the final norm",
-        text=[final_direction_text("after the final norm", normed, layers)],
+        text=[final_direction_text("after the final norm", found.normed, layers)],
         parts=[
             Figure(
-                title="Cosine to the final direction, after the final norm",
-                svg=curves(gamma, x_name="layer", y_name="cosine to the last layer", cuts=cuts),
-                caption=f"{caption} Dotted: phases.",
+                title="Cosine to the final direction, raw and after the final norm",
+                svg=curves(
+                    gamma | raw, x_name="layer", y_name="cosine to the last layer", cuts=cuts, dashed=list(raw)
+                ),
+                caption="Lines: the teacher's final norm was applied to the states of every layer; dashed: the same "
+                "states without it. Mean over images and tokens. Dotted: phases.",
                 origin=origin,
             ),
             Figure(
                 title="Angular speed, after the final norm",
                 svg=curves(speed, x_name="layer", y_name="radians per layer", cuts=cuts),
-                caption=f"{caption} Dotted: phases.",
+                caption="The teacher's final norm applied to the states of every layer. Bands: one standard deviation "
+                "over images. Dotted: phases.",
                 origin=origin,
             ),
             Table(
                 name="dynamics_normed",
                 title="Dynamics after the final norm",
-                caption="Per kind and layer; speed (rad) of the step to the next layer.",
-                columns=["kind", "layer", "cosine to final", "its deviation", "speed"],
+                caption="Per kind and layer; speed (rad) of the step to the next layer, after the norm.",
+                columns=["kind", "layer", "raw cosine to final", "its deviation", "cosine to final",
+                         "deviation of that", "speed"],
+                rows=rows,
+                origin=origin,
+            ),
+        ],
+    )  # fmt: skip
+
+
+def token_paths_section(found: TokenPaths, layers: Sequence[int], origin: Origin) -> Section:
+    """Mean ways of a few tokens on one plane."""
+    rows: list[list[Cell]] = [
+        [name, layer, float(x), float(y)]
+        for name, points in found.points.items()
+        for layer, (x, y) in zip(layers, points)
+    ]
+    axes = [f"principal direction {i + 1} ({share:.0%})" for i, share in enumerate(found.explained)]
+    return Section(
+        title="Paths of tokens",
+        text=[
+            f"The plane holds {found.explained.sum():.0%} of the variance of {', '.join(found.points)} over images and "
+            "layers: raw states, so that their growth with depth is part of it."
+        ],
+        parts=[
+            Figure(
+                title="Mean paths of single tokens",
+                svg=plane_paths(
+                    found.points,
+                    points=[f"layer {layer}" for layer in layers],
+                    axis_names=(f"{axes[0]}, units of the states", axes[1]),
+                ),
+                caption="Mean over images of a token's state at each layer, from the first (square) to the last, on "
+                "the two principal directions of all of them; in brackets their shares of the variance. Patches lie "
+                "where tokens 10, 50 and 100 of 197 do, which the Transformer Geometry Observatory draws.",
+                origin=origin,
+            ),
+            Table(
+                name="token_paths",
+                title="Mean paths of single tokens",
+                caption="Coordinates on the plane of the figure, in the states' units; patches are counted from 1, "
+                "row by row.",
+                columns=["token", "layer", "first", "second"],
                 rows=rows,
                 origin=origin,
             ),

@@ -97,10 +97,13 @@ def curves(
     cuts: Sequence[float] = (),
     log_y: bool = False,
     log_x: bool = False,
+    dashed: Sequence[str] = (),
 ) -> bytes:
-    """Lines with bands over one axis; `cuts` are dotted verticals."""
+    """Lines with bands over one axis; `cuts` are dotted verticals. Those named in `dashed` have the others' colours."""
     figure, (axes,) = _canvas(1, width=8, height=4.2)
-    _draw_curves(axes, lines, cuts)
+    _draw_curves(axes, {name: line for name, line in lines.items() if name not in dashed}, cuts)
+    if dashed:
+        _draw_curves(axes, {name: lines[name] for name in dashed}, (), linestyle="--")
     axes.set(xlabel=x_name, ylabel=y_name)
     if log_y:
         axes.set_yscale("log")
@@ -127,6 +130,32 @@ def pictures(
         image = one.imshow(picture, cmap="viridis", vmin=limits[0], vmax=limits[1], interpolation="nearest")
         one.set_title(title, fontsize=10)
     for one in axes:
+        one.set_axis_off()
+    figure.colorbar(image, ax=axes, label=unit, fraction=0.046, pad=0.03)
+    return _svg(figure)
+
+
+def signed_maps(
+    matrices: Mapping[str, Float[np.ndarray, "channel channel"]], *, unit: str, largest: float, axis_name: str
+) -> bytes:
+    """Square matrices of both signs side by side, zero in the middle of one scale of colours; NaN is left white.
+
+    Args:
+        matrices: By the title of each.
+        unit: Name and unit of the values.
+        largest: Value of the last colour, and less than zero of the first.
+        axis_name: Of rows and columns, that are counted from 1.
+    """
+    columns = min(4, len(matrices))
+    n_rows = -(-len(matrices) // columns)
+    figure, axes = _canvas(n_rows * columns, width=9.6, height=9.6 / (columns + 0.3) * n_rows, columns=columns)
+    for one, (title, matrix) in zip(axes, matrices.items()):
+        extent = (0.5, len(matrix) + 0.5, len(matrix) + 0.5, 0.5)
+        image = one.imshow(matrix, cmap="RdBu_r", vmin=-largest, vmax=largest, extent=extent, interpolation="nearest")
+        one.set_title(title, fontsize=10)
+        one.set_xlabel(axis_name)
+    axes[0].set_ylabel(axis_name)
+    for one in axes[len(matrices) :]:
         one.set_axis_off()
     figure.colorbar(image, ax=axes, label=unit, fraction=0.046, pad=0.03)
     return _svg(figure)
@@ -253,17 +282,17 @@ def _depth_colours(n: int) -> Sequence[Any]:
     return [colormaps["viridis"](0.92 * i / max(n - 1, 1)) for i in range(n)]
 
 
-def _draw_curves(axes: Any, lines: Mapping[str, Curve], cuts: Sequence[float]) -> None:
+def _draw_curves(axes: Any, lines: Mapping[str, Curve], cuts: Sequence[float], linestyle: str = "-") -> None:
     for i, (name, (x, y, band)) in enumerate(lines.items()):
         colour = _COLOURS[i % len(_COLOURS)]
-        axes.plot(x, y, marker="o", markersize=3.5, linewidth=1.6, color=colour, label=name)
+        axes.plot(x, y, linestyle, marker="o", markersize=3.5, linewidth=1.6, color=colour, label=name)
         if band is not None and np.isfinite(band).all():
             axes.fill_between(x, y - band, y + band, color=colour, alpha=0.15, linewidth=0)
     for cut in cuts:
         axes.axvline(cut, color=_CUT, linewidth=1.2, linestyle=":")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    if len(lines) > 1:
+    if len(axes.get_legend_handles_labels()[0]) > 1:
         axes.legend(fontsize=9, frameon=False)
 
 

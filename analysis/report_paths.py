@@ -4,23 +4,26 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from jaxtyping import Int64
 
 from analysis.linear_depth import LinearSpan, linear_span, linear_windows
 from analysis.measure import class_numbers
 from analysis.page import Origin, Section
 from analysis.partitions import segments_of
 from analysis.pass_over import ONE_TOKEN
-from analysis.paths import Paths, normed_dynamics, project_paths
-from analysis.paths_report import WINDOW, linear_section, normed_section, paths_section
+from analysis.paths import Paths, normed_dynamics, project_paths, read_tokens, token_paths
+from analysis.paths_report import WINDOW, linear_section, normed_section, paths_section, token_paths_section
 from analysis.phase_report import Phases
 from analysis.report import phase_cuts
 from analysis.sums import Findings
-from infra.console import Progress
+from infra.console import Progress, say
 from pipeline.teacher import Teacher
 from storage_schemas import Store
 
 #: Images whose tokens are held, one kind at a time: 164 MB of ViT-B/14, and as much again where they are float64.
 PATH_LIMIT = 4_096
+#: Images whose ways are averaged, as published.
+TOKEN_LIMIT = 100
 
 
 def path_sections(store: Store, found: Findings, phases: Phases, limit: int, command: str) -> list[Section]:
@@ -47,7 +50,16 @@ def path_sections(store: Store, found: Findings, phases: Phases, limit: int, com
             windows[kind] = linear_windows(fitted, tested, length)
             of_phases[kind] = [linear_span(fitted, tested, start, stop) for start, stop in spans]
             progress.advance()
-    return [*sections, linear_section(windows, of_phases, origin)]
+    return [*sections, *_token_paths(store, rows[:TOKEN_LIMIT], command), linear_section(windows, of_phases, origin)]
+
+
+def _token_paths(store: Store, rows: Int64[np.ndarray, " row"], command: str) -> list[Section]:
+    origin = Origin(data=f"{store.location} ({store.spec.teacher})", n_images=len(rows), seed=None, command=command)
+    try:
+        return [token_paths_section(token_paths(read_tokens(store, rows)), store.layers, origin)]
+    except ValueError as error:  # states that are all the same
+        say(f"no paths of tokens: {error}")
+        return []
 
 
 def named_paths(paths: Paths, store: Store) -> Paths:

@@ -5,6 +5,7 @@ whose names are kept. Always exp(entropy) = effective rank, 1 / anisotropy = sta
 1 <= stable rank <= participation ratio <= effective rank <= D.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -15,6 +16,8 @@ from analysis.accumulate import check_finite
 
 #: Least eigenvalue in the spectral flatness, as published.
 FLATNESS_FLOOR = 1e-12
+#: Channels of a map of a covariance: of more the eye sees noise, and a page grows by megabytes.
+MOST_CHANNELS = 128
 #: Singular values that are kept and shown of a spectrum, as published.
 N_SINGULAR = 50
 
@@ -177,6 +180,27 @@ def spectrum(eigenvalues: Float[np.ndarray, " direction"]) -> Spectrum:
         decay=singular / singular[0] if has_any else undefined,
         explained=values / values.sum() if has_any else undefined,
     )
+
+
+def covariance_maps(found: Covariances, chosen: Sequence[int]) -> tuple[list[Float64[np.ndarray, "shown shown"]], int]:
+    """Covariances of some layers over their mean variance, channels in one order, and how many channels are shown.
+
+    Args:
+        found: Of all layers.
+        chosen: Places of layers.
+
+    Returns:
+        For each, C[i, j] / (trace(C) / dim) of at most 128 channels, those of most variance at the last layer and in
+        that order; NaN where nothing varies.
+    """
+    variances = np.diagonal(found.covariance[-1])
+    order = np.argsort(-variances, kind="stable")[:MOST_CHANNELS]
+    maps = []
+    for i in chosen:
+        mean = float(np.trace(found.covariance[i])) / len(variances)
+        part = found.covariance[i][np.ix_(order, order)]
+        maps.append(part / mean if mean > 0 else np.full_like(part, np.nan))
+    return maps, len(order)
 
 
 def expected_participation_ratio(dim: int, n: int) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from analysis.page import Figure, Origin, Section, Table, page_html, table_csv
-from analysis.plots import curves, depth_overview, heat_maps
+from analysis.plots import curves, depth_overview, heat_maps, signed_maps
 
 ORIGIN = Origin(data="a <store>", n_images=1438, seed=3, command="make report STORE='x & y'")
 X = np.arange(5.0)
@@ -93,13 +93,16 @@ def drawings() -> dict[str, bytes]:
             unit="cosine", limits=(0, 1), cuts=[1.5],
         ),
         "curves": curves(lines, x_name="layer", y_name="angle, radians", cuts=[2.5], log_y=True),
+        "raw and normed": curves(lines, x_name="layer", y_name="cosine", cuts=[2.5], dashed=["patches"]),
+        "signed": signed_maps({"layer 1": matrix, "none": matrix * np.nan}, unit="covariance", largest=1.0,
+                              axis_name="channel"),
         "overview": depth_overview(
             matrix[1:, 1:], matrix, lines, layers=range(1, 5), states=range(5), cuts=[2.5], jumps={"cls": [2.0]}
         ),
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["heat", "curves", "overview"])
+@pytest.mark.parametrize("name", ["heat", "curves", "raw and normed", "signed", "overview"])
 def test_drawings_are_svg_that_fetches_nothing_and_are_the_same_each_time(name):
     one, again = drawings()[name], drawings()[name]
     assert one == again
@@ -108,6 +111,12 @@ def test_drawings_are_svg_that_fetches_nothing_and_are_the_same_each_time(name):
     links = re.findall(rb'(?:href|src)="([^"]*)"', one)
     assert all(link.startswith((b"#", b"data:")) for link in links)
     assert b"<script" not in one
+
+
+def test_dashed_lines_have_the_colours_of_the_others():
+    strokes = re.findall(rb"<path[^>]*?stroke: (#[0-9a-f]{6}); stroke-width: 1.6", drawings()["raw and normed"])
+    assert len(set(strokes)) == 1
+    assert drawings()["raw and normed"].count(b"stroke-dasharray") > drawings()["curves"].count(b"stroke-dasharray")
 
 
 def test_undefined_values_are_drawn_as_gaps():

@@ -24,6 +24,7 @@ SECTIONS = [
     "Dynamics",
     "Spectra",
     "Paths",
+    "Paths of tokens",
     "Depth as a linear system",
 ]
 VISION = ["Sub-layers", "Localisation", "Linear probes", "Effective receptive field", "Without skip connections"]
@@ -53,7 +54,7 @@ def test_a_store_without_teacher_has_its_page_and_tables(tmp_path, capsys):
     assert tables == sorted(
         [f"cosine_{kind}.csv" for kind in ("cls", "registers", "patches", "patch_mean")]
         + ["cka_cls.csv", "cka_patch_mean.csv", "cka_cls_patch_mean.csv", "dynamics.csv", "spectra.csv"]
-        + ["paths.csv", "linear_depth.csv", "linear_eigenvalues.csv"]
+        + ["eigenvalues.csv", "paths.csv", "token_paths.csv", "linear_depth.csv", "linear_eigenvalues.csv"]
     )
     with (tmp_path / "out/tables/cosine_cls.csv").open() as file:
         rows = list(csv.reader(file))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from analysis.spectra import (
     CovarianceAccumulator,
+    covariance_maps,
     expected_participation_ratio,
     spectral_scalars,
     spectrum,
@@ -122,6 +123,21 @@ def test_no_variance_has_no_decay():
     assert np.isnan(found.decay).all()
     assert np.isnan(found.explained).all()
     np.testing.assert_array_equal(found.singular_values, 0)
+
+
+def test_maps_of_covariances_have_the_channels_of_most_variance_in_one_order(monkeypatch):
+    monkeypatch.setattr("analysis.spectra.MOST_CHANNELS", 3)
+    scale = np.array([[1, 1, 1, 1, 1, 1], [1, 6, 2, 9, 4, 3]], float)
+    states = (normal(400, 2, DIM) * scale).astype(np.float32)  # as states are: their sums in float64 are exact
+    states[:, 0] = states[:1, 0]  # the first layer is the same for all
+    sums = CovarianceAccumulator(2, DIM)
+    sums.update(states)
+    (constant, last), n_shown = covariance_maps(sums.result(), [0, 1])
+    assert n_shown == 3
+    assert np.isnan(constant).all()
+    expected = np.cov(states[:, 1], rowvar=False)
+    order = [3, 1, 4]
+    np.testing.assert_allclose(last, expected[np.ix_(order, order)] / np.diagonal(expected).mean(), rtol=1e-9)
 
 
 def test_few_rows_fill_fewer_directions_as_predicted():
