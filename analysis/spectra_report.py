@@ -1,5 +1,6 @@
 """What a report shows of the covariance of states: six scalars and spectra by layer."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
