@@ -15,6 +15,8 @@ from analysis.training.sections import COLUMNS, training_table
 _BY_NAME = dict(COLUMNS)
 #: From here on the paper calls the dynamics of a training aberrant.
 ABERRANT = 0.7
+#: Difference of held-out accuracy from which on teachers are said to have learned unequally.
+UNEQUAL = 0.05
 _QUANTITIES = {
     "Similarity of layers": ("similarity cls", "similarity patches"),
     "Contrast of phases": ("contrast",),
@@ -83,7 +85,8 @@ def study_section(runs: Mapping[float, Sequence[Run]], origin: Origin) -> Sectio
         origin: Of all of it.
     """
     has_fit = all(run.last.measured.raptor is not None for of_chance in runs.values() for run in of_chance)
-    parts, text = [], []
+    parts = []
+    text = [_criterion(min(len(of_chance) for of_chance in runs.values()))]
     for title, columns in _QUANTITIES.items():
         shown = [column for column in columns if has_fit or not column.startswith(("R2", "Raptor"))]
         if not shown:
@@ -99,6 +102,7 @@ def study_section(runs: Mapping[float, Sequence[Run]], origin: Origin) -> Sectio
             )
         )
         text += [_statement(column, one) for column, one in found.items()]
+    text += _unequal(sweep(runs, "val accuracy"))
     text += _aberrant([p for p in runs if p >= ABERRANT])
     last = [Run(name=run.name, points=[run.last]) for p in sorted(runs) for run in runs[p]]
     return Section(
@@ -119,6 +123,25 @@ def _statement(column: str, found: Sweep) -> str:
         f"{column[0].upper()}{column[1:]} rises with stochastic depth, says the Raptor paper: {verdict}. {listed}; "
         f"rank correlation {correlation:.2f}."
     )
+
+
+def _criterion(n_seeds: int) -> str:
+    seeds = "one teacher each, so that chance is not told from effect" if n_seeds == 1 else f"means of {n_seeds} seeds"
+    return (
+        f"Counted as holding: a value that rises at every step to the next chance; on the whole: one that ends higher "
+        f"than it began, with a positive rank correlation ({seeds})."
+    )
+
+
+def _unequal(accuracy: Sweep) -> list[str]:
+    """A warning where the teachers that are compared have not learned equally much."""
+    low, high = accuracy.mean.min(), accuracy.mean.max()
+    if high - low <= UNEQUAL:
+        return []
+    return [
+        f"The teachers have not learned equally much: held-out accuracy {low:.1%} to {high:.1%}, more than "
+        f"{100 * UNEQUAL:.0f} points apart. What differs among them may come from that; more EPOCHS= bring them closer."
+    ]
 
 
 def _aberrant(chances: Sequence[float]) -> list[str]:

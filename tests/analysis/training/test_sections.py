@@ -154,6 +154,16 @@ def test_verdicts_on_the_statement_of_the_paper(values, verdict):
     assert [row[3] for row in table(section, "stochastic_depth").rows] == [9, 9, 9]
 
 
+@pytest.mark.parametrize(("highest", "expected"), [(0.4, []), (0.7, ["50.0% to 57.0%, more than 5 points apart"])])
+def test_teachers_that_have_not_learned_equally_much_are_said_so(highest, expected):
+    """Planted teachers name half of the images rightly, and more by a tenth of their chance."""
+    runs = {p: [run(f"p = {p:g}", {9: (0.3, 0.5, None)}, p)] for p in (0.0, highest)}
+    text = study_section(runs, ORIGIN).text
+    said = [line for line in text if "not learned equally much" in line]
+    assert [part in line for part, line in zip(expected, said, strict=True)] == [True] * len(expected)
+    assert "one teacher each, so that chance is not told from effect" in text[0]
+
+
 def test_without_raptors_there_is_no_fit_on_the_page():
     section = study_section(study([[0.1], [0.2], [0.3]], r2=None), ORIGIN)
     assert not any("R2" in line or "Raptor accuracy" in line for line in section.text)
