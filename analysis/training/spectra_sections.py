@@ -90,7 +90,7 @@ def decay_section(run: Run, origin: Origin) -> Section:
         if list(of_epochs.values())[-1].mean() > next(iter(of_epochs.values())).mean()
     ]
     return Section(
-        title="Spectra flatten over training",
+        title="Singular values over training",
         text=[
             f"Spectra flatten over training, says the paper: the mean singular value over the first is larger at epoch "
             f"{run.last.epoch} than at epoch {run.points[0].epoch} at {len(flatter)} of {len(taps)} taps"
