@@ -21,6 +21,7 @@ from benchmarks import (
     step,
     stream,
     stream_s3,
+    whole_report,
 )
 from benchmarks.report import RESULTS, Result
 from infra.console import UserError, run_door
@@ -37,6 +38,7 @@ Name = Literal[
     "fidelity",
     "ladder",
     "cka",
+    "report",
     "scale",
     "scaling",
     "all",
@@ -51,6 +53,7 @@ ALL = (
     "codecs",
     "precision",
     "cka",
+    "report",
     "scale",
     "scaling",
 )
@@ -96,6 +99,8 @@ def _run(name: str, options: Options) -> Result:
         return stream_s3.run(stream_s3.QUICK if options.quick else stream_s3.StreamS3Benchmark())
     if name == "cka":
         return cka.run(cka.QUICK if options.quick else cka.CkaBenchmark())
+    if name == "report":
+        return whole_report.run(whole_report.QUICK if options.quick else whole_report.ReportBenchmark(), options.dir)
     if name == "loader-wait":
         return loader_wait.run(loader_wait.QUICK if options.quick else loader_wait.LoaderWaitBenchmark(), options.dir)
     if name == "clients":
