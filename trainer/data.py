@@ -57,7 +57,7 @@ class TrainingData:
 
 def open_training_data(
     location: str,
-    blocks: str,
+    blocks: str | None,
     *,
     variable: str = "BLOCK",
     joined: bool = True,
@@ -71,7 +71,8 @@ def open_training_data(
 
     Args:
         location: A store, or a folder with stores train and val.
-        blocks: Such as "0-7", or "0-7,7-10,10-12" for several; both ends are states.
+        blocks: Such as "0-7", or "0-7,7-10,10-12" for several; both ends are states. None: there are none, which is
+            among the known problems; whatever else is wrong is still found.
         variable: What the person typed the blocks as, for messages: BLOCK, of one block, or BLOCKS.
         joined: Whether several are trained together, so that each must begin where the one before it stops.
         head: File with a linear classifier, in the place of the teacher's own.
@@ -198,7 +199,7 @@ def _load_teacher(store: Store, head: str | None, device: torch.device | str, pr
 
 
 def _parse_spans(
-    text: str, variable: str, target: str, store: Store | None, teacher: Teacher | None, problems: list[str]
+    text: str | None, variable: str, target: str, store: Store | None, teacher: Teacher | None, problems: list[str]
 ) -> tuple[Span, ...]:
     """The spans of BLOCK or BLOCKS; what is wrong with them goes to the problems."""
     several = "BLOCKS=0-7,7-10,10-12"
@@ -206,6 +207,8 @@ def _parse_spans(
     if (variable, target) == ("BLOCKS", "train"):
         example = f"make train BLOCK=all {several}"
     last = None
+    if text is None:
+        return ()
     if store is None:
         allowed = "a-b with 0 <= a < b, both ends states of the teacher"
     else:

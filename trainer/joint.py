@@ -97,7 +97,8 @@ def _misfits(
     """Why a finished run is not the block of this joint training."""
     where = f"block {source.span}: {source.location}"
     if block.spans != (source.span,):
-        yield f"{where} is of {', '.join(map(str, block.spans))}: {source.command}"
+        found = ", ".join(map(str, block.spans))
+        yield f"{where} is of {found}: give a run of {source.span} in its place; RUNS= has the order of BLOCKS="
         return
     asked = Block(data.train.spec.dim, config.n_heads, depth_scaling=config.depth_scaling).arguments
     for text in differences(block.result["blocks"][0], asked):

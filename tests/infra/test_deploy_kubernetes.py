@@ -186,7 +186,7 @@ def test_the_doors_take_the_commands(deployment: Deployment, monkeypatch: pytest
     extracts: list[tuple[ExtractConfig, RunConfig]] = []
     trainings: list[AllSpans] = []
     monkeypatch.setattr("pipeline.extract.extract_and_tell", lambda *typed, **_: extracts.append(typed) or 0)
-    monkeypatch.setattr("trainer.commands.train.train_all", lambda typed: trainings.append(typed) or 0)
+    monkeypatch.setattr("trainer.commands.train.train_all", lambda typed, _: trainings.append(typed) or 0)
     for kind, door in (("extract", pipeline.__main__), ("train", trainer.__main__)):
         words = shlex.split(rayjob(kind, deployment)["spec"]["entrypoint"])
         assert words[:3] == ["python", "-m", door.__name__.removesuffix(".__main__")]
@@ -195,7 +195,8 @@ def test_the_doors_take_the_commands(deployment: Deployment, monkeypatch: pytest
     check_run(run)
     assert (config.images, config.store) == (deployment.images, deployment.store)
     assert (run.workers, run.cpus_per_worker, run.device) == (deployment.workers, deployment.cpus_per_worker, "cuda")
-    assert (spans.store, spans.run, spans.blocks) == (deployment.store, deployment.runs, deployment.blocks)
+    options = spans.options
+    assert (options.store, options.run, spans.blocks) == (deployment.store, deployment.runs, deployment.blocks)
     assert (spans.place.device, spans.at_once) == ("cuda", 3 if deployment.blocks else deployment.workers)
 
 

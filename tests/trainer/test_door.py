@@ -211,6 +211,7 @@ def test_unknown_recipe_and_remote_run(door: Door, store: str, tmp_path: Path) -
 
 def test_all_that_is_typed_wrong_is_listed_at_once(door: Door, store: str, tmp_path: Path) -> None:
     wrong = {"recipe": "cifar", "steps": 0, "seed": -1, "head": tmp_path / "no.pth", "device": "abacus"}
+    wrong |= {"threads": 0, "micro_batch": 0, "workers": 0, "ray_address": "http://here:8265"}
     (tmp_path / "file").write_text("")
     code, _, err = door(store=store, block="0-9", blocks="0-2", at_once=2, **wrong, run="gopher://run")
     assert code == ExitCode.BAD_INPUT
@@ -218,6 +219,10 @@ def test_all_that_is_typed_wrong_is_listed_at_once(door: Door, store: str, tmp_p
         "RECIPE=cifar is unknown; for stage 1 there are digits_stage1, imagenet_stage1",
         "STEPS=0: expected 1 or more",
         "SEED=-1: expected 0 or more",
+        "THREADS=0: expected 1 or more",
+        "MICRO_BATCH=0: expected 1 or more",
+        "WORKERS=0: expected 1 or more",
+        "RAY_ADDRESS=http://here:8265 is a dashboard",
         "BLOCKS=0-2 is for BLOCK=all",
         "AT_ONCE=2 is for BLOCK=all",
         "BLOCK=0-9: expected a-b with 0 <= a < b <= 3",
@@ -226,10 +231,16 @@ def test_all_that_is_typed_wrong_is_listed_at_once(door: Door, store: str, tmp_p
         "no.pth",
     )
     assert [words for words in expected if words not in err] == []
-    code, _, err = door(store=store, block="all", blocks="0-9", at_once=0, recipe="cifar", steps=0)
-    assert code == ExitCode.BAD_INPUT
-    expected = ("AT_ONCE=0: expected 1 or more", "RECIPE=cifar", "STEPS=0", "BLOCKS=0-9: expected a-b")
-    assert [words for words in expected if words not in err] == []
+    numbers = {"at_once": 0, "recipe": "cifar", "steps": 0, "micro_batch": 0, "device": "abacus"}
+    expected = ("AT_ONCE=0: expected 1 or more", "RECIPE=cifar", "STEPS=0", "MICRO_BATCH=0", "DEVICE=abacus is not")
+    for blocks, said in (
+        ("0-9", "BLOCKS=0-9: expected a-b"),
+        ("0-2,x", "BLOCKS=0-2,x: expected a-b"),
+        (tmp_path / "none.json", "none.json is no file of make phases"),
+    ):
+        code, _, err = door(store=store, block="all", blocks=blocks, **numbers)
+        assert code == ExitCode.BAD_INPUT
+        assert [words for words in (*expected, said) if words not in err] == []
 
 
 def test_run_that_cannot_be_a_folder(door: Door, store: str, tmp_path: Path) -> None:

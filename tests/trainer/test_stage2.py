@@ -199,7 +199,7 @@ def test_unfinished_foreign_and_misshapen_blocks_are_refused_together(place: Pat
     with pytest.raises(UserError, match=r"another shape: n_heads: the run has 2, this command asks for 4"):
         read_blocks(sources(place), dataclasses.replace(joint, n_heads=4), data)
     swapped = [dataclasses.replace(s, location=t.location) for s, t in zip(sources(place), sources(place)[::-1])]
-    with pytest.raises(UserError, match=r"block 0-1: .*1-3-seed0 is of 1-3: TRAIN"):
+    with pytest.raises(UserError, match=r"block 0-1: .*1-3-seed0 is of 1-3: give a run of 0-1 in its place"):
         read_blocks(swapped, joint, data)
 
 

@@ -118,14 +118,24 @@ def test_reference_r2_divides_by_the_predictions_variance_about_one_mean() -> No
     assert reference_r2(predicted, truth).item() == pytest.approx(1 - 1 / 25, rel=1e-5)
 
 
+def test_reference_r2_of_a_constant_has_the_published_guard() -> None:
+    """A prediction without variance is divided by 1e-6 alone, as published."""
+    truth, predicted = torch.tensor([0.001, -0.001]).view(2, 1, 1, 1), torch.zeros(2, 1, 1, 1)
+    assert reference_r2(predicted, truth).item() == pytest.approx(1 - 1e-6 / 1e-6, abs=1e-5)
+
+
 def test_reference_r2_equals_its_formula(adding: tuple[Teacher, Store]) -> None:
+    """Of a model whose states vary more than the teacher's, so that it matters whose variance is below."""
     teacher, store = adding
-    found = validate(off_by(0.3), make_set(store, teacher, 64), SPAN, mse, machine=CPU)
-    truth = store.read(layers=[1, 2, 3]).astype(np.float64)
+    found = validate(lambda x, layer: 1.5 * x + layer, make_set(store, teacher, 64), SPAN, mse, machine=CPU)
+    truth = store.read(layers=[0, 1, 2, 3]).astype(np.float64)
+    made = truth[:, 0]
     for i, layer in enumerate((1, 2, 3)):
-        made = truth[:, i] + 0.3 * layer
-        expected = 1 - ((made - truth[:, i]) ** 2).mean() / (made.var() + 1e-6)
+        made = 1.5 * made + layer
+        error = ((made - truth[:, layer]) ** 2).mean()
+        expected = 1 - error / (made.var() + 1e-6)
         assert found.reference_r2[i] == pytest.approx(expected, rel=1e-5)
+        assert abs(expected - (1 - error / (truth[:, layer].var() + 1e-6))) > 0.01, "the two are told apart"
 
 
 # ---------------------------------------------------------------- D10

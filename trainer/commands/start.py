@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from infra.cluster import cluster_address
 from infra.console import UserError
 from infra.objects import open_objects
 from trainer.config import TrainConfig
@@ -44,38 +43,6 @@ class Place:
     micro_batch: int | None = None
     workers: int | None = None
     ray_address: str | None = None
-
-    def __post_init__(self) -> None:
-        problems = [
-            f"{name.upper()}={value}: expected 1 or more"
-            for name in ("threads", "micro_batch", "workers")
-            if (value := getattr(self, name)) is not None and value < 1
-        ]
-        if problems:
-            raise UserError("\n".join(problems))
-
-    @classmethod
-    def typed(
-        cls,
-        device: str | None,
-        threads: int | None,
-        micro_batch: int | None,
-        workers: int | None,
-        ray_address: str | None,
-    ) -> "Place":
-        """With the cluster of RAY_ADDRESS, if there is one: a training then goes there, with one worker if not more.
-
-        Raises:
-            UserError: A number is below 1.
-        """
-        address = cluster_address(ray_address)
-        return cls(
-            device=device,
-            threads=threads,
-            micro_batch=micro_batch,
-            workers=1 if workers is None and address is not None else workers,
-            ray_address=address,
-        )
 
     def machine(self) -> Machine:
         """This process's own; of several that torchrun has started, each has its own GPU.
@@ -150,7 +117,7 @@ def open_run(location: str) -> RunFiles:
 
 def open_run_data(
     store: str,
-    blocks: str,
+    blocks: str | None,
     *,
     variable: str,
     joined: bool = True,
@@ -164,7 +131,7 @@ def open_run_data(
 
     Args:
         store: As typed, as are blocks, head and partial.
-        blocks: One span or several.
+        blocks: One span or several; None: what was typed is none, as the known problems say.
         variable: Which of BLOCK and BLOCKS.
         joined: Whether the spans are trained together.
         head: File of a linear classifier.
@@ -185,7 +152,12 @@ def open_run_data(
 
 
 def open_for_training(
-    location: str, place: Place, store: str, blocks: str, typed: Mapping[str, Any], known_problems: Sequence[str]
+    location: str,
+    place: Place,
+    store: str,
+    blocks: str | None,
+    typed: Mapping[str, Any],
+    known_problems: Sequence[str],
 ) -> tuple[RunFiles, TrainingData, Callable[[torch.device], TrainingData]]:
     """The RUN, and what it reads, on the device of this process.
 
@@ -193,7 +165,7 @@ def open_for_training(
         location: Of the RUN.
         place: Where it is to be trained.
         store: As typed, as are the blocks.
-        blocks: One span or several.
+        blocks: As for `open_run_data`.
         typed: variable, head and partial of `open_run_data`.
         known_problems: What is wrong with the command already.
 
@@ -208,25 +180,13 @@ def open_for_training(
     return run, data, open_again
 
 
-def _open_on(store: str, blocks: str, settings: Mapping[str, Any], device: torch.device) -> TrainingData:
+def _open_on(store: str, blocks: str | None, settings: Mapping[str, Any], device: torch.device) -> TrainingData:
     return open_training_data(store, blocks, **settings, device=device)
 
 
 def absolute(location: str) -> str:
     """A place that means the same in another process: a local path in full."""
     return location if "://" in location else os.path.abspath(location)
-
-
-def typed_problems(stage: int, recipe: str, steps: int | None, seed: int | None) -> list[str]:
-    """What is wrong with RECIPE, STEPS and SEED, whatever the store is: to be listed with what is wrong with that."""
-    problems = []
-    if recipe and recipe not in RECIPES[stage]:
-        problems.append(f"RECIPE={recipe} is unknown; for stage {stage} there are {', '.join(RECIPES[stage])}")
-    if steps is not None and steps < 1:
-        problems.append(f"STEPS={steps}: expected 1 or more")
-    if seed is not None and seed < 0:
-        problems.append(f"SEED={seed}: expected 0 or more")
-    return problems
 
 
 def or_problem(find: Callable[[], _T], problems: list[str]) -> _T | None:
@@ -252,11 +212,6 @@ def make_config(data: TrainingData, stage: int, recipe: str, steps: int | None, 
     chosen = {} if steps is None else {"n_steps": steps}
     spans = data.span if stage == 1 else data.spans
     return RECIPES[stage][name](spans, spec, last_layer, seed=seed, **chosen)
-
-
-def typed_variables(**typed: object) -> dict[str, str]:
-    """Of what was typed, what the next command needs again: no defaults, no empty values."""
-    return {name: str(value) for name, value in typed.items() if value}
 
 
 def make_command(target: str, variables: Mapping[str, object]) -> str:

@@ -17,9 +17,9 @@ from infra.s3_settings import shared_environment
 from storage_schemas import Span
 from trainer.all_spans import Launch, Outcome, Process, SpanRun, process_environment, train_side_by_side
 from trainer.commands.blocks import find_blocks, parse_spans
+from trainer.commands.options import TrainingOptions
 from trainer.commands.start import (
     DEFAULT_RUNS,
-    DEFAULT_STORE,
     Place,
     Training,
     absolute,
@@ -28,9 +28,9 @@ from trainer.commands.start import (
     make_config,
     open_run,
     open_run_data,
+    or_problem,
     raptor_name,
     store_name,
-    typed_variables,
 )
 from trainer.data import TrainingData
 from trainer.machine import torch_threads
@@ -42,31 +42,29 @@ from trainer.room import find_room, training_memory_nbytes
 
 @dataclass(frozen=True, kw_only=True)
 class AllSpans:
-    """What was typed with BLOCK=all; see `train_command`."""
+    """What was typed with BLOCK=all; see `train_command`.
 
+    Attributes:
+        options: All but where to train.
+        place: Where.
+    """
+
+    options: TrainingOptions
     blocks: str
-    store: str
-    run: str
-    recipe: str
-    steps: int | None
-    seed: int | None
-    replica: int | None
-    head: str | None
-    partial: bool
     at_once: int | None
     place: Place
-    endpoint_url: str | None
-    known_problems: tuple[str, ...]
 
 
-def train_all(typed: AllSpans) -> int:
+def train_all(typed: AllSpans, known_problems: Sequence[str] = ()) -> int:
     """Train all spans; see `train_command`.
 
     Raises:
-        UserError: Lists all that is wrong with the store, the spans and their runs.
+        UserError: Lists all that is wrong with the store, the spans and their runs, with what is known to be.
     """
-    chosen = find_blocks(typed.blocks, typed.store)
-    trainings = _make_trainings(typed, list(dict.fromkeys(parse_spans(chosen))))
+    problems = list(known_problems)
+    chosen = or_problem(lambda: find_blocks(typed.blocks, typed.options.store), problems)
+    trainings = _make_trainings(typed, chosen, problems)
+    assert chosen is not None, "its problem was listed"
     unfinished = [span for span, training in trainings.items() if training.run.read_result() is None]
     # The longest first, as it ends last.
     unfinished.sort(key=lambda span: span.start - span.stop)
@@ -75,34 +73,37 @@ def train_all(typed: AllSpans) -> int:
     return _report(typed, chosen, trainings, outcomes)
 
 
-def _make_trainings(typed: AllSpans, spans: Sequence[Span]) -> dict[Span, Training]:
+def _make_trainings(typed: AllSpans, blocks: str | None, problems: list[str]) -> dict[Span, Training]:
     """Each with its RUN claimed, so that all go on with the same shards and nobody else takes the place."""
-    problems = list(typed.known_problems)
+    options = typed.options
     if typed.at_once is not None and typed.at_once < 1:
         problems.append(f"AT_ONCE={typed.at_once}: expected 1 or more")
     if typed.place.ray_address:
         from trainer.spans_ray import device_problems
 
         problems += device_problems(typed.place.device)
+    elif typed.place.workers is None:  # the device is this machine's own, not one of Ray's workers
+        or_problem(typed.place.machine, problems)
     opened = open_run_data(
-        typed.store,
-        ",".join(map(str, spans)),
+        options.store,
+        blocks,
         variable="BLOCKS",
         joined=False,
-        head=typed.head,
-        partial=typed.partial,
+        head=options.head,
+        partial=options.partial,
         run=None,
         device=torch.device("cpu"),
         known_problems=problems,
     )[0]
+    spans = list(dict.fromkeys(opened.spans))
     trainings: dict[Span, Training] = {}
     for span in spans:
         try:
-            trainings[span] = _make_training(typed, span, opened)
+            trainings[span] = _make_training(options, span, opened)
         except UserError as error:
             problems.append(str(error))
     if problems:
-        raise UserError("\n".join(["make train BLOCK=all cannot start:", *problems]))
+        raise UserError("\n".join(["make train BLOCK=all cannot start:", *dict.fromkeys(problems)]))
     for training in trainings.values():
         if training.run.read_config() is None:
             with training.run.exclusive():
@@ -110,56 +111,59 @@ def _make_trainings(typed: AllSpans, spans: Sequence[Span]) -> dict[Span, Traini
     return trainings
 
 
-def _make_training(typed: AllSpans, span: Span, opened: TrainingData) -> Training:
-    run = open_run(_location(typed, span))
+def _make_training(options: TrainingOptions, span: Span, opened: TrainingData) -> Training:
+    run = open_run(_location(options, span))
     data = dataclasses.replace(opened, spans=(span,))
-    if typed.partial and run.read_config() is not None:  # it goes on with the shards that it began with
+    if options.partial and run.read_config() is not None:  # it goes on with the shards that it began with
         data = open_run_data(
-            typed.store,
+            options.store,
             str(span),
             variable="BLOCK",
-            head=typed.head,
+            head=options.head,
             partial=True,
             run=run,
             device=torch.device("cpu"),
         )[0]
-    config = make_config(data, 1, typed.recipe, typed.steps, _seed(typed, span))
+    config = make_config(data, 1, options.recipe, options.steps, _seed(options, span))
     training = Training(config=config, data=data, run=run, open_data=lambda _: data)
     run.is_of(training.identity)
     return training
 
 
-def _seed(typed: AllSpans, span: Span) -> int:
-    if typed.replica is not None:
-        return published_run([span], typed.replica, stage=1).seed
-    return typed.seed or 0
+def _seed(options: TrainingOptions, span: Span) -> int:
+    if options.replica is not None:
+        return published_run([span], options.replica, stage=1).seed
+    return options.seed or 0
 
 
-def _location(typed: AllSpans, span: Span) -> str:
-    seed = _seed(typed, span)
-    return f"{typed.run.rstrip('/')}/{span}-seed{seed}" if typed.run else default_run(typed.store, str(span), seed)
+def _location(options: TrainingOptions, span: Span) -> str:
+    seed = _seed(options, span)
+    if not options.run:
+        return default_run(options.store, str(span), seed)
+    return f"{options.run.rstrip('/')}/{span}-seed{seed}"
 
 
 def _span_run(typed: AllSpans, span: Span, training: Training) -> SpanRun:
     """What trains one span by itself."""
-    options: dict[str, Any] = {
+    options = typed.options
+    values: dict[str, Any] = {
         "block": span,
-        "store": absolute(typed.store),
+        "store": absolute(options.store),
         "run": absolute(training.run.location),
         "recipe": training.config.recipe,
-        "steps": typed.steps,
+        "steps": options.steps,
         "seed": training.config.seed,
-        "head": absolute(typed.head) if typed.head else None,
+        "head": absolute(options.head) if options.head else None,
         "micro-batch": typed.place.micro_batch,
         "workers": typed.place.workers,
-        "endpoint-url": typed.endpoint_url,
+        "endpoint-url": options.endpoint_url,
     }
-    arguments = [text for name, value in options.items() if value is not None for text in (f"--{name}", str(value))]
+    arguments = [text for name, value in values.items() if value is not None for text in (f"--{name}", str(value))]
     return SpanRun(
         name=str(span),
         run=training.run,
         n_steps=training.config.n_steps,
-        arguments=("train", *arguments, *(["--partial"] if typed.partial else [])),
+        arguments=("train", *arguments, *(["--partial"] if options.partial else [])),
     )
 
 
@@ -187,7 +191,9 @@ def _here(typed: AllSpans, trainings: Sequence[Training], stack: ExitStack) -> t
     n_workers = place.workers or 1
     room = find_room(needs, dim, device=place.device, threads=place.threads, at_once=typed.at_once, workers=n_workers)
     say(f"{len(trainings)} blocks to train, {room.at_once} at a time ({room.why})")
-    logs = Path(typed.run if typed.run and "://" not in typed.run else f"{DEFAULT_RUNS}/{store_name(typed.store)}")
+    options = typed.options
+    is_local = options.run and "://" not in options.run
+    logs = Path(options.run if is_local else f"{DEFAULT_RUNS}/{store_name(options.store)}")
 
     def launch(run: SpanRun, slot: int) -> Process:
         device = room.devices[slot] if place.workers is None else place.device  # Ray gives its workers theirs
@@ -236,20 +242,14 @@ def _report(typed: AllSpans, blocks: str, trainings: dict[Span, Training], outco
             say(f"block {outcome.name} was given up after {outcome.n_attempts} attempts. It said:\n{outcome.words}")
         say("once that is mended, the same command goes on; what is finished is not done again")
         return ExitCode.PROBLEMS
-    common = typed_variables(
-        STORE=typed.store if typed.store != DEFAULT_STORE else None,
-        SEED=typed.seed,
-        REPLICA=typed.replica,
-        HEAD=typed.head,
-        PARTIAL="1" if typed.partial else None,
-        DEVICE=typed.place.device,
-        ENDPOINT_URL=typed.endpoint_url,
-    )
+    options = typed.options
+    common = options.typed("STORE", "SEED", "REPLICA", "HEAD", "PARTIAL", "DEVICE", "ENDPOINT_URL")
     if list(span_problems(parse_spans(blocks))):
         print(f"\nnext        {make_command('table', {})}")
         return ExitCode.OK
-    if typed.run:
-        seed = published_run(parse_spans(blocks), typed.replica, stage=2).seed if typed.replica else typed.seed or 0
-        common["RUN"] = f"{typed.run.rstrip('/')}/{raptor_name(blocks)}-seed{seed}"
+    if options.run:
+        spans, replica = parse_spans(blocks), options.replica
+        seed = published_run(spans, replica, stage=2).seed if replica else options.seed or 0
+        common["RUN"] = f"{options.run.rstrip('/')}/{raptor_name(blocks)}-seed{seed}"
     print(f"\nnext        {make_command('raptor', {'BLOCKS': blocks, **common})}")
     return ExitCode.OK
