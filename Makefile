@@ -212,7 +212,7 @@ test: $(READY) ## all tests but the slow ones, in two processes
 	@$(PYTHON) -m pytest -n 2 $(ARGS)
 
 test-slow: $(READY) ## the slow tests: hundreds of kills and corruptions, and every example of the properties
-	@$(PYTHON) -m pytest -m "slow or hypothesis" --hypothesis-profile=every $(ARGS)
+	@$(PYTHON) -m pytest -m "slow or hypothesis" --hypothesis-profile=every -o faulthandler_timeout=3600 $(ARGS)
 
 check: $(READY) ## lint, format, types
 	@.venv/bin/ruff check .
