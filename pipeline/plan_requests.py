@@ -203,12 +203,13 @@ def expected_commit(spec: StoreSpec, shard: int) -> Commit:
 
 
 def _record(spec: StoreSpec, path: str, shard: int, rng: np.random.Generator) -> ObjectRecord:
-    nbytes = [payload_nbytes(spec, array_kind(path), len(spec.chunk_samples(i))) for i in spec.shard_chunks(shard)]
-    rooms = [room_nbytes(spec, n) for n in nbytes]
-    offsets = np.cumsum([0, *rooms[:-1]])
-    crcs = [_crc(rng) for _ in nbytes]
-    chunks = np.stack([offsets, np.array(nbytes), np.array(crcs)], axis=1).astype(np.int64)
-    return ObjectRecord(nbytes=object_nbytes(spec, path, shard), crc32c=_crc(rng), chunks=chunks)
+    kind, chunks = array_kind(path), spec.shard_chunks(shard)
+    nbytes = np.full(len(chunks), payload_nbytes(spec, kind, spec.samples_per_chunk))
+    nbytes[-1] = payload_nbytes(spec, kind, len(spec.chunk_samples(chunks[-1])))  # a store's last may be short
+    rooms = room_nbytes(spec, nbytes)
+    offsets = np.cumsum(rooms) - rooms
+    places = np.stack([offsets, nbytes, rng.integers(0, 2**32, len(nbytes))], axis=1).astype(np.int64)
+    return ObjectRecord(nbytes=object_nbytes(spec, path, shard), crc32c=_crc(rng), chunks=places)
 
 
 def _crc(rng: np.random.Generator) -> int:

@@ -59,8 +59,10 @@ def tail_nbytes(spec: StoreSpec) -> int:
 
 def object_nbytes(spec: StoreSpec, path: str, shard: int) -> int:
     """Size of the object of one array and shard; exact with codec "none", else that before compression."""
-    kind, n_rows = array_kind(path), [len(spec.chunk_samples(chunk)) for chunk in spec.shard_chunks(shard)]
-    return sum(room_nbytes(spec, payload_nbytes(spec, kind, n)) for n in n_rows) + tail_nbytes(spec)
+    kind = array_kind(path)
+    n_full, n_rest = divmod(len(spec.shard_samples(shard)), spec.samples_per_chunk)
+    rest = room_nbytes(spec, payload_nbytes(spec, kind, n_rest)) if n_rest else 0
+    return n_full * full_chunk_nbytes(spec, kind) + rest + tail_nbytes(spec)
 
 
 def full_chunk_nbytes(spec: StoreSpec, kind: str) -> int:

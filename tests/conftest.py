@@ -4,20 +4,14 @@ import os
 import secrets
 import signal
 from collections.abc import Iterator
-from functools import partial
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import CodeType, ModuleType
-from unittest.mock import patch
 
-import jaxtyping._import_hook
 import pytest
 from hypothesis import HealthCheck, settings
-from jaxtyping._import_hook import _JaxtypingLoader, _optimized_cache_from_source
 from xdist.remote import Producer
 from xdist.scheduler.loadscope import LoadScopeScheduling
 
-from tests import examples
+from tests import examples, type_checks
 from tests.s3_servers import S3Server, shared_server, stop_shared_servers
 
 # Before torch is imported, here and in every process that a test starts: the matrices are tiny, and a second OpenMP
@@ -48,23 +42,7 @@ settings.register_profile("explore", settings.get_profile("every"), derandomize=
 settings.load_profile("here")
 
 
-class _Instrumented(_JaxtypingLoader):
-    """jaxtyping's loader, whose own name for bytecode holds while one module's is looked for, and no longer.
-
-    It holds that name while the module runs, and so for all that the module imports: 1,400 modules of libraries would
-    be compiled from source, in every test process.
-    """
-
-    def get_code(self, fullname: str) -> CodeType | None:
-        own_name = partial(_optimized_cache_from_source, self._typechecker.get_hash())
-        with patch("importlib._bootstrap_external.cache_from_source", own_name):
-            return super().get_code(fullname)
-
-    def exec_module(self, module: ModuleType) -> None:
-        SourceFileLoader.exec_module(self, module)
-
-
-jaxtyping._import_hook._JaxtypingLoader = _Instrumented
+type_checks.install()
 
 
 class Scheduler(LoadScopeScheduling):
