@@ -78,7 +78,7 @@ def swap_accuracies(
         model: With a head.
         x: State 0.
         labels: -1 for none: such images are left out.
-        groups: Blocks of each phase.
+        groups: Blocks of each phase, from the first on; blocks beyond them run in their own places.
         seed: Of the swaps.
         progress: Told 1 after each order of blocks.
 
@@ -91,6 +91,7 @@ def swap_accuracies(
     x, labels = x[torch.from_numpy(known).to(x.device)], labels[known]
 
     def accuracy(order: tuple[int, ...]) -> float:
+        order = (*order, *range(len(order), model.n_layers - 1))
         with torch.no_grad():
             parts = [model.logits(run_order(model, part, order)).argmax(dim=1).cpu() for part in x.split(_ROWS_AT_ONCE)]
             named = torch.cat(parts).numpy()

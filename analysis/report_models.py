@@ -146,4 +146,9 @@ def load_models(store: Store, run: str, device: str, problems: list[str]) -> dic
                 f"RUN={run} was trained on a teacher with digest {taught_by[:16]}, {store.location} was made by one "
                 f"with {models[TEACHER].core_digest[:16]}: give the store that it was trained on"
             )
+        if len(store.layers) != raptor.n_layers:
+            problems.append(
+                f"RUN={run} has states 0 to {raptor.n_layers - 1}, {store.location} holds {len(store.layers)} layers: "
+                "give a store of all layers"
+            )
     return models

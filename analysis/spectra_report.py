@@ -124,7 +124,7 @@ def _spectrum_figures(
             title=f"Covariance, {kind}",
             svg=signed_maps(
                 {f"layer {layers[i]}": one for i, one in zip(chosen, maps)},
-                unit="covariance over mean variance",
+                unit="over mean variance",
                 largest=1.0,
                 axis_name="channel",
             ),

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -175,6 +176,24 @@ def no_teacher(folder: Path) -> None:
     assert len(problems) == 1
 
 
+def other_depth(folder: Path) -> None:
+    """A Raptor of 12 blocks beside a store of the first layers."""
+    from analysis import report_models
+
+    class Ends(SimpleNamespace):
+        """What is asked of a Raptor before anything runs."""
+
+    problems: list[str] = []
+    found = store(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report_models, "RaptorTeacher", Ends)
+        patch.setattr(report_models, "raptor_teacher", lambda *_, **__: Ends(taught_by="7" * 64, n_layers=13))
+        patch.setattr(report_models, "teacher_from_files", lambda *_, **__: Ends(core_digest="7" * 64))
+        patch.setattr(type(found), "read_teacher_files", lambda _: {"weights": b""})
+        report_models.load_models(found, "run", "cpu", problems)
+    assert problems == [f"RUN=run has states 0 to 12, {found.location} holds 7 layers: give a store of all layers"]
+
+
 def other_attention(_: Path) -> None:
     from pipeline.teacher import load_teacher
 
@@ -202,6 +221,7 @@ CHECKS: dict[str, Check] = {
     "a damaged commit": damaged_commit,
     "a place to save to that lies in a store, or cannot be written": bad_place,
     "a store without its teacher": no_teacher,
+    "a RUN of another depth than the store's": other_depth,
     "blocks whose attention is not softmax(q k')": other_attention,
 }
 

@@ -80,3 +80,14 @@ def test_images_without_label_count_in_no_accuracy(monkeypatch):
     assert swap_section(found, "Accuracy on training images.", origin).text[0] == "Accuracy on training images."
     with pytest.raises(ValueError, match="none of 6 images has a label"):
         swap_accuracies(teacher, x, np.full(6, -1), groups, seed=0)
+
+
+def test_blocks_beyond_the_phases_run_in_their_own_places(monkeypatch):
+    """A store of the first layers alone: its phases end before the teacher does."""
+    monkeypatch.setattr("analysis.model_runs.swapped_orders", lambda groups, n, where, **_: iter([(0, 1)]))
+    teacher = load_teacher("digits_vit")
+    x = teacher.embed(torch.from_numpy(np.random.default_rng(0).standard_normal((4, 3, 32, 32)).astype(np.float32)))
+    with torch.no_grad():
+        labels = teacher.logits(teacher.run_blocks(x, 0, 12)).argmax(dim=1).numpy()
+    found = swap_accuracies(teacher, x, labels, [[0, 1]], seed=0)
+    assert {one for draws in found.by_kind.values() for one in draws} == {found.clean} == {1.0}
