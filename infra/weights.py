@@ -19,6 +19,8 @@ from infra.objects import ObjectError, ObjectMissingError
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
+_TORCH_PROTOCOL = 2
+
 
 class WeightsError(UserError):
     """Weights are missing, unreadable, pickled code, or another model's; `problems` lists them if there are several."""
@@ -59,6 +61,7 @@ def read_weights(location: str | os.PathLike[str]) -> Any:
         if path.suffix.lower() == ".safetensors":
             return load_safetensors(source) if isinstance(source, bytes) else load_file(source)
         _check_archive(io.BytesIO(source) if isinstance(source, bytes) else source, where)
+        _check_pickle(source, where)
         loaded = torch.load(
             io.BytesIO(source) if isinstance(source, bytes) else source, map_location="cpu", weights_only=True
         )
@@ -88,6 +91,24 @@ def _check_archive(file: io.BytesIO | str, where: str) -> None:
         raise WeightsError(
             f"{where} is an archive of {held:,} bytes that would unpack to {unpacked:,}, as torch.save writes none. "
             "Write it anew with torch.save where it was made"
+        )
+
+
+def _check_pickle(source: str | bytes, where: str) -> None:
+    """See that a pickle is of the protocol that torch.save writes: of others torch says that running them may help.
+
+    Raises:
+        WeightsError: It is of a later one.
+    """
+    if isinstance(source, bytes):
+        head = source[:2]
+    else:
+        with open(source, "rb") as file:
+            head = file.read(2)
+    if len(head) == 2 and head[0] == 0x80 and head[1] > _TORCH_PROTOCOL:  # pickle's PROTO, and its number
+        raise WeightsError(
+            f"{where} holds a pickle of protocol {head[1]}, which torch.save does not write: pickled code, which is "
+            "never run here. Save a state dict with torch.save where it was made"
         )
 
 
@@ -134,8 +155,7 @@ def _why_not_loaded(where: str, path: PurePosixPath, error: Exception) -> str:
 
 
 def _damaged(where: str, path: PurePosixPath, error: Exception) -> str:
-    said = re.search(r"Unsupported operand.*|PytorchStreamReader.*|.*", str(error))
-    return (
-        f"{where} is no whole {path.suffix.lower()} file of weights, or a damaged one "
-        f"({type(error).__name__}: {said[0] if said else ''}): copy it again"
-    )
+    # One sentence: torch goes on with the advice to run whatever the file holds.
+    said = re.search(r"Unsupported operand.*", str(error)) or re.search(r"[^.\n]*", str(error))
+    why = f"{type(error).__name__}: {said[0]}" if said and said[0] else type(error).__name__
+    return f"{where} is no whole {path.suffix.lower()} file of weights, or a damaged one ({why}): copy it again"

@@ -43,6 +43,17 @@ def _value_problems(state_dict: Mapping) -> list[str]:
     ]
 
 
+def _number_problems(state_dict: Mapping) -> list[str]:
+    """Tensors whose numbers no training has left behind."""
+    problems = []
+    for name, value in state_dict.items():
+        if isinstance(value, Tensor) and not value.is_floating_point():
+            problems.append(f"{name!r} holds {value.dtype}, expected floating-point numbers")
+        elif isinstance(value, Tensor) and not bool(value.isfinite().all()):
+            problems.append(f"{name!r} holds NaN or infinity in {int((~value.isfinite()).sum()):,} places")
+    return problems
+
+
 # ---------------------------------------------------------------- the published names
 
 REFERENCE_NAMES = {
@@ -81,7 +92,8 @@ def import_reference(state_dict: Mapping[str, object]) -> dict[str, Tensor]:
 
     Raises:
         TypeError: A whole module was given, not its state dict.
-        WeightsError: Lists every unknown name, missing name, missing block, wrong shape and value that is no tensor.
+        WeightsError: Lists every unknown name, missing name, missing block, wrong shape, and value that is no tensor of
+            finite floating-point numbers.
 
     Source: seeds.md 1.5, 1.6; KempnerInstitute/raptor:raptor/block.py, raptor/raptor.py.
     """
@@ -90,7 +102,7 @@ def import_reference(state_dict: Mapping[str, object]) -> dict[str, Tensor]:
             f"import_reference takes a state dict, not a {type(state_dict).__name__}: pass its .state_dict()"
         )
     blocks, problems = _split_blocks(state_dict)
-    problems += _value_problems(state_dict)
+    problems += _value_problems(state_dict) + _number_problems(state_dict)
     imported: dict[str, Tensor] = {}
     for prefix, weights in blocks.items():
         names = REFERENCE_NAMES | (REFERENCE_DEPTH_NAMES if _has_depth(weights) else {})

@@ -94,7 +94,12 @@ def check_fits(imported: Imported, teacher: Teacher) -> None:
 
 def run_identity(imported: Imported, data: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """What the RUN is claimed for: as for a training, with the weights in the place of its settings."""
-    train = {"recipe": RECIPE, "seed": seed, "spans": [str(span) for span in imported.spans]}
+    train = {
+        "recipe": RECIPE,
+        "seed": seed,
+        "spans": [str(span) for span in imported.spans],
+        "n_heads": imported.blocks[0].arguments["n_heads"],  # not in the weights: given, and maybe given wrong at first
+    }
     return {"train": train, "data": dict(data), "imported": {"sha256": imported.about["sha256"]}}
 
 
@@ -154,7 +159,7 @@ def _make_block(part: Mapping[str, Tensor], location: str, n_heads: int | None) 
     try:
         return Block(
             dim,
-            n_heads or dim // CHANNELS_PER_HEAD,
+            dim // CHANNELS_PER_HEAD if n_heads is None else n_heads,
             mlp_ratio=hidden / dim,
             depth_scaling="depth.enter.weight" in part,
             swiglu=part["mlp.expand.weight"].shape[0] == 2 * hidden,

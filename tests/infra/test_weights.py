@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickle
 import secrets
 from pathlib import Path
 
@@ -79,6 +80,12 @@ def test_nothing_is_run_and_damage_is_told(tmp_path: Path) -> None:
         ("cut.pth", saved(STATE)[:900], r"is no whole \.pth file of weights.*PytorchStreamReader.*copy it again"),
         ("cut.safetensors", save(STATE)[:-1], r"is no whole \.safetensors file of weights.*copy it again"),
         ("junk.bin", b"junk", r"is no whole \.bin file of weights"),
+        (
+            "odd.pt",
+            b"\x80\x02" + bytes([247]) * 9,
+            r"odd\.pt is no whole \.pt file.*: Unsupported operand 247\): copy it",
+        ),
+        ("plain.pt", pickle.dumps({"w": 1}, protocol=4), r"plain\.pt holds a pickle of protocol 4"),
         ("empty.pth", b"", r"is no whole \.pth file of weights"),
         ("w.onnx", b"", r"ends in \.onnx; weights are read from \.safetensors, \.pth"),
     ):

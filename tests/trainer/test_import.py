@@ -193,6 +193,33 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(case: str, folder: Pat
     assert not (tmp_path / "run" / "config.json").exists()
 
 
+def test_all_that_is_typed_wrong_is_listed_at_once(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.pt").write_bytes((folder / "first.pt").read_bytes()[:100])
+    wrong = {"store": tmp_path / "none", "seed": -1, "heads": 0, "device": "abacus"}
+    with pytest.raises(UserError) as caught:
+        main(typed(tmp_path, "cut.pt", "0-2,3-4", tmp_path / "run", **wrong))
+    expected = (
+        "make import cannot start:",
+        "HEADS=0: expected 1 or more",
+        "SEED=-1: expected 0 or more",
+        "BLOCKS=0-2,3-4 is not one stretch",
+        "DEVICE=abacus is not a device",
+        "cut.pt is no whole .pt file",
+        f"STORE={tmp_path}/none",
+    )
+    assert [words for words in expected if words not in str(caught.value)] == []
+    assert "make raptor" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_heads_are_other_weights(folder: Path, tmp_path: Path) -> None:
+    """Their number is not in the file: one that was given wrong at first must not pass for what is there."""
+    command = typed(folder, "first.pt", "0-2", tmp_path / "run", teacher="fake_vit")
+    assert main(command) == ExitCode.OK
+    with pytest.raises(UserError, match=r"train\.n_heads: the run has 2, this command asks for 4"):
+        main([*command, "--heads", "4"])
+
+
 class Evil:
     def __reduce__(self) -> tuple:
         return (Path.touch, (Path("was_run"),))
@@ -203,10 +230,10 @@ def test_pickled_modules_are_refused_with_the_line_that_mends_them(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     torch.save(nn.Linear(2, 2), "whole.pt")
-    with pytest.raises(WeightsError, match=r"never run here(.|\n)*torch\.save\(m\.state_dict\(\)"):
+    with pytest.raises(UserError, match=r"never run here(.|\n)*torch\.save\(m\.state_dict\(\)"):
         main(typed(tmp_path, "whole.pt", "0-2", tmp_path / "run", teacher="fake_vit"))
     Path("evil.pt").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(WeightsError):
+    with pytest.raises(UserError, match=r"evil\.pt holds a pickle of protocol 4"):
         main(typed(tmp_path, "evil.pt", "0-2", tmp_path / "run", teacher="fake_vit"))
     assert not Path("was_run").exists()
 
@@ -220,6 +247,8 @@ HOSTILE = {
     "few numbers that claim to be many": lambda state: state | {"ls1.gamma": torch.zeros(1).expand(8)},
     "a block far off": lambda state: {f"blocks.9999.{name}": value for name, value in state.items()},
     "nothing": lambda state: {},
+    "NaN": lambda state: state | {"ls1.gamma": torch.full((8,), torch.nan)},
+    "integers": lambda state: {name: value.long() for name, value in state.items()},
 }
 
 

@@ -1,10 +1,11 @@
 """`make import`: published weights into a RUN."""
 
 import os
-import shlex
+from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Annotated
 
+import torch
 import tyro
 
 from infra.console import ExitCode, UserError
@@ -13,8 +14,10 @@ from infra.s3_settings import use_endpoint
 from pipeline.teacher import Teacher, load_teacher
 from storage_schemas import Span
 from storage_schemas.errors import SchemaError
+from trainer.checkpoint import import_reference, load_weights_file
+from trainer.commands.start import make_command, or_problem
 from trainer.data import TrainingData, open_training_data
-from trainer.imported import check_fits, identity_without_store, read_published, run_identity, write_run
+from trainer.imported import Imported, check_fits, identity_without_store, read_published, run_identity, write_run
 from trainer.judge import describe
 from trainer.machine import Machine
 from trainer.raptor import span_problems
@@ -56,15 +59,23 @@ def import_command(
         endpoint_url: S3 endpoint, such as http://127.0.0.1:9000; None is AWS_ENDPOINT_URL, else Amazon's.
     """
     use_endpoint(endpoint_url)
-    _check_typed(source, blocks, store, teacher, weights)
-    spans = _parse_spans(blocks)
-    imported = read_published(source, spans, heads)
-    machine = Machine.found(device)
-    data = _open_data(store, blocks, head, machine) if store is not None else None
-    found = data.teacher if data is not None else _load_teacher(teacher, weights, head)
-    if found is None:
-        raise UserError(f"STORE={store} holds no teacher. Give TEACHER= and WEIGHTS= in its place")
-    check_fits(imported, found)
+    problems = _typed_problems(source, blocks, store, teacher, weights, heads, seed)
+    spans = or_problem(lambda: _parse_spans(blocks), problems) if blocks else None
+    machine = or_problem(lambda: Machine.found(device), problems)
+    on = torch.device("cpu") if machine is None else machine.device
+    imported = _read(source, spans, heads, problems)
+    data = None
+    if store is not None:
+        data = or_problem(lambda: _open_data(store, blocks if spans else None, head, on), problems)
+        found = None if data is None else data.teacher
+        if data is not None and found is None:
+            problems.append(f"STORE={store} holds no teacher. Give TEACHER= and WEIGHTS= in its place")
+    else:
+        found = None if teacher is None else or_problem(lambda: _load_teacher(teacher, weights, head), problems)
+    if imported is not None and found is not None:
+        or_problem(lambda: check_fits(imported, found), problems)
+    if problems or imported is None or found is None or machine is None:
+        raise UserError("\n  ".join(["make import cannot start:", *problems]))
     location = run or f"{DEFAULT_RUNS}/{PurePosixPath(source).name.partition('.')[0]}"
     files = RunFiles(open_objects(location))
     files.check_writable()
@@ -75,13 +86,15 @@ def import_command(
     with files.exclusive():
         files.claim(identity)
         result = write_run(imported, files, found, data, machine)
-    n = len(spans)
+    n = len(imported.spans)
     print(f"{location}: {n} {'block' if n == 1 else 'blocks'} for {found.name}, spans {', '.join(result['spans'])}")
     if result["validation"] is not None:
         print(f"validated: {describe(Validation(**result['validation']))}")
-    whole = spans[0].start == 0 and spans[-1].stop == result["last_layer"]
+    whole = imported.spans[0].start == 0 and imported.spans[-1].stop == result["last_layer"]
     if whole:
-        print(f"next  make probe TASK=imagenet RUN={shlex.quote(location)} IMAGES=/data/imagenet")
+        data_of = {"digits_vit": ("digits", "STORE", store or "data/stores/digits")}
+        task, variable, place = data_of.get(found.name, ("imagenet", "IMAGES", "/data/imagenet"))
+        print(f"next  {make_command('probe', {'TASK': task, 'RUN': location, variable: place})}")
     else:
         more = "" if store is not None else ", with OTHER_STORE=1 as these weights name no store"
         print(
@@ -91,7 +104,15 @@ def import_command(
     return ExitCode.OK
 
 
-def _check_typed(source: str, blocks: str, store: str | None, teacher: str | None, weights: str | None) -> None:
+def _typed_problems(
+    source: str,
+    blocks: str,
+    store: str | None,
+    teacher: str | None,
+    weights: str | None,
+    heads: int | None,
+    seed: int,
+) -> list[str]:
     problems = []
     if not source:
         problems.append("FROM is missing: give the file of the weights")
@@ -104,8 +125,11 @@ def _check_typed(source: str, blocks: str, store: str | None, teacher: str | Non
         )
     if store is not None and weights is not None:
         problems.append(f"WEIGHTS={weights} are a TEACHER's, and STORE={store} has its own")
-    if problems:
-        raise UserError("\n  ".join(["make import cannot start:", *problems]))
+    if heads is not None and heads < 1:
+        problems.append(f"HEADS={heads}: expected 1 or more")
+    if seed < 0:
+        problems.append(f"SEED={seed}: expected 0 or more")
+    return problems
 
 
 def _parse_spans(text: str) -> list[Span]:
@@ -118,10 +142,25 @@ def _parse_spans(text: str) -> list[Span]:
     return spans
 
 
-def _open_data(store: str, blocks: str, head: str | None, machine: Machine) -> TrainingData:
-    return open_training_data(store, blocks, variable="BLOCKS", head=head, device=machine.device)
+def _read(source: str, spans: Sequence[Span] | None, heads: int | None, problems: list[str]) -> Imported | None:
+    """The weights; None if something is wrong with them, or with what they are to be read as."""
+    if not source:
+        return None
+    if spans is not None and (heads is None or heads >= 1):
+        return or_problem(lambda: read_published(source, spans, heads), problems)
+    or_problem(lambda: import_reference(load_weights_file(source)), problems)  # whatever its spans, it can be looked at
+    return None
 
 
-def _load_teacher(name: str | None, weights: str | None, head: str | None) -> Teacher:
-    assert name is not None
+def _open_data(store: str, blocks: str | None, head: str | None, device: torch.device) -> TrainingData:
+    try:
+        return open_training_data(store, blocks, variable="BLOCKS", head=head, device=device)
+    except UserError as error:
+        lines = [
+            line for line in str(error).splitlines() if line != "make raptor cannot start:"
+        ]  # whose blocks they are
+        raise UserError("\n".join(lines).strip()) from error
+
+
+def _load_teacher(name: str, weights: str | None, head: str | None) -> Teacher:
     return load_teacher(name, None if weights is None else os.path.expanduser(weights), head=head)
