@@ -11,18 +11,18 @@ _GRAPH_STATES, _GRAPH_ATTENTIONS = 24, 2
 _TAPPED_STATES = 16
 
 
-def models_nbytes(spec: StoreSpec, n_heads: int, limit: int, probed: int) -> int:
+def models_nbytes(spec: StoreSpec, n_blocks: int, n_heads: int, limit: int, probed: int) -> int:
     """Bytes of the largest section, with the states 0 that all share: 2.6 GB for ViT-B/14 and 64 images.
 
     Args:
         spec: Of the store.
-        n_heads: Of the teacher.
+        n_blocks: Of the teacher, of which the store may hold the first layers alone.
+        n_heads: Of each.
         limit: Images where models run.
         probed: Images that probes are fitted to and tuned on, and as many that they are tested on.
     """
     state = 4 * spec.n_tokens * spec.dim
     attention = 4 * n_heads * spec.n_tokens**2
-    n_blocks = len(spec.layers) - 1
     fields = FIELD_ROWS * n_blocks * (_GRAPH_STATES * state + _GRAPH_ATTENTIONS * attention)
     sub_layers = TAP_ROWS * _TAPPED_STATES * state
     # Patches as read and decoded, their pixels in float64, kernels of tokens and pixels.

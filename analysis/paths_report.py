@@ -268,7 +268,7 @@ def _linear_text(windows: Mapping[str, Sequence[LinearSpan]]) -> list[str]:
         first, last = found[0], found[-1]
         too_few = _too_few(first)
         text.append(
-            f"{kind}: powers of one operator stay within {gaps.max():.3f} of the endpoint map over up to "
+            f"{kind}: powers of one operator stay within {max(0.0, gaps.max()):.3f} of the endpoint map over up to "
             f"{_steps(found)} steps, {int((gaps <= _CLOSE).sum())} of {len(found)} starts within {_CLOSE}. {source} "
             f"{_CLOSE} for up to 4 steps on one large model. "
             + (too_few or verdict(bool((gaps <= _CLOSE).all()), n_images=first.n_fitted))
@@ -277,7 +277,11 @@ def _linear_text(windows: Mapping[str, Sequence[LinearSpan]]) -> list[str]:
             f"{kind}: cosine {first.by_power[-1]:.3f} from layer {first.start}, {last.by_power[-1]:.3f} into layer "
             f"{last.stop}, where no map at all has {last.by_identity[-1]:.3f}. {source} less with depth; "
             f"counted as less from {_CLOSE} on. "
-            + (too_few or verdict(last.by_power[-1] <= first.by_power[-1] - _CLOSE, n_images=first.n_fitted))
+            + (
+                no_verdict("one operator spans all layers")
+                if len(found) < 2
+                else too_few or verdict(last.by_power[-1] <= first.by_power[-1] - _CLOSE, n_images=first.n_fitted)
+            )
         )
     if len(means) > 1 and "cls" in means:
         listed = ", ".join(f"{kind} {value:.3f}" for kind, value in means.items())

@@ -63,11 +63,13 @@ def overview_section(findings: Findings, phases: Phases, origin: Origin) -> Sect
         cuts=cuts,
         jumps=jumps,
     )
-    text = [
-        f"Phases: {spans_text(phases.chosen.groups)}, {len(phases.chosen.groups)} blocks of states by "
-        f"{phases.objective.replace('_', ' ')} (score {phases.chosen.score:.4g}; a depth with the same similarities "
-        f"that moves evenly is cut with {even_score(phases):.4g} at best)."
-    ]
+    text = []
+    if len(phases.chosen.groups) > 1:
+        text.append(
+            f"Phases: {spans_text(phases.chosen.groups)}, {len(phases.chosen.groups)} blocks of states by "
+            f"{phases.objective.replace('_', ' ')} (score {phases.chosen.score:.4g}; a depth with the same "
+            f"similarities that moves evenly is cut with {even_score(phases):.4g} at best)."
+        )
     if jumps and cuts:
         near = {kind: [min(abs(cut - place) for place in places) for cut in cuts] for kind, places in jumps.items()}
         listed = "; ".join(f"{kind} at {', '.join(f'{p:g}' for p in jumps[kind])}" for kind in near)

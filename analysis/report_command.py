@@ -64,7 +64,7 @@ def report_command(
             this machine alone. The store is on S3 or in a folder that all machines see.
         endpoint_url: S3 endpoint, such as http://127.0.0.1:9000; None is AWS_ENDPOINT_URL, else Amazon's.
     """
-    from analysis.report_models import load_models, model_sections  # torch and timm take seconds to import
+    from analysis.report_models import depth_text, load_models, model_sections  # torch and timm take seconds to import
     from analysis.report_paths import path_sections
 
     use_endpoint(endpoint_url)
@@ -95,6 +95,7 @@ def report_command(
     found = _measure(source, limit, wide_limit, cluster)
     sections, facts, phases = _store_sections(source, found, k, command)
     facts |= {} if committed is None else {"unfinished": committed}
+    facts |= {} if (depth := depth_text(source, models)) is None else {"depth": depth}
     sections += path_sections(source, found, phases, limit, command)
     sections += model_sections(source, models, phases, model_limit, seed, command)
     said = save_page(saved, f"{source.spec.teacher} on {source.location}", facts, sections)
@@ -169,5 +170,7 @@ def _store_problems(store: Store, k: int) -> list[str]:
         )
     elif (len(store.layers) - 1) // MIN_SIZE < k:
         most = (len(store.layers) - 1) // MIN_SIZE
-        problems.append(f"K={k}: layers 1 to {store.layers[-1]} are cut into at most {most} phases of {MIN_SIZE}")
+        problems.append(
+            f"K={k}: layers 1 to {store.layers[-1]} are cut into at most {most} phases of {MIN_SIZE}: give K={most}"
+        )
     return problems

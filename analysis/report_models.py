@@ -34,6 +34,17 @@ COMPARE_LIMIT = 1_024
 TEACHER, RAPTOR = "teacher", "Raptor"
 
 
+def depth_text(store: Store, models: Mapping[str, Teacher]) -> str | None:
+    """That a store ends before its teacher does, as a page says it; None where it does not, or is not known to."""
+    if TEACHER not in models or models[TEACHER].n_layers == len(store.layers):
+        return None
+    last, depth = store.layers[-1], models[TEACHER].n_layers - 1
+    return (
+        f"the store ends at layer {last} of {depth}: last layers and final directions are those of layer {last}, but "
+        "where the teacher runs"
+    )
+
+
 def model_sections(
     store: Store, models: Mapping[str, Teacher], phases: Phases, limit: int, seed: int, command: str
 ) -> list[Section]:
@@ -42,7 +53,7 @@ def model_sections(
         say(f"{store.location} holds no teacher: no self-correction, layer swap or Raptor")
         return []
     teacher = models[TEACHER]
-    memory = models_nbytes(store.spec, teacher.n_heads, limit, PROBES * limit)
+    memory = models_nbytes(store.spec, teacher.n_layers - 1, teacher.n_heads, limit, PROBES * limit)
     say(f"the models run: at most {human_bytes(memory)} of memory beside their weights")
     before = torch.get_num_threads()
     torch.set_num_threads(torch_threads(teacher.dim))  # a second one costs small models many times their work

@@ -87,7 +87,9 @@ def probe_section(found: LayerProbes, origin: Origin) -> Section:
 
 
 def _of_shots(found: LayerProbes, holds: bool) -> str:
-    """A verdict where as many images of each class were fitted as by Raghu et al."""
+    """A verdict on a teacher as theirs, where as many images of each class were fitted as by Raghu et al."""
+    if "cls" not in found.pooled:
+        return no_verdict("this teacher has no CLS")
     if found.least_shots < N_SHOTS:
         return no_verdict(f"they fit {N_SHOTS} images of each class, here one has {found.least_shots}")
     return verdict(holds, n_images=found.n_test)

@@ -53,7 +53,8 @@ def vision_sections(
         total = len(local_batches(store, n_images, LOCAL_ROWS)) * len(store.layers)
         with Progress(total=total, unit="layers", label="localisation") as progress:
             found = localise(store, teacher, n_images, progress=progress.advance)
-        return localisation_section(found, origin(found.by_layer[0].n_rows))  # not those of too short batches
+        n_rows = found.by_layer[0].n_rows  # not those of too short batches
+        return localisation_section(found, origin(n_rows), has_cls=teacher.has_cls)
 
     def probes() -> Section:
         with Progress(total=len(store.layers), unit="layers", label="probes") as progress:

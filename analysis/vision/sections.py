@@ -66,8 +66,13 @@ def _next(values: np.ndarray, part: str) -> float:
     return finite_mean(values[before, before + 1 + PARTS.index(part)])
 
 
-def localisation_section(found: Localised, origin: Origin) -> Section:
+def localisation_section(found: Localised, origin: Origin, *, has_cls: bool) -> Section:
     """How well tokens keep to their own places.
+
+    Args:
+        found: Of the store.
+        origin: Of the images.
+        has_cls: Whether the teacher has a CLS token, as those of the statement have.
 
     Raises:
         UserError: At no layer does a token have a CKA with its own patch.
@@ -103,7 +108,11 @@ def localisation_section(found: Localised, origin: Origin) -> Section:
             f"{known} whose pixels differ between images; chance is {1 / n_patches:.1%}. Raghu et al. report that "
             "tokens of a ViT with CLS keep to their places up to the last layer, and those of one with mean pooling "
             "less; counted as such above a half. "
-            + verdict(bool(shares[-1] > 0.5), n_images=origin.n_images, values=[shares[-1]]),
+            + (
+                verdict(bool(shares[-1] > 0.5), n_images=origin.n_images, values=[shares[-1]])
+                if has_cls
+                else no_verdict("this teacher has no CLS")
+            ),
             f"The share is highest at layer {layers[int(np.nanargmax(shares))]} ({np.nanmax(shares):.0%}) and below a "
             f"half at {sum(share < 0.5 for share in shares)} of {len(layers)} layers.",
         ],

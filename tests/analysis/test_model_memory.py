@@ -48,5 +48,7 @@ def test_pushes_of_parts_are_means_over_their_images(monkeypatch):
 
 def test_vit_b_takes_what_the_page_on_analyses_says() -> None:
     spec = make_spec(layers=tuple(range(13)), dim=768, n_registers=4, grid=(16, 16))
-    assert models_nbytes(spec, 12, 64, 1024) == pytest.approx(2.6e9, rel=0.05)
+    assert models_nbytes(spec, 12, 12, 64, 1024) == pytest.approx(2.6e9, rel=0.05)
+    first = make_spec(layers=(0, 1, 2), dim=768, n_registers=4, grid=(16, 16))
+    assert models_nbytes(first, 12, 12, 64, 1024) == models_nbytes(spec, 12, 12, 64, 1024)
     assert "sections that run models hold at most 2.6 GB" in PAGE.read_text().replace("\n", " ")

@@ -169,6 +169,12 @@ def test_operators_of_fewer_images_than_channels_are_not_judged(n: int, judged: 
     assert ("fitted to 5 images, where an operator of 6 channels takes as many" in section.text[0]) is not judged
 
 
+def test_one_operator_over_all_layers_says_nothing_of_depth() -> None:
+    states = np.random.default_rng(0).standard_normal((40, 3, 6))
+    section = linear_section({"cls": linear_windows(states, states, 2)}, {"cls": []}, ORIGIN)
+    assert "Not judged here: one operator spans all layers" in section.text[1]
+
+
 @pytest.mark.parametrize(
     ("intra", "inter", "expected"), [(0.85, 0.3, HOLDS), (0.7, 0.3, NOT), (0.85, 0.5, NOT), (None, 0.3, NONE)]
 )
@@ -194,10 +200,11 @@ def test_rows_of_short_batches_are_said() -> None:
 
 
 def test_probes_of_few_test_images_or_hardly_ahead_are_not_said_to_hold() -> None:
-    def judged(cls: float, n_test: int) -> str:
+    def judged(cls: float | None, n_test: int) -> str:
+        of_cls = {} if cls is None else {"cls": np.array([0.5, cls])}
         probes = LayerProbes(
             layers=(0, 1),
-            pooled={"cls": np.array([0.5, cls]), "mean of all": np.array([0.5, 0.8])},
+            pooled=of_cls | {"mean of all": np.array([0.5, 0.8])},
             registers=np.zeros((2, 0)),
             patches=np.full((2, 1), 0.3),
             places=np.array([0]),
@@ -214,6 +221,7 @@ def test_probes_of_few_test_images_or_hardly_ahead_are_not_said_to_hold() -> Non
     assert HOLDS in judged(0.83, 64)
     assert NOT in judged(0.81, 64)
     assert NONE in judged(0.83, 31)
+    assert "this teacher has no CLS" in judged(None, 64)
 
 
 @pytest.mark.parametrize(

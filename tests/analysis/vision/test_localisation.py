@@ -85,8 +85,17 @@ def test_a_section_without_any_share_is_left_out(capsys):
     still = localised(np.ones((8, 4, 3)), np.ones((8, 4, 3)))
     found = Localised(by_layer={0: still, 1: still}, grid=(2, 2), n_seen=3, n_values=3)
     origin = Origin(data="here", n_images=8, seed=None, command="make report")
-    assert section_or_line("localisation", lambda: localisation_section(found, origin)) is None
+    assert section_or_line("localisation", lambda: localisation_section(found, origin, has_cls=True)) is None
     assert "no localisation: every patch has the same pixels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("has_cls", "expected"), [(True, "This holds here."), (False, "this teacher has no CLS")])
+def test_the_statement_on_teachers_with_cls_is_judged_on_such_alone(has_cls, expected):
+    pixels = normal(N, PATCHES, VALUES)
+    own = localised(pixels @ normal(VALUES, DIM, seed=1), pixels)
+    found = Localised(by_layer={0: own, 1: own}, grid=(3, 3), n_seen=VALUES, n_values=VALUES)
+    origin = Origin(data="here", n_images=N, seed=None, command="make report")
+    assert expected in localisation_section(found, origin, has_cls=has_cls).text[0]
 
 
 def test_bad_input_is_refused():
