@@ -3,7 +3,6 @@
 import io
 import json
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ from analysis.report_command import report_command
 from analysis.training.curves_command import curves_command
 from analysis.training.study_command import study_command
 from analysis.vision.skips_command import skips_command
-from infra.console import ExitCode, JobError, Progress, UserError, run_door, say
+from infra.console import ExitCode, JobError, Progress, UserError, leave, run_door, say
 from infra.objects import (
     ObjectError,
     Objects,
@@ -255,4 +254,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_door(main))
+    leave(run_door(main))

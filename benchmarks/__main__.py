@@ -1,6 +1,5 @@
 """`python -m benchmarks [NAME|all]`: measure, print tables with ratios, save them."""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,7 +23,7 @@ from benchmarks import (
     whole_report,
 )
 from benchmarks.report import RESULTS, Result
-from infra.console import UserError, run_door
+from infra.console import UserError, leave, run_door
 
 Name = Literal[
     "extraction",
@@ -126,4 +125,4 @@ def _run(name: str, options: Options) -> Result:
 
 
 if __name__ == "__main__":
-    sys.exit(run_door(lambda: main(tyro.cli(Options, prog="python -m benchmarks"))))
+    leave(run_door(lambda: main(tyro.cli(Options, prog="python -m benchmarks"))))

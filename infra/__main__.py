@@ -9,7 +9,7 @@ from importlib import import_module
 
 import tyro
 
-from infra.console import run_door
+from infra.console import leave, run_door
 
 COMMANDS = {
     "s3": "infra.s3_server:serve",
@@ -40,4 +40,4 @@ def _find(where: str) -> Callable[..., int | None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

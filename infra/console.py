@@ -4,6 +4,7 @@ Progress is a bar on a terminal and plain lines elsewhere, so that a log file, `
 """
 
 import enum
+import gc
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
-from typing import Self, TextIO
+from typing import NoReturn, Self, TextIO
 
 from tqdm import tqdm
 
@@ -80,6 +81,12 @@ def run_door(main: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return int(ExitCode.KILLED)
+
+
+def leave(code: int) -> NoReturn:
+    """`sys.exit`, without Python's last search for garbage: three quarters of a second after torch and Ray."""
+    gc.freeze()
+    sys.exit(code)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """A private Ray that starts while its caller loads libraries and lays its work out: both take many seconds."""
 
 import threading
+import time
 from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
@@ -28,6 +29,22 @@ class RayAhead:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def wait_until_it_waits(self, *, at_most_s: float = 5.0, idle_s: float = 0.1) -> None:
+        """Until Ray's own processes start and this one has nothing to do for it.
+
+        Before that, whatever else this process does takes turns with the thread that starts Ray, and all that depends
+        on it comes later.
+        """
+        if self._thread.ident is None or not hasattr(time, "pthread_getcpuclockid"):  # macOS
+            return
+        clock = time.pthread_getcpuclockid(self._thread.ident)
+        end = time.monotonic() + at_most_s
+        busy_s = idle_s
+        while busy_s > idle_s / 10 and not self._connection.done() and time.monotonic() < end:
+            began_s = time.clock_gettime(clock)
+            time.sleep(idle_s)
+            busy_s = time.clock_gettime(clock) - began_s
 
     def connection(self) -> Connection:
         """Wait until Ray is there.

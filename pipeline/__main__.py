@@ -6,7 +6,7 @@ from importlib import import_module
 
 import tyro
 
-from infra.console import run_door
+from infra.console import leave, run_door
 
 COMMANDS = {
     "extract": "pipeline.extract_command:run_extract",
@@ -33,4 +33,4 @@ def main(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -25,6 +25,7 @@ def ray_ahead(config: ExtractConfig, run: RunConfig) -> Iterator[RayAhead | None
         yield None
         return
     with RayAhead(dashboard=run.dashboard, verbose=run.verbose, say=say) as ahead:
+        ahead.wait_until_it_waits()
         yield ahead
 
 

@@ -3,14 +3,13 @@
 The Makefile calls only this.
 """
 
-import sys
 from collections.abc import Callable
 from json import dumps
 from typing import Annotated
 
 import tyro
 
-from infra.console import ExitCode, JobError, UserError, run_door
+from infra.console import ExitCode, JobError, UserError, leave, run_door
 from infra.objects import ObjectError, open_objects
 from infra.s3_settings import use_endpoint
 from storage_schemas.catalogue import describe_stores, list_stores
@@ -148,4 +147,4 @@ def main(args: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

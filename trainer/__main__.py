@@ -6,7 +6,7 @@ from importlib import import_module
 
 import tyro
 
-from infra.console import JobError, run_door
+from infra.console import JobError, leave, run_door
 from infra.objects import ObjectError
 from storage_schemas.errors import StoreError
 
@@ -45,4 +45,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_door(main))
+    leave(run_door(main))

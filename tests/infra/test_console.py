@@ -96,7 +96,7 @@ def test_the_line_says_rate_bytes_time_left_fields_and_status() -> None:
 def test_without_a_terminal_it_writes_plain_lines_and_is_never_silent() -> None:
     stream = io.StringIO()
     with Progress(total=10, unit="steps", label="train", every_s=0.05, stream=stream) as progress:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while stream.getvalue().count("train 0%: 0/10 steps") < 3 and time.monotonic() < deadline:
             time.sleep(0.02)  # nothing is finished, and yet it speaks
         progress.say("a message")
@@ -149,6 +149,18 @@ def test_the_door_passes_on_codes_and_bugs() -> None:
 
     with pytest.raises(ZeroDivisionError):
         run_door(bug)
+
+
+def test_leaving_ends_threads_and_runs_what_was_registered() -> None:
+    script = (
+        "import atexit, threading, time\n"
+        "from infra.console import leave\n"
+        "atexit.register(print, 'registered')\n"
+        "threading.Thread(target=lambda: (time.sleep(0.2), print('thread'))).start()\n"
+        "leave(75)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split()) == (75, ["thread", "registered"])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -231,5 +243,5 @@ def test_the_second_signal_ends_the_process_at_once_with_130() -> None:
         process.stderr.readline()
         assert "stopping" in process.stderr.readline()  # and it goes on
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 130
+        assert process.wait(60) == 130
         assert "left" not in process.stdout.read()

@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -95,6 +97,32 @@ def test_the_thread_that_started_ray_lives_until_ray_has_ended(monkeypatch: pyte
         assert not wait_for(lambda: not starters[0].is_alive(), timeout_s=0.2)
     assert ended == [True]
     assert not starters[0].is_alive()
+
+
+@pytest.mark.parametrize(
+    ("used_s", "looks"),
+    [([0.09, 0.05, 0.011, 0.009, 0.1], 4), ([0.0], 1), ([0.1] * 50, 20)],
+    ids=["it-works-then-waits", "it-waits-at-once", "it-never-waits"],
+)
+def test_what_follows_begins_when_ray_leaves_the_processor(
+    used_s: list[float], looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`used_s`: what the thread that starts Ray uses of each 0.1 s."""
+    over = threading.Event()
+    monkeypatch.setattr(infra.ray_ahead, "connect", lambda address: over.wait())
+    monkeypatch.setattr(infra.ray_ahead, "disconnect", lambda one: None)
+    slept: list[float] = []
+    clock = SimpleNamespace(
+        pthread_getcpuclockid=time.pthread_getcpuclockid,
+        clock_gettime=lambda number: sum(used_s[: len(slept)]),
+        monotonic=lambda: sum(slept),
+        sleep=slept.append,
+    )
+    with RayAhead() as ahead:
+        monkeypatch.setattr(infra.ray_ahead, "time", clock)
+        ahead.wait_until_it_waits(at_most_s=1.95, idle_s=0.1)
+        over.set()
+    assert slept == [0.1] * looks
 
 
 def test_why_ray_did_not_start_is_told_to_whoever_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:
