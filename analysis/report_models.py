@@ -40,8 +40,8 @@ def depth_text(store: Store, models: Mapping[str, Teacher]) -> str | None:
         return None
     last, depth = store.layers[-1], models[TEACHER].n_layers - 1
     return (
-        f"the store ends at layer {last} of {depth}: last layers and final directions are those of layer {last}, but "
-        "where the teacher runs"
+        f"the store ends at layer {last} of {depth}: last layers and final directions are those of layer {last}, "
+        "except in sections that run the teacher"
     )
 
 

@@ -3,11 +3,14 @@
 import os
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from analysis.__main__ import main
 from infra.objects import open_objects
+from storage_schemas import open_store
 from tests.stores import make_spec, write_planted
 
 
@@ -42,3 +45,13 @@ def test_a_gallery_says_which_stores_are_not_finished(
     assert "a gallery of the 16 images that are there" in capsys.readouterr().err
     assert "--wide-limit 9" in page
     assert "Images: store: 16." in page
+
+
+def test_a_store_that_ends_before_its_teacher_is_said_to(half: Path) -> None:
+    from analysis.report_models import TEACHER, depth_text
+
+    store = open_store(str(half))
+    teachers: list[Any] = [SimpleNamespace(n_layers=13), SimpleNamespace(n_layers=5)]
+    assert (depth_text(store, {TEACHER: teachers[0]}) or "").startswith("the store ends at layer 4 of 12: last layers")
+    assert depth_text(store, {TEACHER: teachers[1]}) is None
+    assert depth_text(store, {}) is None
