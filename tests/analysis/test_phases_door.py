@@ -355,7 +355,7 @@ class TestWhatIsRefused:
 
 def test_matplotlib_is_imported_only_when_a_figure_is_drawn():
     program = "import sys, analysis.__main__; sys.exit('matplotlib' in sys.modules or 'torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=False, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=False, timeout=240)
     assert done.returncode == 0
 
 
@@ -375,7 +375,7 @@ def test_make_passes_every_variable_on():
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,
+        timeout=240,
     )
     for name, value in typed.items():
         assert f"--{name.lower().replace('_', '-')} '{value}'" in done.stdout

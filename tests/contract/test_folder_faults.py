@@ -25,7 +25,7 @@ def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str
         [sys.executable, "-c", code, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         cwd=REPOSITORY,
         check=False,
     )

@@ -43,7 +43,7 @@ def test_a_dead_address_is_refused_quickly_with_a_next_step(no_connection: None,
         began = time.monotonic()
         with pytest.raises(UserError, match=f"no Ray cluster answers at {address} .*unset RAY_ADDRESS"):
             connect(address)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
 
 
 def test_the_start_is_tried_twice_and_then_explained(no_connection: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,21 +82,21 @@ with running(["sleep", "300"], log=Path({str(tmp_path / "log")!r})) as process:
         pid = int(parent.stdout.readline())
         until_name(pid, "sleep")  # setpriv has become it
         parent.kill()
-    until = time.monotonic() + 10
+    until = time.monotonic() + 60
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < until, "it lives on without us"
         time.sleep(0.05)
 
 
 def wait_for_text(path: Path, text: str) -> None:
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while not path.exists() or text not in path.read_text():
         assert time.monotonic() < until
         time.sleep(0.05)
 
 
 def until_name(pid: int, name: str) -> None:
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while psutil.Process(pid).name() != name:
         assert time.monotonic() < until
         time.sleep(0.02)

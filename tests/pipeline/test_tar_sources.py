@@ -391,9 +391,9 @@ def test_the_size_of_pax_records_is_bounded() -> None:
     nested = header("x", tarfile.GNUTYPE_LONGNAME, size=0).tobuf() * 5000 + bytes(1024)
     assert "a.tar: is no tar" in refusal(nested)
     digits = header("x", tarfile.XHDTYPE, size=25_000).tobuf() + b"1" * 25_088 + tar_of(sample("a"))
-    began = time.monotonic()
+    began = time.process_time()
     assert len(over(Counted({"a.tar": digits})).listing()) == 1  # what is no record is passed by
-    assert time.monotonic() - began < 20
+    assert time.process_time() - began < 20
 
 
 def test_pax_records_that_contradict_the_header_are_refused() -> None:

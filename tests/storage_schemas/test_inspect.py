@@ -320,7 +320,7 @@ class TestDoor:
             text=True,
             cwd=REPOSITORY,
             check=False,
-            timeout=60,
+            timeout=240,
         )
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""

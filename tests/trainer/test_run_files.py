@@ -336,7 +336,7 @@ def test_losing_a_prefix_to_another_process_is_noticed(monkeypatch: pytest.Monke
     def lose() -> None:
         with RunFiles(objects).exclusive() as still_ours:
             objects.put(HEARTBEAT_KEY, later)
-            for _ in range(500):
+            for _ in range(6000):
                 still_ours()
                 time.sleep(0.01)
 

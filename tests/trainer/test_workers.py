@@ -274,7 +274,7 @@ def test_a_killed_worker_does_not_leave_the_others_waiting(store: str, tmp_path:
     assert outcomes[1].exit_code == -signal.SIGKILL
     others = [outcomes[0], outcomes[2]]
     assert all(outcome.error for outcome in others)
-    assert all(outcome.after_s < outcomes[1].after_s + 30 for outcome in others)
+    assert all(outcome.after_s < outcomes[1].after_s + 120 for outcome in others)
 
 
 def test_more_workers_than_lanes_are_refused(store: str, tmp_path: Path) -> None:
