@@ -75,7 +75,8 @@ def attention_of(block: Block, x: Float[Tensor, "row token dim"]) -> Float[Tenso
     """
     attention = getattr(block, "attn", None)
     if type(attention) is not Attention:
-        raise UserError(f"attention cannot be read of a block of {type(attention).__name__}; expected timm's Attention")
+        found = type(block if attention is None else attention).__name__
+        raise UserError(f"attention cannot be read of a block of {found}; expected timm's Attention")
     normed = block.norm1(x)
     shape = (*normed.shape[:2], 3, attention.num_heads, attention.head_dim)
     q, k, _ = attention.qkv(normed).reshape(shape).permute(2, 0, 3, 1, 4).unbind(0)

@@ -180,7 +180,7 @@ def probe_layers(
     try:
         shots = few_shots(numbers[rows], n_each)
     except ValueError as error:
-        raise UserError(f"no probes on {store.location}: {error}") from error
+        raise UserError(f"{store.location}: {error}") from error
     if val is None:
         test, test_labels = store, numbers
         where = np.setdiff1d(labelled, rows[np.concatenate([shots.fit, shots.tune])])[:limit]
@@ -188,7 +188,7 @@ def probe_layers(
         test, test_labels = val, _same_classes(val, store)
         where = np.flatnonzero(val.valid & (test_labels >= 0))[:limit]
     if not len(where):
-        raise UserError(f"no probes on {store.location}: no labelled image is left to test on")
+        raise UserError(f"{store.location}: no labelled image is left to test on")
     taken = np.concatenate([shots.fit, shots.tune])
     order = np.argsort(taken)
     read = rows[taken[order]]
