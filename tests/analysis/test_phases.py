@@ -124,6 +124,12 @@ class TestMaxCut:
         assert weight == left * right
         assert {*side} in ({*np.flatnonzero(on_left)}, {*np.flatnonzero(~on_left)})
 
+    @pytest.mark.parametrize("n_layers", [4, 18])
+    def test_of_equal_cuts_the_first_in_binary_order_is_taken(self, n_layers):
+        """All layers equally far apart: any half will do, also one of a later table."""
+        weight, side = max_cut(np.ones((n_layers, n_layers)) - np.eye(n_layers))
+        assert (weight, side) == ((n_layers // 2) ** 2, list(range(1, n_layers // 2 + 1)))
+
     def test_tables_beyond_the_first_are_searched_exactly(self, monkeypatch):
         distance = random_distances(16, 3)
         whole = max_cut(distance)

@@ -191,9 +191,12 @@ def open_images(
 
 
 def names_in(folder: str, suffix: str) -> list[str]:
-    """Names of the files in a folder that end so, in any case, sorted; none if there is no such folder."""
+    """Names of the files in a folder that end so, in any case, sorted; none if there is no such folder.
+
+    Hidden ones, such as a Mac leaves beside those that it copies, are left out.
+    """
     try:
-        return sorted(name for name in os.listdir(folder) if name.lower().endswith(suffix))
+        return sorted(name for name in os.listdir(folder) if name.lower().endswith(suffix) and name[0] != ".")
     except (FileNotFoundError, NotADirectoryError):
         return []
 

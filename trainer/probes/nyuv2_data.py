@@ -111,17 +111,18 @@ def open_nyuv2(root: str, *, compat: bool = False) -> tuple[NyuTrain, NyuTest]:
 def _read_table(root: str, name: str, problems: list[str]) -> list[Pair]:
     """Pairs in the order of the table; lines that name none are added to the problems."""
     try:
-        with open(os.path.join(root, name), newline="", encoding="utf-8") as file:
-            rows = list(csv.reader(file))
+        # Spreadsheets put a mark before the text, blanks after commas and empty lines at the end: none of it is a path.
+        with open(os.path.join(root, name), newline="", encoding="utf-8-sig") as file:
+            rows = {number: row for number, row in enumerate(csv.reader(file, skipinitialspace=True), 1) if row}
     except FileNotFoundError:
         problems.append(f"{name}: missing")
         return []
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         problems.append(f"{name}: {error}")
         return []
-    wrong = {number: why for number, row in enumerate(rows, 1) if (why := _why_no_pair(row))}
+    wrong = {number: why for number, row in rows.items() if (why := _why_no_pair(row))}
     problems += [f"{name}, line {number}: {why}" for number, why in wrong.items()]
-    pairs = [Pair(image=row[0], map=row[1]) for number, row in enumerate(rows, 1) if number not in wrong]
+    pairs = [Pair(image=row[0], map=row[1]) for number, row in rows.items() if number not in wrong]
     if not rows:
         problems.append(f"{name}: empty")
     return pairs
@@ -131,6 +132,6 @@ def _why_no_pair(row: list[str]) -> str | None:
     if len(row) != 2:
         return f"{len(row)} columns, expected two: image and depth map"
     for path in row:
-        if not path or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+        if not path or "\0" in path or PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
             return f"{path!r} is no path below the folder of the data set"
     return None

@@ -152,6 +152,13 @@ class TestRefusals:
         with pytest.raises(UserError, match=r"ADE_val_00000002.png is no mask of ADE20K: it holds the value 151"):
             validation.load(1, None)
 
+    def test_hidden_files_are_no_images(self, tmp_path: Path):
+        tree = write_ade20k(tmp_path)
+        expected = open_ade20k(str(tree), SIZE)[0].files.pairs
+        for name in (".DS_Store", "._ADE_train_00000001.jpg"):
+            (tree / "images/training" / name).write_bytes(b"left by a Mac")
+        assert open_ade20k(str(tree), SIZE)[0].files.pairs == expected
+
     def test_damage_behind_the_header_names_the_file(self, tmp_path: Path):
         tree = write_ade20k(tmp_path)
         path = tree / "images/training/ADE_train_00000001.jpg"

@@ -206,6 +206,9 @@ def test_depth_runs_with_padding(nyu: Path):
     assert 0 < ours.initial < 9
     assert ours.initial != published.initial, "the same scores, once cut and once stretched"
     assert abs(ours.initial - published.initial) < 0.05
+    prepare = nyuv2.KIND.open(asked(nyu), Backbone(teacher=teacher)).prepare
+    pixels = torch.randn(1, 3, 480, 640)
+    assert torch.equal(prepare(pixels)[:, :, 5:485, 2:642], pixels), "the image lies in the middle, not stretched"
 
 
 @pytest.mark.slow

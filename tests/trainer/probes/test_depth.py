@@ -213,6 +213,11 @@ class TestPadding:
         image = torch.randn(1, 3, height, width)
         assert torch.equal(padding.to_image(padding.pad(image)[:, 0]), image[:, 0])
 
+    def test_the_odd_row_is_below_and_the_odd_column_to_the_right(self):
+        padding = Padding(size=(5, 9), multiple=4)
+        assert (padding.padded, padding.before) == ((8, 12), (1, 1))
+        assert padding.pad(torch.ones(1, 3, 5, 9))[0, 0].nonzero().amax(0).tolist() == [5, 9]
+
     @pytest.mark.parametrize("axis", [1, 2])
     def test_a_ramp_comes_back_without_shift(self, axis: int):
         """Cells hold the pixel coordinate of their middle; so must every pixel. Stretched, the rim is off."""

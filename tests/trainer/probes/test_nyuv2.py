@@ -115,6 +115,26 @@ class TestRefusals:
         ):
             assert part in text, part
 
+    @pytest.mark.parametrize(
+        ("before", "comma", "line_end"), [(b"\xef\xbb\xbf", b",", b"\r\n"), (b"", b", ", b"\r"), (b"\n", b",", b"\n\n")]
+    )
+    def test_tables_as_spreadsheets_write_them(self, root: Path, before: bytes, comma: bytes, line_end: bytes):
+        """A mark before the text, other line ends, blanks, empty lines: the same pairs."""
+        expected = open_nyuv2(str(root))[0].files.pairs
+        table = root / "data/nyu2_train.csv"
+        plain = table.read_bytes()
+        table.write_bytes(before + plain.replace(b"\r\n", line_end).replace(b",", comma))
+        try:
+            assert open_nyuv2(str(root))[0].files.pairs == expected
+        finally:
+            table.write_bytes(plain)
+
+    def test_a_path_that_no_file_can_have(self, tmp_path: Path):
+        root = write_nyuv2(tmp_path, 1, 1)
+        with (root / "data/nyu2_train.csv").open("ab") as file:
+            file.write(b"data/\0.jpg,data/1.png\n")
+        assert "line 2: 'data/\\x00.jpg' is no path below the folder" in refusal(root)
+
     def test_an_empty_table_and_one_that_is_no_text(self, tmp_path: Path):
         root = write_nyuv2(tmp_path, 1, 1)
         (root / "data/nyu2_train.csv").write_bytes(b"")
