@@ -152,11 +152,15 @@ def _trend_statements(records: Sequence[EpochRecord], found: dict[str, dict[str,
             for tap, one in of_taps.items()
             if one.turned
         ]
+        dipped = [
+            f"{tap_title(tap)} (epoch {one.dip_epoch})" for tap, one in of_taps.items() if one.dip_epoch is not None
+        ]
+        other = f" On the way it is on the other side of where it began at {', '.join(dipped)}." if dipped else ""
         verdict = "holds" if len(agree) == len(of_taps) and not turned else "does not hold everywhere"
         text.append(
             f"{scalar.replace('_', ' ').capitalize()} {_WAYS[direction]} over training, says the paper: {verdict}. "
             f"From epoch {records[0].epoch} to {records[-1].epoch} it {_WAYS[direction]} at {len(agree)} of "
-            f"{len(of_taps)} taps; it turns back at {', '.join(turned) if turned else 'none'}."
+            f"{len(of_taps)} taps; it turns back at {', '.join(turned) if turned else 'none'}.{other}"
         )
     both = turned_everywhere(found)
     if both:
@@ -180,8 +184,9 @@ def _trend_table(found: dict[str, dict[str, Trend]], origin: Origin) -> Table:
         name="trends",
         title="Trends",
         caption="Sign of last - first; peak is the extreme in the stated direction, retreat the share of the way to it "
-        "that is lost again at the end; turned where that is 5 % or more from a peak before the last tenth.",
-        columns=["scalar", "tap", "first", "last", "sign", "peak", "peak epoch", "retreat", "turned"],
+        "that is lost again at the end; turned where that is 5 % or more from a peak before the last tenth; dip epoch: "
+        "where it is farthest on the other side of its first value, by 5 % or more, and still ends as stated.",
+        columns=["scalar", "tap", "first", "last", "sign", "peak", "peak epoch", "retreat", "turned", "dip epoch"],
         rows=[
             [
                 scalar,
@@ -193,6 +198,7 @@ def _trend_table(found: dict[str, dict[str, Trend]], origin: Origin) -> Table:
                 one.peak_epoch,
                 one.retreat,
                 "yes" if one.turned else "",
+                one.dip_epoch,
             ]
             for scalar, of_taps in found.items()
             for tap, one in of_taps.items()

@@ -37,6 +37,8 @@ class Trend:
         retreat: (peak - last) / (peak - first): 0 where the end is the peak, 1 where all was lost again; 0 for a curve
             that never left its first value.
         turned: It retreats by LEAST_RETREAT or more, from a peak before the last tenth of the epochs.
+        dip_epoch: Where it is farthest on the wrong side of its first value, though it ends on the right one; None
+            where that is less than LEAST_RETREAT of the way from the first value to the peak.
     """
 
     first: float
@@ -46,6 +48,7 @@ class Trend:
     peak_epoch: int
     retreat: float
     turned: bool
+    dip_epoch: int | None
 
 
 def trend(epochs: Sequence[int], values: Float[np.ndarray, " epoch"], direction: int = 1) -> Trend:
@@ -69,6 +72,8 @@ def trend(epochs: Sequence[int], values: Float[np.ndarray, " epoch"], direction:
     retreat = float(lost / way) if way else 0.0
     if not way and lost:  # it has only ever gone the other way
         retreat = 1.0
+    low = int(np.argmin(direction * values))
+    dipped = direction * (values[-1] - values[0]) > 0 and (values[0] - values[low]) / way >= LEAST_RETREAT
     before_the_end = epochs[at] <= epochs[-1] - _END * (epochs[-1] - epochs[0])
     return Trend(
         first=float(values[0]),
@@ -78,6 +83,7 @@ def trend(epochs: Sequence[int], values: Float[np.ndarray, " epoch"], direction:
         peak_epoch=epochs[at],
         retreat=retreat,
         turned=bool(retreat >= LEAST_RETREAT and before_the_end),
+        dip_epoch=epochs[low] if dipped else None,
     )
 
 

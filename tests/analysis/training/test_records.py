@@ -109,18 +109,30 @@ def test_every_problem_of_a_file_is_listed():
 
 
 @pytest.mark.parametrize(
-    ("values", "direction", "expected"),
+    ("values", "direction", "sign", "peak", "peak_epoch", "retreat", "turned", "dip_epoch"),
     [
-        ([1, 2, 3, 5], 1, Trend(first=1, last=5, sign=1, peak=5, peak_epoch=30, retreat=0, turned=False)),
-        ([1, 5, 4, 3], 1, Trend(first=1, last=3, sign=1, peak=5, peak_epoch=10, retreat=0.5, turned=True)),
-        ([5, 1, 2, 3], -1, Trend(first=5, last=3, sign=-1, peak=1, peak_epoch=10, retreat=0.5, turned=True)),
-        ([2, 1, 1, 1], 1, Trend(first=2, last=1, sign=-1, peak=2, peak_epoch=0, retreat=1, turned=True)),
-        ([2, 2, 2, 2], 1, Trend(first=2, last=2, sign=0, peak=2, peak_epoch=0, retreat=0, turned=False)),
-        ([0, 100, 50, 96], 1, Trend(first=0, last=96, sign=1, peak=100, peak_epoch=10, retreat=0.04, turned=False)),
+        ([1, 2, 3, 5], 1, 1, 5, 30, 0, False, None),
+        ([1, 5, 4, 3], 1, 1, 5, 10, 0.5, True, None),
+        ([5, 1, 2, 3], -1, -1, 1, 10, 0.5, True, None),
+        ([2, 1, 1, 1], 1, -1, 2, 0, 1, True, None),
+        ([2, 2, 2, 2], 1, 0, 2, 0, 0, False, None),
+        ([0, 100, 50, 96], 1, 1, 100, 10, 0.04, False, None),
+        ([2, 1.5, 1, 6], 1, 1, 6, 30, 0, False, 20),
+        ([2, 3, 4, 1], -1, -1, 1, 30, 0, False, 20),
+        ([2, 1.9, 4, 6], 1, 1, 6, 30, 0, False, None),
     ],
 )
-def test_sign_peak_and_turn_of_known_curves(values, direction, expected):
-    assert trend([0, 10, 20, 30], np.array(values), direction) == expected
+def test_sign_peak_turn_and_dip_of_known_curves(values, direction, sign, peak, peak_epoch, retreat, turned, dip_epoch):
+    assert trend([0, 10, 20, 30], np.array(values), direction) == Trend(
+        first=values[0],
+        last=values[-1],
+        sign=sign,
+        peak=peak,
+        peak_epoch=peak_epoch,
+        retreat=retreat,
+        turned=turned,
+        dip_epoch=dip_epoch,
+    )
 
 
 def test_a_peak_at_the_very_end_is_noise_and_what_has_no_trend_is_refused():

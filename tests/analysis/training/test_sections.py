@@ -72,6 +72,10 @@ def test_trends_are_stated_tap_by_tap():
     rows = [dict(zip(table(section, "trends").columns, row, strict=True)) for row in table(section, "trends").rows]
     assert [row["tap"] for row in rows if row["scalar"] == "stable_rank" and row["turned"]] == ["block 2"]
     assert len(table(section, "epochs").rows) == 15
+    assert "On the way" not in said
+    dips = [record(epoch, [tilt] * 5) for epoch, tilt in zip((0, 4, 20), (0.5, 0.9, 0.2))]
+    dipped = next(line for line in spectra_over_training(dips, ORIGIN).text if line.startswith("Stable rank"))
+    assert "turns back at none. On the way it is on the other side of where it began at PatchEmbed (epoch 4)," in dipped
     monotone = spectra_over_training([record(0, [0.9] * 5), record(9, [0.5] * 5)], ORIGIN)
     assert sum(": holds. From epoch 0 to 9" in line for line in monotone.text) == 6
     assert page_html("t", {}, [section, monotone]).count("<figure>") == 12
