@@ -27,7 +27,7 @@ from pipeline.positions import positions_of
 from pipeline.teacher import Teacher, teacher_from_files
 from storage_schemas import Store
 from storage_schemas.errors import StoreError
-from trainer.machine import torch_threads
+from trainer.machine import Machine, torch_threads
 from trainer.raptor_teacher import RaptorTeacher, raptor_teacher
 
 COMPARE_LIMIT = 1_024
@@ -137,9 +137,10 @@ def _positions(teacher: Teacher, location: str, seed: int, command: str) -> list
 
 
 def load_models(store: Store, run: str, device: str, problems: list[str]) -> dict[str, Teacher]:
-    """The store's teacher, and the Raptor of a RUN; none where the store has no teacher."""
+    """The store's teacher, and the Raptor of a RUN; none where the store has no teacher, or there are problems."""
     models: dict[str, Teacher] = {}
     try:
+        Machine.found(device)
         files = store.read_teacher_files()
         if files:
             models[TEACHER] = teacher_from_files(files, device=device)

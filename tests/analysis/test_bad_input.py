@@ -176,6 +176,11 @@ def no_teacher(folder: Path) -> None:
     assert len(problems) == 1
 
 
+def no_device(folder: Path) -> None:
+    refused(folder, "DEVICE=banana is not a device: expected cpu, cuda or cuda:0", "--device", "banana")
+    refused(folder, "DEVICE=cuda:99: this machine has . usable GPUs", "--device", "cuda:99")
+
+
 def other_depth(folder: Path) -> None:
     """A Raptor of 12 blocks beside a store of the first layers."""
     from analysis import report_models
@@ -221,6 +226,7 @@ CHECKS: dict[str, Check] = {
     "a damaged commit": damaged_commit,
     "a place to save to that lies in a store, or cannot be written": bad_place,
     "a store without its teacher": no_teacher,
+    "a DEVICE that is none, or not there": no_device,
     "a RUN of another depth than the store's": other_depth,
     "blocks whose attention is not softmax(q k')": other_attention,
 }
