@@ -24,12 +24,12 @@ def test_the_loop_trains_nothing_but_counts_and_waits_as_it_does_elsewhere(store
 
 
 def test_a_slow_loader_is_seen_by_both(store, monkeypatch):
-    """Reads of 20 ms beside steps of 2 ms: most of the time is waiting."""
+    """Reads of 60 ms beside steps of 2 ms: most of the time is waiting."""
     data = open_training_data(store, "7-10")
     reads = type(data.train.objects).read_rows
 
     def slow(*arguments):
-        time.sleep(0.02)
+        time.sleep(0.06)
         return reads(*arguments)
 
     monkeypatch.setattr(type(data.train.objects), "read_rows", slow)

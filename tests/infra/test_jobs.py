@@ -457,7 +457,7 @@ def test_leaving_is_not_lost_in_a_client_that_swallows_it() -> None:
             yield "at work\n"
             os.kill(os.getpid(), signal.SIGINT)
             with suppress(asyncio.CancelledError):
-                await asyncio.sleep(60)
+                await asyncio.sleep(200)
             while True:
                 yield "still at work\n"
                 await asyncio.sleep(0.01)
@@ -465,7 +465,7 @@ def test_leaving_is_not_lost_in_a_client_that_swallows_it() -> None:
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         follow(Deaf(details("j", "RUNNING")), "j", lambda text: None, poll_s=0)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 100
 
 
 @pytest.mark.parametrize(("knows", "said"), [(True, "has ended there: FAILED"), (False, "may still run there")])

@@ -59,7 +59,7 @@ def test_real_processes_living_killed_and_zombie() -> None:
     assert not is_dead(beat, beat.time, kernel=kernel_id())
     assert is_dead(replace(beat, started=beat.started - 1), beat.time, kernel=kernel_id())
     child.send_signal(signal.SIGKILL)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while not is_dead(beat, beat.time, kernel=kernel_id()) and time.monotonic() < deadline:
         time.sleep(0.02)  # killed and not yet reaped: a zombie
     assert is_dead(beat, beat.time, kernel=kernel_id())
@@ -149,7 +149,7 @@ def beating_into(error: Exception, now: list[float]) -> Beat:
 
 
 def wait_until_it_raises(beat: Beat) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         beat.check()
         time.sleep(0.01)

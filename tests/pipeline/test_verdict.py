@@ -106,25 +106,28 @@ def status_of(result: ExtractResult) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def verdict_of(images: Path, store: Path, limit: str, patch: pytest.MonkeyPatch) -> dict[str, Any]:
-    seconds = dict.fromkeys(STAGES, UNIT_S) | {limit: 1.5 * UNIT_S}
+def verdict_of(images: Path, store: Path, limit: str, patch: pytest.MonkeyPatch, times: float = 1.5) -> dict[str, Any]:
+    seconds = dict.fromkeys(STAGES, UNIT_S) | {limit: times * UNIT_S}
     return throttled(images, store, seconds, patch, n_images=16 if limit == "read" else 32)
 
 
-def remote_verdict_of(images: Path, store: Path, limit: str, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+def remote_verdict_of(
+    images: Path, store: Path, limit: str, patch: pytest.MonkeyPatch, times: float = 1.5
+) -> dict[str, Any]:
     """Decoding and the rest share three threads, and writing has sixteen."""
     unit_s = 2 * UNIT_S  # many threads that sleep wake late; the longer they sleep, the less it matters
     pool_s = {"decode": 0.5 * unit_s, "device": 0.25 * unit_s, "encode": 0.25 * unit_s}
-    slower = 1.5 if limit == "write" else 1 / 1.5
+    slower = times if limit == "write" else 1 / times
     write_s = slower * unit_s / N_THREADS * N_PUTTERS
     return throttled(images, store, {**pool_s, "write": write_s}, patch, n_images=32, remote=True)
 
 
 @pytest.mark.parametrize("limit", ["read", "device"])
-def test_the_stage_that_is_half_as_slow_again_is_named(
+def test_the_stage_that_is_slower_is_named(
     images: Path, tmp_path: Path, limit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    status = verdict_of(images, tmp_path / "store", limit, monkeypatch)
+    """So much slower that other programs on this machine do not matter."""
+    status = verdict_of(images, tmp_path / "store", limit, monkeypatch, times=3.0)
     assert status["limited_by"] == limit
     assert status["verdict"].startswith(f"limited by {limit}, busy ")
     assert status["busy"][limit] > 1.2 * max(share for stage, share in status["busy"].items() if stage != limit)
@@ -135,7 +138,7 @@ def test_the_stage_that_is_half_as_slow_again_is_named(
 def test_writing_with_threads_of_its_own_is_weighed_against_all_that_shares_the_others(
     images: Path, tmp_path: Path, limit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert remote_verdict_of(images, tmp_path / "store", limit, monkeypatch)["limited_by"] == limit
+    assert remote_verdict_of(images, tmp_path / "store", limit, monkeypatch, times=3.0)["limited_by"] == limit
 
 
 @pytest.mark.slow

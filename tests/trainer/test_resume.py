@@ -1,5 +1,6 @@
 """D7: a run that was interrupted and resumed equals one that was not, bit for bit: weights, optimizer, metrics."""
 
+import itertools
 import os
 import signal
 import sys
@@ -164,9 +165,10 @@ class StopAfter:
 
 
 def train_slowly(store: str, place: str) -> None:
-    """A step each tenth of a second."""
+    """Eight steps of twelve, a checkpoint each three of them; then it waits to be killed."""
     run, data = RunFiles(open_objects(place)), open_training_data(store, "0-2")
-    train(tiny_config(), data, run, machine=CPU, stop=lambda: bool(time.sleep(0.1)))
+    asked = itertools.count(1)
+    train(tiny_config(), data, run, machine=CPU, stop=lambda: next(asked) > 8 and bool(time.sleep(600)))
 
 
 def type_in(arguments: Sequence[str], said: str) -> None:
@@ -177,12 +179,11 @@ def type_in(arguments: Sequence[str], said: str) -> None:
 
 
 def test_kill_minus_nine(tmp_path: Path) -> None:
-    """A real SIGKILL of a real process, somewhere after its second checkpoint."""
+    """A real SIGKILL of a real process, after its second checkpoint and before its third."""
     store = write_tiny_pair(tmp_path / "store")
     run = RunFiles(FolderObjects(tmp_path / "run"))
     process = start_process(train_slowly, store, run.location)
     wait_for(lambda: (tmp_path / "run/checkpoints/000000006.json").exists(), process)
-    time.sleep(0.15)
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL

@@ -27,7 +27,7 @@ from trainer.telemetry import Export, Relay, Telemetry
 from trainer.train import train
 
 UNIT_S = 0.05
-"""What the faster of two stages takes for one batch; the throttled one takes half as much again."""
+"""What the faster of two stages takes for one batch; the throttled one takes half as much again, or more."""
 
 
 @pytest.fixture(scope="module")
@@ -241,9 +241,9 @@ def test_a_peak_is_that_of_the_very_device(name: str, peak: float | None) -> Non
 # ---------------------------------------------------------------- the verdict
 
 
-def throttled_verdict(data: TrainingData, limit: str, monkeypatch: pytest.MonkeyPatch) -> Verdict:
-    """Train with loader and step slowed by sleeps, the one half as much again as the other."""
-    slow = {"loader": UNIT_S, "step": UNIT_S} | {limit: 1.5 * UNIT_S}
+def throttled_verdict(data: TrainingData, limit: str, times: float, monkeypatch: pytest.MonkeyPatch) -> Verdict:
+    """Train with loader and step slowed by sleeps, the one so many times as much as the other."""
+    slow = {"loader": UNIT_S, "step": UNIT_S} | {limit: times * UNIT_S}
     config = tiny_config(n_steps=24, log_every=6, validate_every=100, checkpoint_every=100, validation_samples=2)
     reads_per_batch = config.batch_size / data.train.spec.samples_per_chunk * config.span.n_states
     turn, read, step = threading.Lock(), ChunkReader._read, loop.take_step
@@ -279,10 +279,9 @@ def even_data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
 
 
 @pytest.mark.parametrize("limit", ["loader", "step"])
-def test_the_verdict_names_what_is_half_as_slow_again(
-    even_data: TrainingData, limit: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert throttled_verdict(even_data, limit, monkeypatch).limit == limit
+def test_the_verdict_names_what_is_slower(even_data: TrainingData, limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So much slower that other programs on this machine do not matter."""
+    assert throttled_verdict(even_data, limit, 5.0, monkeypatch).limit == limit
 
 
 @pytest.mark.slow
@@ -290,7 +289,7 @@ def test_the_verdict_names_what_is_half_as_slow_again(
 def test_the_verdict_is_right_in_nineteen_of_twenty(
     even_data: TrainingData, limit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = [throttled_verdict(even_data, limit, monkeypatch) for _ in range(20)]
+    found = [throttled_verdict(even_data, limit, 1.5, monkeypatch) for _ in range(20)]
     right = sum(one.limit == limit for one in found)
     print(f"{limit}: {right} of 20; {[dict(one.busy) for one in found[:3]]}")
     assert right >= 19, found
