@@ -214,7 +214,11 @@ def _overfitting(run: Run) -> list[str]:
     """The paper: once overfitting starts, similarity and fit fall together."""
     best, last = run.least_val_loss, run.last
     if best.epoch == last.epoch:
-        return [f"{run.name}: held-out loss is least at the last checkpoint, epoch {last.epoch}: it does not overfit."]
+        losses = f"{last.checkpoint.val.loss:.3f}; training loss {last.checkpoint.train.loss:.3f}"
+        return [
+            f"{run.name}: held-out loss is least at the last checkpoint, epoch {last.epoch} ({losses}): it has not "
+            "begun to rise."
+        ]
     names = ["similarity cls", "similarity patches"]
     names += ["R2 cls", "R2 patches"] if last.measured.raptor is not None else []
     falls = {name: (_number(best, name), _number(last, name)) for name in names}

@@ -84,17 +84,17 @@ def decay_section(run: Run, origin: Origin) -> Section:
             origin=origin,
         )
     )
-    flatter = [
+    steeper = [
         tap_title(tap)
         for tap, of_epochs in decays.items()
-        if list(of_epochs.values())[-1].mean() > next(iter(of_epochs.values())).mean()
+        if not list(of_epochs.values())[-1].mean() > next(iter(of_epochs.values())).mean()
     ]
     return Section(
         title="Singular values over training",
         text=[
             f"Spectra flatten over training, says the paper: the mean singular value over the first is larger at epoch "
-            f"{run.last.epoch} than at epoch {run.points[0].epoch} at {len(flatter)} of {len(taps)} taps"
-            + ("." if len(flatter) == len(taps) else f": {', '.join(flatter) if flatter else 'none'}.")
+            f"{run.last.epoch} than at epoch {run.points[0].epoch} at {len(taps) - len(steeper)} of "
+            f"{len(taps)} taps{_but(steeper)}."
         ],
         parts=parts,
     )
@@ -150,17 +150,18 @@ def _trend_statements(records: Sequence[EpochRecord], found: dict[str, dict[str,
         turned = [
             f"{tap_title(tap)} (epoch {one.peak_epoch}, {percent(one.retreat)} back)"
             for tap, one in of_taps.items()
-            if one.turned
+            if one.turned and one.sign == direction
         ]
         dipped = [
             f"{tap_title(tap)} (epoch {one.dip_epoch})" for tap, one in of_taps.items() if one.dip_epoch is not None
         ]
         other = f" On the way it is on the other side of where it began at {', '.join(dipped)}." if dipped else ""
-        verdict = "holds" if len(agree) == len(of_taps) and not turned else "does not hold everywhere"
+        against = [tap_title(tap) for tap in of_taps if tap not in agree]
+        verdict = "holds" if not against and not turned else "does not hold everywhere"
         text.append(
             f"{scalar.replace('_', ' ').capitalize()} {_WAYS[direction]} over training, says the paper: {verdict}. "
             f"From epoch {records[0].epoch} to {records[-1].epoch} it {_WAYS[direction]} at {len(agree)} of "
-            f"{len(of_taps)} taps; it turns back at {', '.join(turned) if turned else 'none'}.{other}"
+            f"{len(of_taps)} taps{_but(against)}; it turns back at {', '.join(turned) if turned else 'none'}.{other}"
         )
     both = turned_everywhere(found)
     if both:
@@ -177,6 +178,10 @@ def _trend_statements(records: Sequence[EpochRecord], found: dict[str, dict[str,
         f"{tap_title(lowest.tap)} since epoch {lowest.since}."
     )
     return text
+
+
+def _but(titles: Sequence[str]) -> str:
+    return f", not at {', '.join(titles)}" if titles else ""
 
 
 def _trend_table(found: dict[str, dict[str, Trend]], origin: Origin) -> Table:

@@ -37,7 +37,7 @@ def test_overfitting_is_said_with_what_falls_from_the_least_held_out_loss_on():
     assert "here so in 4 of 4" in said
     learning = run("all", {0: (2.3, 0.5, 0.4), 20: (0.1, 0.9, 0.8)})
     said = " ".join(training_section([learning], ORIGIN).text)
-    assert "least at the last checkpoint, epoch 20: it does not overfit" in said
+    assert "least at the last checkpoint, epoch 20 (0.100; training loss 0.048): it has not begun to rise." in said
     assert "here so in 0 of 4" in said
 
 
@@ -76,6 +76,10 @@ def test_trends_are_stated_tap_by_tap():
     dips = [record(epoch, [tilt] * 5) for epoch, tilt in zip((0, 4, 20), (0.5, 0.9, 0.2))]
     dipped = next(line for line in spectra_over_training(dips, ORIGIN).text if line.startswith("Stable rank"))
     assert "turns back at none. On the way it is on the other side of where it began at PatchEmbed (epoch 4)," in dipped
+    falls = [record(epoch, [tilt] * 4 + [0.9 + epoch]) for epoch, tilt in zip((0, 4, 20), (0.9, 0.5, 0.3))]
+    never = next(line for line in spectra_over_training(falls, ORIGIN).text if line.startswith("Stable rank"))
+    assert "does not hold everywhere. From epoch 0 to 20 it rises at 4 of 5 taps, not at CLS final; it turns" in never
+    assert "turns back at none" in never
     monotone = spectra_over_training([record(0, [0.9] * 5), record(9, [0.5] * 5)], ORIGIN)
     assert sum(": holds. From epoch 0 to 9" in line for line in monotone.text) == 6
     assert page_html("t", {}, [section, monotone]).count("<figure>") == 12
@@ -125,7 +129,10 @@ def test_spectra_that_flatten_are_counted():
     assert len(section.parts) == 5 + 1
     falling = run("p = 0", {5: (2.3, 0.9, None), 6: (0.5, 0.7, None)})
     steeper = Run(name="back", points=falling.points[::-1])
-    assert "at epoch 5 than at epoch 6 at 0 of 7 taps: none." in decay_section(steeper, ORIGIN).text[0]
+    assert (
+        "at epoch 5 than at epoch 6 at 0 of 7 taps, not at PatchEmbed, PosEmbed,"
+        in decay_section(steeper, ORIGIN).text[0]
+    )
 
 
 def study(similarities: list[list[float]], r2: float | None = 0.5) -> dict[float, list[Run]]:
