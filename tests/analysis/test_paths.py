@@ -107,7 +107,7 @@ def test_planted_ways_of_tokens_are_found_in_their_plane() -> None:
     """Two tokens move on two circles of one plane; images scatter about them along a third direction, less."""
     turns = np.linspace(0, 2 * np.pi, 9)
     means = np.stack([turned(turns) * 3, turned(turns + 1)])
-    aside = turned(np.zeros(1))[0] * 0 + np.linalg.svd(means.reshape(-1, 6))[2][2]
+    aside = np.linalg.svd(means.reshape(-1, 6))[2][2]
     scatter = np.array([-0.1, 0.1, 0.0, 0.0])
     states = means[:, None] + scatter[None, :, None, None] * aside
     found = token_paths({"CLS": states[0], "patch 1": states[1]})
