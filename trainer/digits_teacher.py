@@ -97,9 +97,9 @@ def train_digits_teacher(
         UserError: A recipe that trains nothing; every problem is listed.
     """
     config = config or DigitsTeacherConfig()
-    images, labels = load_split("train", config.n_train)
-    if problems := _problems(config, len(images)):
+    if problems := config_problems(config):
         raise UserError("\n  ".join(["digits_vit cannot be trained so:", *problems]))
+    images, labels = load_split("train", config.n_train)
     generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):  # initial weights and dropped branches draw from torch's global generator
         torch.manual_seed(config.seed)
@@ -167,8 +167,16 @@ def _keep_nothing(_: int, model: nn.Module, head: nn.Linear) -> None:
     pass
 
 
-def _problems(config: DigitsTeacherConfig, n_images: int) -> list[str]:
-    problems = []
+def config_problems(config: DigitsTeacherConfig) -> list[str]:
+    """Why a recipe trains nothing, by the names of its fields."""
+    problems: list[str] = []
+    n_images = len(digits_split("train"))
+    if config.n_train is not None and not 1 <= config.n_train <= n_images:
+        problems.append(f"n_train is {config.n_train}; expected 1 to {n_images:,}, the training digits there are")
+    elif config.n_train is not None:
+        n_images = config.n_train
+    if config.seed < 0:
+        problems.append(f"seed is {config.seed}; expected 0 or more")
     if config.n_epochs < 1:
         problems.append(f"n_epochs is {config.n_epochs}; expected 1 or more")
     if not 1 <= config.batch_size <= n_images:

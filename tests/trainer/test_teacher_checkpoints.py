@@ -87,3 +87,15 @@ def test_what_cannot_be_kept_is_refused_before_it_is_trained(kept, tmp_path):
         read_checkpoints(tmp_path)
     with pytest.raises(UserError, match=r"n_epochs is 0.*\n.*batch_size is 64; expected 1 to 32.*\n.*drop_path is 1"):
         train_digits_teacher(dataclasses.replace(CONFIG, n_epochs=0, batch_size=64, drop_path=1.0))
+
+
+def test_all_that_is_typed_wrong_is_listed_before_minutes_are_spent(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError) as caught:
+        teacher_command(
+            out=str(tmp_path / "file"), keep="0,x", epochs=0, batch_size=0, drop_path=2.0, n_train=0, seed=-1
+        )
+    expected = ("n_epochs is 0", "batch_size is 0", "drop_path is 2", "n_train is 0", "seed is -1")
+    assert [text for text in (*expected, "file cannot be written", "KEEP=0,x") if text not in str(caught.value)] == []
+    with pytest.raises(UserError, match="KEEP=5: a training of 1 epochs"):
+        teacher_command(out=str(tmp_path / "new"), keep="0,5", epochs=1)

@@ -34,7 +34,13 @@ def teacher_command(
         augment: Rotate, scale and shift the training digits a little.
         bfloat16: Products in bfloat16; many processors without instructions for it are slower so.
     """
-    from trainer.digits_teacher import DigitsTeacherConfig, save_digits_teacher, train_digits_teacher
+    from trainer.commands.start import or_problem
+    from trainer.digits_teacher import (
+        DigitsTeacherConfig,
+        config_problems,
+        save_digits_teacher,
+        train_digits_teacher,
+    )
     from trainer.teacher_checkpoints import FOLDER, CheckpointKeeper
 
     config = DigitsTeacherConfig(
@@ -42,7 +48,14 @@ def teacher_command(
     )
     if not augment:
         config = dataclasses.replace(config, max_rotation_deg=0.0, max_shift=0.0, max_scale=0.0)
-    kept = CheckpointKeeper(Path(out) / FOLDER, _epochs(keep), config) if keep else None
+    problems = config_problems(config)
+    folder = or_problem(lambda: _made(out), problems)
+    epochs_kept = or_problem(lambda: _epochs(keep), problems) if keep else None
+    kept = None
+    if folder is not None and epochs_kept is not None:
+        kept = or_problem(lambda: CheckpointKeeper(folder / FOLDER, epochs_kept, config), problems)
+    if problems:
+        raise UserError("\n  ".join(["make teacher cannot start:", *problems]))
     result = train_digits_teacher(config, keep=kept)
     weights, head = save_digits_teacher(result, Path(out))
     print(f"held-out top-1 {result.val_accuracy:.2%}; weights {weights}, head {head}")
@@ -50,6 +63,16 @@ def teacher_command(
     if kept is not None:
         print(f"  or  make curves CHECKPOINTS={out}")
     return ExitCode.OK
+
+
+def _made(out: str) -> Path:
+    """The folder, made before the training, which takes minutes, and not after it."""
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"OUT={out} cannot be written: {error.strerror}. Give another folder") from error
+    return folder
 
 
 def _epochs(keep: str) -> list[int]:
