@@ -17,6 +17,7 @@ from infra import prometheus
 from infra.console import UserError
 from infra.prometheus import Prometheus, PrometheusError, find_binary, running, serving
 from tests.infra.broken_pages import BROKEN, serving_page
+from tests.kills import lives
 
 installed = pytest.mark.skipif(
     shutil.which("prometheus") is None, reason="prometheus is not installed (apt-get install prometheus)"
@@ -83,7 +84,7 @@ with running(["sleep", "300"], log=Path({str(tmp_path / "log")!r})) as process:
         until_name(pid, "sleep")  # setpriv has become it
         parent.kill()
     until = time.monotonic() + 60
-    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+    while lives(pid):
         assert time.monotonic() < until, "it lives on without us"
         time.sleep(0.05)
 

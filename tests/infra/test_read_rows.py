@@ -136,7 +136,7 @@ def test_processes_may_build_at_once(tmp_path: Path) -> None:
         "assert native.read_rows_function() is not None"
     )
     started = [subprocess.Popen([sys.executable, "-W", "error", "-c", program, str(tmp_path)]) for _ in range(3)]
-    assert [process.wait(60) for process in started] == [0, 0, 0]
+    assert [process.wait(240) for process in started] == [0, 0, 0]
     assert len(list(tmp_path.iterdir())) == 1
 
 

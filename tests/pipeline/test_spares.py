@@ -9,7 +9,7 @@ from pipeline.dispatch import Wanted
 from pipeline.dispatch_ray import run_on_ray
 from pipeline.extract import extract
 from pipeline.workers_ray import Spares
-from tests.kills import is_alive, wait_for
+from tests.kills import lives, wait_for
 from tests.pipeline_jobs import ON_RAY, THREADS, digest_of, fake_config, make_tree
 
 pytestmark = pytest.mark.ray
@@ -22,7 +22,7 @@ def test_val_is_done_by_the_processes_of_train(ray_cluster: None, tmp_path: Path
     train, val = extract(config, ON_RAY)
     pids = [{int(report.worker.rpartition(":")[2]) for report in result.reports} for result in (train, val)]
     assert pids[1] <= pids[0]
-    assert wait_for(lambda: not any(is_alive(psutil.Process(pid)) for pid in pids[0] if psutil.pid_exists(pid)))
+    assert wait_for(lambda: not any(map(lives, pids[0])))
     extract(fake_config(tmp_path / "images", tmp_path / "alone"), THREADS)
     for split in ("train", "val"):
         assert digest_of(tmp_path / "store" / split) == digest_of(tmp_path / "alone" / split)
@@ -58,7 +58,7 @@ def test_a_spare_is_set_up_anew_and_only_for_what_it_fits(ray_cluster: None) -> 
     assert {pid for _, pid in other}.isdisjoint({pid for _, pid in first}), "it has other cores"
     spares.close()
     pids = {pid for _, pid in first + other}
-    assert wait_for(lambda: not any(psutil.pid_exists(pid) and is_alive(psutil.Process(pid)) for pid in pids))
+    assert wait_for(lambda: not any(map(lives, pids)))
 
 
 def test_a_spare_that_has_died_is_replaced(ray_cluster: None) -> None:
@@ -69,5 +69,5 @@ def test_a_spare_that_has_died_is_replaced(ray_cluster: None) -> None:
     assert pid not in {pid for _, pid in second}
     spares.keeps = False
     ((_, pid), *_) = run_all("third", spares, Wanted(n=1, num_cpus=1))
-    assert wait_for(lambda: not psutil.pid_exists(pid) or not is_alive(psutil.Process(pid))), "nobody comes after it"
+    assert wait_for(lambda: not lives(pid)), "nobody comes after it"
     spares.close()

@@ -256,7 +256,7 @@ def test_two_jobs_share_nothing_and_a_killed_one_goes_on_by_itself(tmp_path: Pat
 
     def kill_after_a_checkpoint() -> None:
         while not jobs[0].run.saved_step():
-            time.sleep(0.05)
+            time.sleep(0.01)
         os.kill(int(str(begun[0][1]).split()[1].rstrip(",")), signal.SIGKILL)
 
     killer = threading.Thread(target=kill_after_a_checkpoint, daemon=True)
