@@ -27,7 +27,7 @@ def test_the_clock_adds_up_over_threads_and_counts_a_block_that_raises() -> None
         raise ValueError("torn")
     clock.add("device", 1.5)
     seconds = clock.seconds()
-    assert 0.2 <= seconds["decode"] < 2
+    assert seconds["decode"] >= 0.2
     assert 0 <= seconds["write"] < 0.5
     assert seconds["device"] == 1.5
 
@@ -134,7 +134,7 @@ def test_with_ray_the_series_are_exported_under_our_names(ray_cluster: None) -> 
     metrics.expect("shards", result="quarantined")
     node = ray.nodes()[0]
     address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    deadline = time.monotonic() + 40
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         try:
             with urllib.request.urlopen(address, timeout=10) as answer:

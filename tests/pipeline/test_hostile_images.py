@@ -28,7 +28,7 @@ from tests import examples
 from tests.pipeline.test_preprocess import FILES, encode, photo, preprocessing
 
 CHOSEN = preprocessing(56)
-FAST_S = 5.0  # what refusing may take on a machine that is busy with other things
+FAST_S = 5.0  # of processor time, that refusing may take
 
 
 def code_of(data: bytes) -> str | None:
@@ -142,9 +142,9 @@ def test_bombs_are_refused_by_what_they_declare(kind: str) -> None:
     data = BOMBS[kind]()
     assert len(data) < 500_000
     codes: list[str | None] = []
-    began = time.monotonic()
+    began = time.process_time()
     assert peak_nbytes(lambda: codes.append(code_of(data))) < 40 * 2**20
-    assert time.monotonic() - began < FAST_S
+    assert time.process_time() - began < FAST_S
     assert codes == ["too_large"]
 
 
@@ -231,10 +231,10 @@ def test_what_is_stuffed_beside_the_pixels_costs_little(kind: str) -> None:
     make, code = STUFFED[kind]
     data = make()
     codes: list[str | None] = []
-    began = time.monotonic()
+    began = time.process_time()
     # PIL copies what it reads, keeps up to 64 MB of texts, and profiles and EXIF up to their size in the file
     assert peak_nbytes(lambda: codes.append(code_of(data))) < 3 * len(data) + 96 * 2**20
-    assert time.monotonic() - began < FAST_S
+    assert time.process_time() - began < FAST_S
     assert codes == [code]
 
 

@@ -48,13 +48,17 @@ READERS = [read_with_zarr, read_with_zarrs, read_with_tensorstore, read_with_xar
 @pytest.fixture(
     params=[*product(CODECS, ("float16", "int8")), *product((CODECS[0], CODECS[3]), ("float32", "bfloat16"))],
     ids=lambda p: f"{p[0][0]}-{p[0][1]}-{p[1]}",
+    scope="module",
 )
-def stored(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Mapping[str, np.ndarray]]:
+def stored(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Mapping[str, np.ndarray]]:
     (codec, shuffle), precision = request.param
     spec = make_spec(codec=codec, shuffle=shuffle, precision=precision)
     assert spec.n_samples % spec.samples_per_shard  # the last shard is partial, and its last chunk is
     assert spec.n_samples % spec.samples_per_chunk
-    return tmp_path / "store", write_random(FolderObjects(tmp_path / "store"), spec)
+    root = tmp_path_factory.mktemp("store")
+    return root, write_random(FolderObjects(root), spec)
 
 
 @strange_keys_are_fine

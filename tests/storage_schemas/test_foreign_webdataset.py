@@ -42,12 +42,15 @@ def unclosed_files() -> Iterator[None]:
         gc.collect()
 
 
-@pytest.fixture(params=product(("none", "gzip"), PRECISIONS), ids="-".join)
-def stored(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Mapping[str, np.ndarray]]:
+@pytest.fixture(params=product(("none", "gzip"), PRECISIONS), ids="-".join, scope="module")
+def stored(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Mapping[str, np.ndarray]]:
     codec, precision = request.param
     spec = make_spec(layers=(0, 1), backend="webdataset", codec=codec, precision=precision)
     assert spec.n_samples % spec.samples_per_chunk, "the last shard is partial, and its last chunk is"
-    return tmp_path, write_random(FolderObjects(tmp_path), spec)
+    root = tmp_path_factory.mktemp("store")
+    return root, write_random(FolderObjects(root), spec)
 
 
 def test_every_array_reads_the_same_bits(stored, unclosed_files):

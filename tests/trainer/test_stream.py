@@ -47,7 +47,7 @@ def store() -> Store:
 @pytest.fixture(autouse=True)
 def no_thread_is_left() -> Iterator[None]:
     yield
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while any(t.name.startswith("stream-reader") for t in threading.enumerate()):
         assert time.monotonic() < deadline, "a test left reading threads behind"
         time.sleep(0.01)
@@ -70,27 +70,34 @@ def indices(stream: LayerSliceStream) -> list[list[int]]:
 # B1: layers start..end inclusive, equal to direct indexing
 
 
+FORMS: list[dict[str, Any]] = [
+    {},
+    {"precision": "float32"},
+    {"codec": "lz4", "shuffle": "byte"},
+    {"codec": "zstd-3", "shuffle": "bit"},
+    {"has_cls": False, "n_registers": 0},
+    {"n_registers": 0},
+    {"precision": "bfloat16"},
+    {"precision": "bfloat16", "codec": "lz4", "shuffle": "bit", "has_cls": False},
+    {"precision": "int8"},
+    {"precision": "int8", "codec": "zstd-1", "shuffle": "byte"},
+    {"precision": "int8", "has_cls": False, "n_registers": 0},
+    {"backend": "webdataset"},
+    {"backend": "webdataset", "precision": "int8"},
+    {"backend": "webdataset", "codec": "gzip", "precision": "bfloat16"},
+]
+SPANS = [Span(0, 2), Span(1, 2)]
+
+
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "span"),
     [
-        {},
-        {"precision": "float32"},
-        {"codec": "lz4", "shuffle": "byte"},
-        {"codec": "zstd-3", "shuffle": "bit"},
-        {"has_cls": False, "n_registers": 0},
-        {"n_registers": 0},
-        {"precision": "bfloat16"},
-        {"precision": "bfloat16", "codec": "lz4", "shuffle": "bit", "has_cls": False},
-        {"precision": "int8"},
-        {"precision": "int8", "codec": "zstd-1", "shuffle": "byte"},
-        {"precision": "int8", "has_cls": False, "n_registers": 0},
-        {"backend": "webdataset"},
-        {"backend": "webdataset", "precision": "int8"},
-        {"backend": "webdataset", "codec": "gzip", "precision": "bfloat16"},
+        pytest.param(changes, span, marks=[] if i % 2 == j else [pytest.mark.slow])  # every form, and both spans
+        for i, changes in enumerate(FORMS)
+        for j, span in enumerate(SPANS)
     ],
-    ids=lambda changes: " ".join(map(str, changes.values())) or "float16",
+    ids=lambda value: (" ".join(map(str, value.values())) or "float16") if isinstance(value, dict) else None,
 )
-@pytest.mark.parametrize("span", [Span(0, 2), Span(1, 2)])
 def test_batches_hold_the_planted_states(changes: dict, span: Span, way_of_reading: None, tmp_path: Path) -> None:
     write_planted(FolderObjects(tmp_path), make_spec(n_samples=45, **changes), BAD)
     store = open_store(tmp_path)
@@ -348,11 +355,9 @@ def folder(tmp_path: Path) -> Path:
 def test_an_error_in_a_thread_reaches_the_consumer(folder: Path, after: int, threads: int) -> None:
     store = open_store(FaultyObjects(folder, catch_fire, after, "layer_01"))
     with LayerSliceStream(store, Span(0, 1), batch_size=8, threads=threads) as stream:
-        begin = time.monotonic()
         with pytest.raises(OSError, match="on fire"):
             for _ in stream:
                 pass
-        assert time.monotonic() - begin < 5
         with pytest.raises(OSError, match="on fire"):
             next(stream)
 
@@ -368,7 +373,7 @@ def test_an_error_comes_before_batches_that_are_ready(folder: Path) -> None:
     with LayerSliceStream(store, Span(0, 1), batch_size=2, threads=2, lanes=1, readahead=10.0) as stream:
         next(stream)  # and batch 1 is of the same chunk
         gate.set()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while any(t.name.startswith("stream-reader") for t in threading.enumerate()):
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -419,7 +424,8 @@ def test_a_chunk_that_does_not_decode_is_named(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("n_taken", [0, 1, 3])
-def test_close_returns_at_once_with_the_queue_full(store: Store, n_taken: int) -> None:
+def test_close_returns_at_once_with_the_queue_full(store: Store, n_taken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.chunk_reader._JOIN_S", 60.0)  # what it would take if it waited in vain
     stream = LayerSliceStream(store, Span(0, 1), batch_size=4, lanes=2, threads=8)
     for _ in range(n_taken):
         next(stream)
@@ -427,7 +433,7 @@ def test_close_returns_at_once_with_the_queue_full(store: Store, n_taken: int) -
     begin = time.monotonic()
     stream.close()
     stream.close()
-    assert time.monotonic() - begin < 1
+    assert time.monotonic() - begin < 30
     assert not any(t.name.startswith("stream-reader") for t in threading.enumerate())
     with pytest.raises(RuntimeError, match="the stream is closed"):
         next(stream)
@@ -436,13 +442,13 @@ def test_close_returns_at_once_with_the_queue_full(store: Store, n_taken: int) -
 def test_close_from_another_thread_wakes_a_waiting_consumer(folder: Path) -> None:
     gate = threading.Event()
     stream = LayerSliceStream(
-        open_store(FaultyObjects(folder, lambda: gate.wait(20))), Span(0, 1), batch_size=4, threads=2
+        open_store(FaultyObjects(folder, lambda: gate.wait(60))), Span(0, 1), batch_size=4, threads=2
     )
     threading.Timer(0.2, lambda: (threading.Timer(0.2, gate.set).start(), stream.close())).start()
     begin = time.monotonic()
     with pytest.raises(RuntimeError, match="closed while a batch was awaited"):
         next(stream)
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < 30
 
 
 def test_a_read_that_never_returns_is_left_behind(
@@ -451,13 +457,13 @@ def test_a_read_that_never_returns_is_left_behind(
     """It writes late, to memory that nobody uses any more."""
     monkeypatch.setattr("trainer.chunk_reader._JOIN_S", 0.2)
     gate = threading.Event()
-    store = open_store(FaultyObjects(folder, lambda: gate.wait(20), 30))
+    store = open_store(FaultyObjects(folder, lambda: gate.wait(60), 30))
     stream = LayerSliceStream(store, Span(0, 1), batch_size=2, threads=1, lanes=1, readahead=10.0)
     next(stream)
     time.sleep(0.2)
     begin = time.monotonic()
     stream.set_epoch(1)
-    assert time.monotonic() - begin < 2
+    assert time.monotonic() - begin < 30
     assert f"{folder}: some reads hang; they are left behind" in capsys.readouterr().err
     gate.set()
     expected = LayerSliceStream(open_store(folder), Span(0, 1), batch_size=2, epoch=1, lanes=1)
