@@ -5,6 +5,7 @@ expect.
 """
 
 import http.client
+import itertools
 import re
 import socket
 import struct
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from operator import itemgetter
 from typing import Literal
 from urllib.parse import unquote, urlsplit
 
@@ -111,9 +113,10 @@ class FaultProxy:
     upstream: str
     access: "Access" = field(default_factory=lambda: Access())
     rules: list[Rule] = field(default_factory=list)
-    log: list[Entry] = field(default_factory=list)
+    _log: list[tuple[int, Entry]] = field(default_factory=list, init=False)
 
     def __enter__(self) -> "FaultProxy":
+        self._arrivals = itertools.count()
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._n_serving = 0
@@ -156,13 +159,18 @@ class FaultProxy:
         with self._idle:
             self._idle.wait_for(lambda: not self._n_serving, timeout=1)
             self.rules.clear()
-            self.log.clear()
+            self._log.clear()
 
-    def entries(self, method: str | None = None, key: str = "") -> list[Entry]:
-        """What the log has of these requests; those that are being answered are waited for, for a second."""
+    @property
+    def log(self) -> list[Entry]:
+        """All requests in the order in which they came; those that are being answered are waited for, for a second."""
         with self._idle:
             self._idle.wait_for(lambda: not self._n_serving, timeout=1)
-            return [e for e in self.log if method in (None, e.method) and re.search(key, e.key)]
+            return [entry for _, entry in sorted(self._log, key=itemgetter(0))]
+
+    def entries(self, method: str | None = None, key: str = "") -> list[Entry]:
+        """What the log has of these requests."""
+        return [e for e in self.log if method in (None, e.method) and re.search(key, e.key)]
 
     def _applying(self, method: str, key: str, access_key: str, *, conditional: bool) -> Rule | None:
         with self._lock:
@@ -226,6 +234,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve_one(self) -> None:
         proxy = self.server.proxy
+        arrival = next(proxy._arrivals)
         self._nbytes_out = 0
         path, _, query = self.path.partition("?")
         bucket, _, key = unquote(path.lstrip("/")).partition("/")
@@ -241,18 +250,17 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             status = self._answer(fault, body)
         finally:
-            proxy.log.append(
-                Entry(
-                    method=method,
-                    bucket=bucket,
-                    key=key,
-                    range=self.headers.get("Range"),
-                    status=status,
-                    nbytes_in=len(body),
-                    nbytes_out=self._nbytes_out,
-                    fault=fault,
-                )
+            entry = Entry(
+                method=method,
+                bucket=bucket,
+                key=key,
+                range=self.headers.get("Range"),
+                status=status,
+                nbytes_in=len(body),
+                nbytes_out=self._nbytes_out,
+                fault=fault,
             )
+            proxy._log.append((arrival, entry))
 
     def _answer(self, fault: str | None, body: bytes) -> int:
         if fault in _ERRORS:

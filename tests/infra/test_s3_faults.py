@@ -127,11 +127,11 @@ def test_a_fault_that_stays_ends_within_the_deadline_with_the_object_named(fault
     began = time.monotonic()
     with proxy.injected(fault, METHODS[verb], times=None), pytest.raises(ObjectAccessError) as caught:
         VERBS[verb][0](objects)
-    assert time.monotonic() - began < DEADLINE_S + 1  # a busy machine is given some time
+    assert time.monotonic() - began < DEADLINE_S + 10  # a busy machine is given some time
     key = {"put": "put/k", "put_new": "new/k", "delete": "gone/k", "list": "there/"}.get(verb, "there/k")
     assert caught.value.key == key
     assert re.search(
-        rf"{objects.location}/{key} could not be .*: ({CAUSES[fault]}).*; tried .* in \d\.\d s", str(caught.value)
+        rf"{objects.location}/{key} could not be .*: ({CAUSES[fault]}).*; tried .* in \d+\.\d s", str(caught.value)
     )
 
 
@@ -308,7 +308,7 @@ def test_requests_in_flight_are_bounded(faulty):
 
 
 def test_a_slow_upload_is_given_the_time_that_it_needs():
-    """A megabyte in more than a second, where a reply may stall for a third of one."""
+    """Four megabytes in two seconds, where a reply may stall for one; for eight, by the size of what is sent."""
     received = 0
 
     def serve(listening: socket.socket) -> None:
@@ -319,9 +319,10 @@ def test_a_slow_upload_is_given_the_time_that_it_needs():
             head = b""
             while b"\r\n\r\n" not in head:
                 head += connection.recv(1)
-            while received < 1_000_000:
+            began = time.monotonic()
+            while received < 4_000_000:
                 received += len(connection.recv(50_000))
-                time.sleep(0.05)
+                time.sleep(max(0.0, began + received / 2e6 - time.monotonic()))
             connection.sendall(b'HTTP/1.1 200 OK\r\nETag: "x"\r\nContent-Length: 0\r\n\r\n')
 
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -329,10 +330,10 @@ def test_a_slow_upload_is_given_the_time_that_it_needs():
         server.start()
         settings = settings_of(f"http://127.0.0.1:{listening.getsockname()[1]}")
         began = time.monotonic()
-        S3Objects("s3://bucket", settings=settings, stall_s=0.3).put("k", bytes(1_000_000))
-        assert time.monotonic() - began > 0.6
+        S3Objects("s3://bucket", settings=settings, stall_s=1.0).put("k", bytes(4_000_000))
+        assert time.monotonic() - began > 1.5
         server.join()
-    assert received == 1_000_000
+    assert received == 4_000_000
 
 
 def test_odd_keys_of_others_do_not_stop_a_listing(moto: S3Server):
