@@ -420,12 +420,13 @@ def open_store(location: str | os.PathLike[str] | Objects | Sequence[str | os.Pa
         NotAStoreError: There is no store.json at the place; names the stores train and val if they are below it.
         UserError: A location that this version does not serve.
         SchemaError: store.json was changed, or stores of a list do not belong together; lists every problem.
+        TypeError: The location is something else; says what, and what to give.
     """
     if isinstance(location, list | tuple):
         from storage_schemas.union import open_union  # it builds on this module
 
         return open_union([open_store(part) for part in location])
-    objects = open_objects(location) if isinstance(location, str | os.PathLike) else cast(Objects, location)
+    objects = open_objects(location) if isinstance(location, str | os.PathLike) else _as_objects(location)
     try:
         document = read_store_document(objects, objects.location)
     except NotAStoreError as error:
@@ -438,6 +439,17 @@ def open_store(location: str | os.PathLike[str] | Objects | Sequence[str | os.Pa
         ) from error
     commits, damaged = read_commits(objects, document)
     return Store(objects, document, make_commit_table(document.spec, commits), damaged)
+
+
+def _as_objects(location: object) -> Objects:
+    if isinstance(location, Store):
+        raise TypeError(f"open_store was given a Store, which is open already: {location.location}. Use it as it is")
+    if not (hasattr(location, "location") and hasattr(location, "get")):
+        raise TypeError(
+            f"open_store was given {type(location).__name__}, expected the path of a store, its Objects, or a list of "
+            'such; for example open_store("data/stores/digits/train")'
+        )
+    return cast(Objects, location)
 
 
 def read_commits(

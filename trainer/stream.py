@@ -6,6 +6,7 @@ a batch is contiguous without any gathering. See docs/decisions for what this be
 
 import hashlib
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 from weakref import finalize
@@ -77,7 +78,9 @@ class LayerSliceStream:
             SchemaError: A layer of the span is not in the store.
             NotCommittedError: The store is not finished and `partial` is False, or a shard of `shards` is missing.
             ValueError: A number is out of range, or there are more ranks than lanes.
+            TypeError: The store or the span is something else; says what, and what to give.
         """
+        _check_kinds(store, span)
         self._is_remote = is_remote(store)
         threads = default_threads(remote=self._is_remote) if threads is None else threads
         _check_numbers(1, batch_size=batch_size, threads=threads, world_size=world_size, lanes=lanes)
@@ -374,6 +377,17 @@ def _check_state(state: Mapping[str, Any], names: Iterable[str]) -> None:
     shards = state["shards"]
     if shards is not None and not (isinstance(shards, Sequence) and all(isinstance(s, int) for s in shards)):
         raise ValueError(f"shards of the stream state are {shards!r}; expected a list of whole numbers, or None")
+
+
+def _check_kinds(store: object, span: object) -> None:
+    if not isinstance(store, Store):
+        raise TypeError(f"store is {type(store).__name__}, expected a Store: give open_store({_shown(store)})")
+    if not isinstance(span, Span):
+        raise TypeError(f"span is {type(span).__name__}, expected a Span: give Span(0, 7) or Span.parse('0-7')")
+
+
+def _shown(store: object) -> str:
+    return repr(os.fspath(store)) if isinstance(store, str | os.PathLike) else "path"
 
 
 def _check_span(store: Store, span: Span) -> None:

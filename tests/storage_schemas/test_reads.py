@@ -1,5 +1,6 @@
 """Asking a store: order, errors, and that only what was asked for is fetched."""
 
+import inspect
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -158,6 +159,15 @@ class TestNumbers:
 
 
 class TestErrors:
+    def test_what_is_no_location(self, store):
+        untyped = inspect.unwrap(open_store)  # as where nothing checks types
+        with pytest.raises(TypeError, match=r"was given NoneType, expected the path of a store"):
+            untyped(None)
+        with pytest.raises(TypeError, match=r"was given int, expected the path of a store"):
+            untyped(7)
+        with pytest.raises(TypeError, match=r"was given a Store, which is open already"):
+            untyped(store)
+
     @pytest.mark.parametrize(("layer", "named"), [(3, "3"), (-1, "-1"), (99, "99")])
     def test_layers_that_are_not_there(self, store, layer, named):
         with pytest.raises(SchemaError, match=rf"layer {named} is not stored; the store has 0, 1, 2"):

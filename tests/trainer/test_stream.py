@@ -633,6 +633,16 @@ def _untyped_stream(store: Store, **changes: Any) -> None:
     inspect.unwrap(LayerSliceStream.__init__)(object.__new__(LayerSliceStream), store, Span(0, 1), **changes)
 
 
+def test_what_is_no_store_or_no_span_is_named(store: Store) -> None:
+    make = inspect.unwrap(LayerSliceStream.__init__)
+    with pytest.raises(TypeError, match=r"store is str, expected a Store: give open_store\('stores/train'\)"):
+        make(object.__new__(LayerSliceStream), "stores/train", Span(0, 1))
+    with pytest.raises(TypeError, match=r"span is tuple, expected a Span: give Span\(0, 7\)"):
+        make(object.__new__(LayerSliceStream), store, (0, 1))
+    with pytest.raises(TypeError, match=r"span is str, .* Span.parse\('0-7'\)"):
+        make(object.__new__(LayerSliceStream), store, "0-7")
+
+
 def test_state_that_is_not_whole_is_refused(store: Store) -> None:
     with LayerSliceStream(store, Span(0, 1), batch_size=8) as stream:
         next(stream)
