@@ -1,7 +1,9 @@
 """What a person asks of an extraction, and what can be refused of it before any library for teachers is loaded."""
 
+import dataclasses
 import os
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import PurePath
 
@@ -11,6 +13,7 @@ from pipeline.locations import is_remote, lies_in, plain_location
 from pipeline.preprocessing import INTERPOLATIONS
 from pipeline.sources import DIGITS, images_name, open_sources
 from pipeline.teacher_kinds import kind_of
+from storage_schemas.find import is_store, store_around
 from storage_schemas.spec import BACKENDS, CODECS, CODECS_OF, COMPUTE_PRECISIONS, PRECISIONS, SHUFFLES
 
 DEFAULT_TEACHER = "vit_base_patch14_reg4_dinov2.lvd142m"
@@ -136,12 +139,16 @@ def check_inputs(config: ExtractConfig) -> None:
         UserError: Settings that cannot be, or images that are not there.
     """
     check_config(config)
-    open_sources(config.images)
+    sources = open_sources(config.images)
     if config.images != DIGITS and lies_in(store_root(config), config.images):
         raise UserError(
             f"STORE={store_root(config)} lies inside IMAGES={config.images}, where it would be listed as a class of "
             "images. Give a STORE elsewhere"
         )
+    for location in (split_location(config, split) for split in sources):
+        around = None if is_remote(location) else store_around(location)
+        if around:
+            raise UserError(inside_a_store(location, around))
 
 
 def teacher_name(config: ExtractConfig) -> str:
@@ -159,6 +166,26 @@ def store_root(config: ExtractConfig) -> str:
 def split_location(config: ExtractConfig, split: str) -> str:
     """Where the store of a split goes."""
     return f"{store_root(config)}/{split}" if split else store_root(config)
+
+
+def inside_a_store(location: str, store: str) -> str:
+    """Why a place is refused."""
+    return (
+        f"{location} would lie inside a store, {store}, and spoil it. Give STORE= the folder that the stores train and "
+        "val lie in, or a place elsewhere"
+    )
+
+
+def of_one_split(config: ExtractConfig, splits: Container[str]) -> tuple[ExtractConfig, str]:
+    """Settings for one of several stores, where STORE is that store itself and not the folder that they lie in.
+
+    Returns:
+        The settings, for the folder; and the split, "" if STORE is the folder already, or no store, or of no split.
+    """
+    folder, _, name = store_root(config).rstrip("/").rpartition("/")
+    if "" in splits or name not in splits or not is_store(store_root(config)):
+        return config, ""
+    return dataclasses.replace(config, store=folder or "."), name
 
 
 def sizes(config: ExtractConfig) -> tuple[int, int]:

@@ -9,12 +9,14 @@ from infra.console import UserError, human_bytes, say
 from infra.disk import disk_shortage
 from infra.objects import ObjectAccessError, ObjectMissingError, Objects, open_objects
 from pipeline.claims import delete_all
+from pipeline.config import inside_a_store
 from pipeline.locations import is_bare_bucket, is_remote
 from pipeline.presence import anybody_at_work
 from pipeline.settings import PlannedStore
 from pipeline.shard_writer import counted_requests
 from storage_schemas.create import StoreDocument, identity_differences, plan_documents, read_store_document
 from storage_schemas.errors import NotAStoreError, SchemaError
+from storage_schemas.find import is_begun
 from storage_schemas.index import index_to_bytes
 from storage_schemas.keys import HEARTBEAT_KEY, HEARTBEATS_PREFIX, INDEX_KEY, LOG_PREFIX, STORE_KEY, is_owned
 from storage_schemas.limits import most_nbytes
@@ -27,11 +29,12 @@ def check_writable(locations: Iterable[str]) -> Counter[str]:
     """Refuse places where nothing may be written, before any work; returns the requests that this took.
 
     Raises:
-        UserError: Names the place and why; or it is a file.
+        UserError: Names the place and why; or it is a file, or lies in a store.
     """
     requests: Counter[str] = Counter()
     for location in locations:
         _check_no_file(location)
+        requests += _check_no_store_above(location)
         objects = open_objects(location)
         try:
             objects.check_writable()
@@ -165,6 +168,16 @@ def was_left_in_order(objects: Objects) -> bool:
 def _check_no_file(location: str) -> None:
     if not is_remote(location) and Path(location).is_file():
         raise UserError(f"{location} is a file; a store is a folder. Choose another STORE")
+
+
+def _check_no_store_above(location: str) -> Counter[str]:
+    """Refuse an address right below that of a store; the requests it took. Folders `check_inputs` has looked at."""
+    if not is_remote(location) or is_bare_bucket(location):
+        return Counter()
+    above = open_objects(location.rstrip("/").rpartition("/")[0])
+    if is_begun(above):
+        raise UserError(inside_a_store(location, above.location))
+    return counted_requests(above)
 
 
 def _raced(objects: Objects, different: Sequence[str]) -> str:

@@ -31,9 +31,9 @@ _PIECE_NBYTES = 2**24  # of a document that verify reads piece by piece
 _N_INDEXED = 4  # shards of the index whose size is worked out; longer ones grow in proportion
 
 #: Requests of an extraction beside those for documents and shards. PUT: the probe for the right to write, two probes
-#: whether conditions are honoured, heartbeat and status as it begins and ends.
+#: whether conditions are honoured, heartbeat and status as it begins and ends. GET: with a look at what lies above.
 _FIXED_PUT = 12
-_FIXED_GET = 8
+_FIXED_GET = 9
 _FIXED_LIST = 13
 _WORKER_PUT = 2  # its own two probes
 #: Bytes of the heartbeats that a job reads as it begins and ends.

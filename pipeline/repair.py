@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from infra.console import JobError, UserError, say
 from infra.objects import ObjectError, Objects, open_objects
-from pipeline.config import ExtractConfig, check_config, split_location
+from pipeline.config import ExtractConfig, check_config, of_one_split, split_location
 from pipeline.extract import extract_planned
 from pipeline.job import ExtractResult
 from pipeline.place import check_writable
@@ -43,6 +43,8 @@ def repair(config: ExtractConfig, run: RunConfig) -> list[ExtractResult]:
     check_config(config)
     sources = open_sources(config.images)
     try:
+        config, only = of_one_split(config, sources)
+        sources = {only: sources[only]} if only else sources
         check_writable(split_location(config, split) for split in sources)
         planned = [_plan(config, split, source) for split, source in sources.items()]
         for store in planned:

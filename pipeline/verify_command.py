@@ -10,7 +10,7 @@ import tyro
 from infra.console import ExitCode, JobError, Progress, UserError, human_bytes, human_duration
 from infra.objects import ObjectError, open_objects
 from infra.s3_settings import use_endpoint
-from pipeline.config import ExtractConfig, store_root
+from pipeline.config import ExtractConfig, of_one_split, store_root
 from pipeline.extract import exit_code
 from pipeline.repair import repair as repair_stores
 from pipeline.run_config import RunConfig
@@ -54,6 +54,8 @@ def run_verify(
             return exit_code(results)
     sources = open_sources(config.images) if recompute else {}
     try:
+        only = of_one_split(config, sources)[1]
+        sources = {"": sources[only]} if only else sources
         stores = find_stores(root)
         problems = {split: [] if repair else _verify(location, split) for split, location in stores.items()}
         n_problems = sum(map(len, problems.values()))

@@ -24,7 +24,7 @@ from infra.status import Beat, status_document
 from storage_schemas.copy import MEMORY_NBYTES, PreparedCopy, check_all_copied, prepare_copy, run_copy
 from storage_schemas.copy_claim import Claim
 from storage_schemas.copy_plan import Part
-from storage_schemas.find import find_stores
+from storage_schemas.find import find_stores, store_around
 from storage_schemas.inspect import next_command
 from storage_schemas.keys import LOG_PREFIX, STORE_KEY
 from storage_schemas.reader import open_store
@@ -83,7 +83,7 @@ def _prepare(store: str, to: str, part: Part) -> dict[str, PreparedCopy]:
 
 
 def check_apart(store: str, to: str) -> None:
-    """Refuse a target that is the source or lies inside it.
+    """Refuse a target that is the source, or lies inside it or inside another store.
 
     Raises:
         UserError: It is, or does, or there is none.
@@ -95,6 +95,9 @@ def check_apart(store: str, to: str) -> None:
         raise UserError(f"TO={to} is the STORE itself. Give another TO")
     if target.startswith(f"{source}/"):
         raise UserError(f"TO={to} lies inside STORE={store}. Give a TO elsewhere")
+    around = store_around(to)
+    if around:
+        raise UserError(f"TO={to} lies inside a store, {around}. Give a TO elsewhere")
 
 
 def check_room(copies: Iterable[PreparedCopy]) -> None:

@@ -109,9 +109,15 @@ def test_a_whole_bucket_may_be_a_store_but_is_never_deleted(images: Path, bucket
     with pytest.raises(UserError, match="--overwrite deletes nothing in a whole bucket"):
         run_job(other)
     assert content_digest(open_objects(bucket)) == before
-    below = dataclasses.replace(config, store=f"{bucket}/x")
-    run_job(below)
-    assert run_job(dataclasses.replace(below, limit=10, overwrite=True)).n_done == 10
+    with pytest.raises(UserError, match="would lie inside a store"):
+        run_job(dataclasses.replace(config, store=f"{bucket}/x"))
+    assert content_digest(open_objects(bucket)) == before
+
+
+def test_below_a_bucket_a_store_may_be_deleted(images: Path, bucket: str) -> None:
+    config = fake_config(images, f"{bucket}/x", limit=9)
+    run_job(config)
+    assert run_job(dataclasses.replace(config, limit=10, overwrite=True)).n_done == 10
 
 
 def test_the_door_takes_an_endpoint(

@@ -20,7 +20,7 @@ from storage_schemas.errors import NotAStoreError
 from storage_schemas.keys import HEARTBEAT_KEY, LOG_PREFIX
 from storage_schemas.spec import ARRAY_KINDS, HEAD_INPUT
 from storage_schemas.verify import verify_store
-from tests.pipeline_jobs import ALONE, digest_of, fake_config, leftovers, make_tree, run_job, snapshot
+from tests.pipeline_jobs import ALONE, digest_of, fake_arguments, fake_config, leftovers, make_tree, run_job, snapshot
 
 DATA = {kind: rf"(layer_.*/)?{kind}/(c/.*|\d+\.tar)" for kind in (*ARRAY_KINDS, HEAD_INPUT)}
 KINDS = {
@@ -327,6 +327,24 @@ def test_each_split_of_a_folder_is_mended(tmp_path: Path) -> None:
     results: list[ExtractResult] = repair(ExtractConfig(images=config.images, store=config.store), ALONE)
     assert [result.n_done for result in results] == [5, 0]
     assert [digest_of(store) for store in stores] == before
+
+
+def test_one_split_alone_is_mended_and_compared(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """The place that verify names is the split's own; the images are those of both."""
+    for split in ("train", "val"):
+        make_tree(tmp_path / "images" / split, 5)
+    config = fake_config(tmp_path / "images", tmp_path / "stores")
+    extract(config, ALONE)
+    train, val = tmp_path / "stores/train", tmp_path / "stores/val"
+    digest, other = digest_of(train), snapshot(val)
+    damage(train, "patches", "flip", random.Random(0))
+    damage(train, "store.json", "flip", random.Random(0))
+    command = ["verify", *fake_arguments(tmp_path / "images", train)]
+    assert main([*command, "--repair"]) == ExitCode.OK, capfd.readouterr().err
+    assert digest_of(train) == digest
+    assert main([*command, "--recompute", "2"]) == ExitCode.OK, capfd.readouterr().err
+    assert snapshot(val) == other
+    assert sorted(place.name for place in (tmp_path / "stores").iterdir()) == ["train", "val"]
 
 
 def test_through_the_door(sound: ExtractConfig, digest: str, damaged: Path, capfd: pytest.CaptureFixture) -> None:

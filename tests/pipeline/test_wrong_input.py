@@ -115,6 +115,15 @@ def test_a_place_that_is_no_store(refuse: Refuse, images: Path, tmp_path: Path) 
     assert snapshot(tmp_path) == {"home/letter.txt": b"dear"}
 
 
+def test_a_place_in_a_store(refuse: Refuse, images: Path, store: Path) -> None:
+    """It would be found there as a stranger, and the store no longer be sound."""
+    before = snapshot(store)
+    said = refuse(*extract_arguments(images, store / "more"))
+    assert f"{store / 'more'} would lie inside a store, {store}" in said
+    assert f"{store}/train would lie inside a store, {store}" in refuse("extract", "--no-ray", "--store", str(store))
+    assert snapshot(store) == before
+
+
 def test_training_on_what_is_no_store(refuse: Refuse, tmp_path: Path) -> None:
     from trainer.__main__ import main as trainer_main
 

@@ -498,6 +498,7 @@ class TestDoor:
             (root, root / "train/copy", "lies inside STORE="),
             (root / "train", root / "train/a/b", "lies inside STORE="),
             (root, root / "../digits/c", "lies inside STORE="),
+            (root / "val", root / "train/a/b", f"lies inside a store, {root / 'train'}"),
         ]:
             before = _digest(root)
             assert main(["copy", str(store), str(to)]) == ExitCode.BAD_INPUT
