@@ -6,6 +6,7 @@ Progress is a bar on a terminal and plain lines elsewhere, so that a log file, `
 import enum
 import gc
 import os
+import select
 import signal
 import sys
 import threading
@@ -74,13 +75,26 @@ def run_door(main: Callable[[], int | None]) -> int:
     """
     try:
         with interrupted_by_sigterm():
-            return int(main() or ExitCode.OK)
+            code = int(main() or ExitCode.OK)
+            sys.stdout.flush()
+            return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return int(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return int(ExitCode.KILLED)
+    except BrokenPipeError:
+        if not _nobody_reads_stdout():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains of the rest as it ends
+        return 128 + signal.SIGPIPE  # as shells say of what ends so: make inspect | head
+
+
+def _nobody_reads_stdout() -> bool:
+    watched = select.poll()
+    watched.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in watched.poll(0))
 
 
 def leave(code: int) -> NoReturn:

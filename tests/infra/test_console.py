@@ -151,6 +151,26 @@ def test_the_door_passes_on_codes_and_bugs() -> None:
         run_door(bug)
 
 
+@pytest.mark.parametrize("n_lines", [1, 100_000], ids=["when-it-ends", "in-the-midst"])
+def test_a_reader_that_leaves_ends_the_command_in_silence(n_lines: int) -> None:
+    script = f"from infra.console import leave, run_door; leave(run_door(lambda: print('line\\n' * {n_lines})))"
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait() == 128 + signal.SIGPIPE
+
+
+def test_a_broken_pipe_elsewhere_is_told() -> None:
+    def broken() -> int:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        run_door(broken)
+
+
 def test_leaving_ends_threads_and_runs_what_was_registered() -> None:
     script = (
         "import atexit, threading, time\n"
