@@ -134,7 +134,7 @@ class Teacher:
             pixels: Normalised (pipeline.preprocess.normalise), of the teacher's image size; moved to its device.
 
         Raises:
-            ValueError: The pixels have another size.
+            ValueError: The pixels have another shape, size or type.
         """
         return self._record(pixels, embed_only=False)
 
@@ -143,14 +143,28 @@ class Teacher:
         return self._record(pixels, embed_only=True)[0]
 
     def _record(self, pixels: torch.Tensor, *, embed_only: bool) -> list[torch.Tensor]:
-        if pixels.shape[2:] != self.pixel_size:
-            raise ValueError(
-                f"pixels are {list(pixels.shape[2:])}, expected {list(self.pixel_size)} (height, width) for {self.name}"
-            )
+        self._check_pixels(pixels)
         recording = self._recorder.recording(embed_only=embed_only)
         with torch.no_grad(), self._precision(), recording as record, suppress(Embedded):
             self.model.forward_features(pixels.to(self.device, non_blocking=True))
         return [state.float() for state in record.states]
+
+    def _check_pixels(self, pixels: torch.Tensor) -> None:
+        if pixels.ndim != 4 or pixels.shape[1] != 3:
+            one = "; one image is a batch of one: pixels[None]" if pixels.ndim == 3 else ""
+            raise ValueError(
+                f"pixels have shape {list(pixels.shape)}, expected [batch, 3, {self.pixel_size[0]}, "
+                f"{self.pixel_size[1]}] for {self.name}{one}"
+            )
+        if pixels.shape[2:] != self.pixel_size:
+            raise ValueError(
+                f"pixels are {list(pixels.shape[2:])}, expected {list(self.pixel_size)} (height, width) for {self.name}"
+            )
+        if pixels.dtype != torch.float32:
+            raise ValueError(
+                f"pixels are {str(pixels.dtype).removeprefix('torch.')}, expected float32, as "
+                "pipeline.preprocess.normalise makes them of 0 to 255"
+            )
 
     def run_blocks(
         self, x: Float32[torch.Tensor, "batch token dim"], start: int, stop: int

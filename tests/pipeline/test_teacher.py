@@ -1,5 +1,6 @@
 """Any ViT's states by hooks, weights from anywhere, and a clear word when it cannot be."""
 
+import inspect
 import os
 import threading
 from itertools import pairwise
@@ -126,6 +127,14 @@ def test_unusable_settings_are_refused() -> None:
     teacher = load_teacher("fake_vit")
     with pytest.raises(ValueError, match=r"pixels are \[8, 8\], expected \[16, 16\] \(height, width\) for fake_vit"):
         teacher.layer_states(torch.zeros(1, 3, 8, 8))
+    untyped = inspect.unwrap(Teacher.layer_states_list)  # as where nothing checks types
+    expected = r"expected \[batch, 3, 16, 16\] for fake_vit"
+    with pytest.raises(ValueError, match=rf"have shape \[3, 16, 16\], {expected}; one image .*: pixels\[None\]"):
+        untyped(teacher, torch.zeros(3, 16, 16))
+    with pytest.raises(ValueError, match=rf"have shape \[2, 1, 16, 16\], {expected}$"):
+        untyped(teacher, torch.zeros(2, 1, 16, 16))
+    with pytest.raises(ValueError, match=r"pixels are uint8, expected float32, as pipeline\.preprocess\.normalise"):
+        untyped(teacher, torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
     with pytest.raises(ValueError, match="cannot run from state 2 to 4; fake_vit has states 0 to 3"):
         teacher.run_blocks(torch.zeros(1, 19, 8), 2, 4)
     with pytest.raises(ValueError, match="without a head; give HEAD=file"):
