@@ -9,6 +9,7 @@ from pipeline.plan_requests import Requests, data_nbytes, extraction_requests, s
 from pipeline.preprocess import DECODE_NBYTES_PER_PIXEL, LARGE_PIXELS
 from pipeline.shard_writer import N_PUT_THREADS
 from pipeline.source_errors import counted
+from storage_schemas.indices import named_layers
 from storage_schemas.keys import array_kind, sharded_array_paths
 from storage_schemas.layout import full_chunk_nbytes
 from storage_schemas.shard_buffers import ShardBuffers
@@ -118,8 +119,8 @@ def describe(plan: StorePlan, spec: StoreSpec, location: str) -> list[str]:
     """The plan as lines to print."""
     bound = "" if spec.codec == "none" else f" before {spec.codec}"
     return [
-        f"{location}: {counted(plan.n_samples, 'image')}, layers {spec.layers[0]} to {spec.layers[-1]} of "
-        f"{spec.teacher}, {spec.n_tokens} tokens x {spec.dim} channels, patches in {spec.precision}",
+        f"{location}: {counted(plan.n_samples, 'image')}, {named_layers(spec.layers)} of {spec.teacher}, "
+        f"{spec.n_tokens} tokens x {spec.dim} channels, patches in {spec.precision}",
         f"  {human_bytes(plan.data_nbytes)}{bound} in {plan.n_objects:,} objects, {counted(plan.n_shards, 'shard')} of "
         f"{human_bytes(plan.shard_nbytes)}; each worker stays under {human_bytes(plan.worker_nbytes)} of memory "
         f"(images over {LARGE_PIXELS // 10**6} Mpx: {DECODE_NBYTES_PER_PIXEL} MB more per Mpx of the largest)",

@@ -18,7 +18,8 @@ from storage_schemas.commit import read_commit, statistics_nbytes
 from storage_schemas.create import StoreDocument, parse_store_document
 from storage_schemas.documents import MAX_DOCUMENT_NBYTES
 from storage_schemas.errors import SchemaError
-from storage_schemas.inspect import ranges, table
+from storage_schemas.indices import layer_ranges
+from storage_schemas.inspect import table
 from storage_schemas.keys import (
     COMMITS_PREFIX,
     HEARTBEAT_KEY,
@@ -178,7 +179,7 @@ def _row(entry: StoreEntry, now: float) -> list[str]:
         entry.name,
         spec.teacher,
         f"{spec.n_samples:,}",
-        ranges(spec.layers),
+        layer_ranges(spec.layers),
         " ".join(form),
         size,
         done,

@@ -38,3 +38,24 @@ def as_indices(asked: object, what: str) -> np.ndarray:
             f"{what}s are {values.dtype} values, expected {what} indices; np.flatnonzero makes them of masks"
         )
     return values
+
+
+def layer_runs(layers: Sequence[int]) -> list[list[int]]:
+    """0, 1, 2, 5 as [0, 1, 2] and [5]."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return runs
+
+
+def layer_ranges(layers: Sequence[int]) -> str:
+    """0, 1, 2, 5 as `0 to 2, 5`."""
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in layer_runs(layers))
+
+
+def named_layers(layers: Sequence[int]) -> str:
+    """0, 1, 2, 5 as `layers 0 to 2, 5`; 5 as `layer 5`."""
+    return f"{'layer' if len(layers) == 1 else 'layers'} {layer_ranges(layers)}"

@@ -11,6 +11,7 @@ from infra.console import human_bytes
 from infra.objects import ObjectError
 from storage_schemas.codecs import kind_dtype, kind_shape, raw_chunk_nbytes
 from storage_schemas.errors import SchemaError, StoreError
+from storage_schemas.indices import layer_ranges, layer_runs
 from storage_schemas.keys import array_kind, sharded_array_paths
 from storage_schemas.reader import Store
 from storage_schemas.spec import FORMAT_VERSION, HEAD_INPUT, StoreSpec
@@ -50,7 +51,7 @@ def next_command(stores: Sequence[Store], root: str | os.PathLike[str]) -> str:
         return f"Next: make verify STORE={root} IMAGES=<as extracted> REPAIR=1"
     if not all(store.is_complete for store in stores):
         return "Next: the same make extract again, to finish it"
-    run = next((run for run in _runs(stores[0].layers) if len(run) > 1), None)  # a span needs every state within
+    run = next((run for run in layer_runs(stores[0].layers) if len(run) > 1), None)  # a span needs every state within
     if run is None:
         return f"Next: make verify STORE={root}"
     return f"Next: make train BLOCK={run[0]}-{min(run[0] + 7, run[-1])} STORE={root}"
@@ -134,7 +135,7 @@ def _identity_lines(store: Store) -> list[str]:
         f"teacher      {spec.teacher}, weights {spec.teacher_weights_digest[:16]}, computed in {spec.compute}",
         f"samples      {spec.n_samples:,} planned, {store.n_committed:,} committed "
         f"({n_shards:,} of {spec.n_shards:,} shards), {store.n_valid:,} valid",
-        f"layers       {ranges(spec.layers)}; {spec.n_tokens} tokens of {spec.dim} channels: {_tokens(spec)}",
+        f"layers       {layer_ranges(spec.layers)}; {spec.n_tokens} tokens of {spec.dim} channels: {_tokens(spec)}",
         f"stored as    {spec.backend}, patches in {spec.precision}, codec {codec}, "
         f"{spec.samples_per_shard} samples a shard, {spec.samples_per_chunk} a chunk",
         f"order        seed {spec.order_seed}, source {spec.source_digest[:16]}; "
@@ -143,22 +144,6 @@ def _identity_lines(store: Store) -> list[str]:
     lines += [f"damaged      {key}: {what}" for key, what in sorted(store.damaged_commits.items())[:_N_NAMED]]
     more = len(store.damaged_commits) - _N_NAMED
     return [*lines, f"             and {more:,} more damaged commits"] if more > 0 else lines
-
-
-def ranges(layers: Sequence[int]) -> str:
-    """0, 1, 2, 5 as `0 to 2, 5`."""
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in _runs(layers))
-
-
-def _runs(layers: Sequence[int]) -> list[list[int]]:
-    """0, 1, 2, 5 as [0, 1, 2] and [5]."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return runs
 
 
 def _tokens(spec: StoreSpec) -> str:

@@ -23,7 +23,7 @@ from storage_schemas.documents import sha256
 from storage_schemas.errors import ChecksumError, NotAStoreError, NotCommittedError, Problem, SchemaError
 from storage_schemas.find import splits_in
 from storage_schemas.index import commits_from_index, is_index_of
-from storage_schemas.indices import Indices, as_indices
+from storage_schemas.indices import Indices, as_indices, named_layers
 from storage_schemas.keys import (
     COMMITS_PREFIX,
     INDEX_KEY,
@@ -72,7 +72,7 @@ class Store:
     def __repr__(self) -> str:
         return (
             f"<Store {self.location}: {self.n_valid:,} valid of {self.n_samples:,} samples, "
-            f"layers {self.layers[0]} to {self.layers[-1]} of {self.spec.teacher}, {self.spec.precision}>"
+            f"{named_layers(self.layers)} of {self.spec.teacher}, {self.spec.precision}>"
         )
 
     @property

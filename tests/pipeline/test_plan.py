@@ -80,6 +80,9 @@ def test_memory_grows_with_what_is_in_flight() -> None:
 def test_the_plan_is_told_in_words_and_codecs_are_bounds() -> None:
     lines = describe(planned(make_spec()), make_spec(), "there/store")
     assert "there/store: 21 images, layers 0 to 2 of fake, 9 tokens x 8 channels, patches in float16" in lines[0]
+    for layers, said in (((0, 2, 3), "layers 0, 2 to 3 of fake"), ((5,), "layer 5 of fake")):
+        part = make_spec(layers=layers)
+        assert f": 21 images, {said}, 9 tokens" in describe(planned(part), part, "x")[0]
     assert "3 shards" in lines[1]
     assert "of memory" in lines[1]
     spec = make_spec(codec="zstd-1", shuffle="byte")

@@ -577,6 +577,8 @@ def test_a_folder_and_its_representation(tmp_path):
     write_planted(FolderObjects(tmp_path / "store"), SPEC, BAD)
     store = open_store(tmp_path / "store")
     assert repr(store) == f"<Store {tmp_path / 'store'}: 19 valid of 21 samples, layers 0 to 2 of fake, float16>"
+    write_planted(FolderObjects(tmp_path / "part"), make_spec(layers=(0, 2)))
+    assert "layers 0, 2 of fake" in repr(open_store(tmp_path / "part"))
     assert store.verify(threads=1) == []
     seen: list[tuple[int, int]] = []
     store.verify(progress=lambda done, total: seen.append((done, total)))
