@@ -199,6 +199,12 @@ def stop_on_signals() -> Iterator[StopFlag]:
             signal.signal(number, handler)
 
 
+def counted(n: int, what: str) -> str:
+    """ "1 class", "2,000 classes"."""
+    plural = what + ("es" if what.endswith("s") else "s")
+    return f"{n:,} {what if n == 1 else plural}"
+
+
 def human_bytes(n: float) -> str:
     """Decimal bytes as people read them: 999 B, 1.5 kB, 13.4 TB."""
     for unit in ("B", "kB", "MB", "GB", "TB"):

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from infra.console import counted
 from pipeline.source_errors import (
     IMAGE_EXTENSIONS,
     SourceError,
-    counted,
     error_reason,
     is_image_name,
     join_problems,

@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from infra.console import human_bytes
+from infra.console import counted, human_bytes
 from pipeline.locations import is_remote
 from pipeline.plan_requests import Requests, data_nbytes, extraction_requests, shard_nbytes, verify_requests
 from pipeline.preprocess import DECODE_NBYTES_PER_PIXEL, LARGE_PIXELS
 from pipeline.shard_writer import N_PUT_THREADS
-from pipeline.source_errors import counted
 from storage_schemas.indices import named_layers
 from storage_schemas.keys import array_kind, sharded_array_paths
 from storage_schemas.layout import full_chunk_nbytes

@@ -1,12 +1,11 @@
 """What `make plan` prints of requests, time and money."""
 
-from infra.console import human_bytes, human_duration, human_rate
+from infra.console import counted, human_bytes, human_duration, human_rate
 from infra.s3_settings import bucket_region, machine_region
 from pipeline.locations import is_remote
 from pipeline.plan import StorePlan
 from pipeline.plan_requests import Requests, alive_requests, epoch_requests
 from pipeline.prices import Prices, human_dollars
-from pipeline.source_errors import counted
 from storage_schemas.errors import SchemaError
 from storage_schemas.spec import Span, StoreSpec
 

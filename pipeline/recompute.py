@@ -7,11 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from infra.console import UserError, say
+from infra.console import UserError, counted, say
 from pipeline.preprocess import BadImageError, decode_image, normalise
 from pipeline.preprocessing import Preprocessing
 from pipeline.shard import resolve_device
-from pipeline.source_errors import counted
 from pipeline.sources import Source
 from pipeline.teacher import Teacher, teacher_from_files
 from storage_schemas.commit import Fidelity

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from infra.console import UserError
+from infra.console import UserError, counted
 
 #: What counts as an image, in any case: torchvision's list.
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -31,12 +31,6 @@ def is_image_name(name: str) -> bool:
 def error_reason(error: Exception) -> str:
     """An error in a few words, without the paths and numbers that OSError adds."""
     return error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-
-
-def counted(n: int, what: str) -> str:
-    """ "1 class", "2,000 classes"."""
-    plural = what + ("es" if what.endswith("s") else "s")
-    return f"{n:,} {what if n == 1 else plural}"
 
 
 def shorten(names: Sequence[str]) -> str:

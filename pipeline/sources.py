@@ -13,11 +13,12 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from infra.console import counted
 from infra.fsspec_objects import open_read_only
 from pipeline.digits import N_CLASSES, N_DIGITS, SPLITS, digits_split, encode_pgm, load_digit_arrays
 from pipeline.image_folder import ImageFolderSource, folders_in, names_in
 from pipeline.remote_folder import RemoteFolderSource, list_level
-from pipeline.source_errors import SourceError, counted, shorten
+from pipeline.source_errors import SourceError, shorten
 from pipeline.tar_source import COMPRESSED_TARS, TAR, TarSource, is_tar_pattern, split_pattern
 from storage_schemas.samples import Sample, Samples
 

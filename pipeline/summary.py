@@ -4,10 +4,9 @@ import shlex
 from collections import Counter
 from collections.abc import Sequence
 
-from infra.console import human_bytes, human_duration, human_rate
+from infra.console import counted, human_bytes, human_duration, human_rate
 from pipeline.job import ExtractResult
 from pipeline.shard_writer import counted_requests
-from pipeline.source_errors import counted
 from storage_schemas.inspect import accuracy_line, next_command
 from storage_schemas.reader import Store, open_store
 
@@ -44,7 +43,7 @@ def _store_lines(result: ExtractResult, store: Store | None) -> list[str]:
     spec = store.spec
     head = (
         f"{store.location}: {store.n_valid:,} of {store.n_samples:,} images, "
-        f"{len(spec.layers)} layers x {spec.n_tokens} tokens x {spec.dim} channels, "
+        f"{counted(len(spec.layers), 'layer')} x {spec.n_tokens} tokens x {spec.dim} channels, "
         f"{human_bytes(store.table.stored_nbytes)}"
     )
     lines = [head]

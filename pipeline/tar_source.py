@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 
+from infra.console import counted
 from infra.fsspec_objects import ReadOnlyObjects, open_read_only
 from infra.objects import ObjectError, ObjectInfo, check_key, read_range
-from pipeline.source_errors import IMAGE_EXTENSIONS, SourceError, counted, error_reason, join_problems
+from pipeline.source_errors import IMAGE_EXTENSIONS, SourceError, error_reason, join_problems
 from pipeline.tar_walk import BLOCK_NBYTES, TarWalk, member_differs
 from storage_schemas.samples import Sample, Samples, repeated_ids
 

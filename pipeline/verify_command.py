@@ -7,14 +7,13 @@ from typing import Annotated
 
 import tyro
 
-from infra.console import ExitCode, JobError, Progress, UserError, human_bytes, human_duration
+from infra.console import ExitCode, JobError, Progress, UserError, counted, human_bytes, human_duration
 from infra.objects import ObjectError, open_objects
 from infra.s3_settings import use_endpoint
 from pipeline.config import ExtractConfig, of_one_split, store_root
 from pipeline.extract import exit_code
 from pipeline.repair import repair as repair_stores
 from pipeline.run_config import RunConfig
-from pipeline.source_errors import counted
 from pipeline.sources import Source, open_sources
 from pipeline.summary import summarise
 from storage_schemas.errors import Problem

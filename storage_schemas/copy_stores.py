@@ -13,6 +13,7 @@ from infra.console import (
     Progress,
     StopFlag,
     UserError,
+    counted,
     human_bytes,
     human_duration,
     say,
@@ -129,7 +130,7 @@ def _announce(prepared: PreparedCopy, part: Part) -> None:
     say(
         f"{prepared.source.location} -> {prepared.target.location}: {len(spec.layers)} of {len(source.layers)} layers, "
         f"{spec.n_samples:,} of {source.n_samples:,} samples, {human_bytes(prepared.nbytes)} to copy in "
-        f"{len(prepared.shards):,} shards; up to {human_bytes(MEMORY_NBYTES)} of memory for objects in flight"
+        f"{counted(len(prepared.shards), 'shard')}; up to {human_bytes(MEMORY_NBYTES)} of memory for objects in flight"
     )
     if part.limit is not None and part.limit < spec.n_samples and part.limit % spec.samples_per_shard:
         say(
@@ -137,9 +138,9 @@ def _announce(prepared: PreparedCopy, part: Part) -> None:
             f"{spec.samples_per_shard}: the statistics of a part of one cannot be known from its rounded states"
         )
     if prepared.n_copied:
-        say(f"  {prepared.n_copied:,} shards are there already")
+        say(f"  there already: {counted(prepared.n_copied, 'shard')}")
     if prepared.n_missing:
-        say(f"  {prepared.n_missing:,} shards are not in the source yet, or damaged; a later copy adds them")
+        say(f"  not in the source yet, or damaged: {counted(prepared.n_missing, 'shard')}; a later copy adds them")
 
 
 def _run(prepared: PreparedCopy, split: str, stop: StopFlag) -> None:
