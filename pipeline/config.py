@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import re
 from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -13,7 +12,9 @@ from pipeline.locations import is_remote, lies_in, plain_location
 from pipeline.preprocessing import INTERPOLATIONS
 from pipeline.sources import DIGITS, images_name, open_sources
 from pipeline.teacher_kinds import kind_of
+from storage_schemas.errors import SchemaError
 from storage_schemas.find import is_store, store_around
+from storage_schemas.indices import parse_layers
 from storage_schemas.spec import BACKENDS, CODECS, CODECS_OF, COMPUTE_PRECISIONS, PRECISIONS, SHUFFLES
 
 DEFAULT_TEACHER = "vit_base_patch14_reg4_dinov2.lvd142m"
@@ -124,8 +125,10 @@ def check_config(config: ExtractConfig) -> None:
     shard, chunk = sizes(config)
     if min(shard, chunk) >= 1 and shard % chunk:
         problems.append(f"SAMPLES_PER_SHARD={shard}: expected a multiple of SAMPLES_PER_CHUNK={chunk}")
-    if config.layers is not None and not re.fullmatch(r"\d+-\d+|\d+(,\d+)*", config.layers):
-        problems.append(f"LAYERS={config.layers}: expected a range such as 0-12, or a list such as 0,6,12")
+    try:
+        parse_layers(config.layers or "0")
+    except SchemaError as error:
+        problems.append(f"{error.title}: {error.problems[0]}")
     if is_remote(config.store or "") and not (config.store or "").startswith("s3://"):
         problems.append(f"STORE={config.store}: expected a local path, or s3://bucket/prefix")
     if problems:

@@ -9,6 +9,7 @@ from pipeline.config import ExtractConfig, check_config, sizes, split_location, 
 from pipeline.preprocessing import Preprocessing
 from pipeline.sources import DIGITS, Source, open_sources, storage_order
 from pipeline.teacher import Teacher, load_teacher
+from storage_schemas.indices import parse_layers
 from storage_schemas.samples import Samples, samples_to_bytes, source_digest
 from storage_schemas.spec import BLOSC_CODECS, StoreSpec
 
@@ -147,11 +148,7 @@ def _layers(text: str | None, teacher: Teacher) -> tuple[int, ...]:
     every = range(teacher.n_layers)
     if text is None:
         return tuple(every)
-    if "-" in text:
-        first, last = (int(part) for part in text.split("-"))
-        asked = tuple(range(first, last + 1))
-    else:
-        asked = tuple(sorted({int(part) for part in text.split(",")}))
-    if not asked or not set(asked) <= set(every):
+    asked = parse_layers(text)
+    if not set(asked) <= set(every):
         raise UserError(f"LAYERS={text}: {teacher.name} has states 0 to {teacher.n_layers - 1}")
     return asked

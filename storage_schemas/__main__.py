@@ -5,19 +5,21 @@ The Makefile calls only this.
 
 from collections.abc import Callable
 from json import dumps
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from infra.console import ExitCode, JobError, UserError, leave, run_door
+from infra.console import ExitCode, JobError, UserError, counted, leave, run_door
 from infra.objects import ObjectError, open_objects
 from infra.s3_settings import use_endpoint
 from storage_schemas.catalogue import describe_stores, list_stores
-from storage_schemas.copy_plan import Part, parse_layers
+from storage_schemas.copy_plan import Part
 from storage_schemas.copy_stores import copy_stores
 from storage_schemas.digest import content_digest
 from storage_schemas.errors import NotAStoreError
 from storage_schemas.find import find_stores
+from storage_schemas.indices import parse_layers
 from storage_schemas.inspect import describe_store, next_command
 from storage_schemas.reader import open_store
 
@@ -95,13 +97,13 @@ def run_stores(at: _At, json: bool = False, endpoint_url: str | None = None) -> 
     try:
         catalogue = list_stores(open_objects(at))
     except ObjectError as error:
-        raise JobError(str(error)) from error
+        raise UserError(str(error)) from error
     if json:
         print(dumps([entry.to_json() for entry in catalogue.entries], indent=1, allow_nan=False))
     elif catalogue.entries or catalogue.unseen or catalogue.refused:
         print(describe_stores(catalogue))
     if not catalogue.entries:
-        raise NotAStoreError(f"there is no store below {at}; {catalogue.n_folders:,} folders were looked into")
+        raise NotAStoreError(_nothing_there(at, catalogue.n_folders))
     return ExitCode.PROBLEMS if any(entry.problem for entry in catalogue.entries) else ExitCode.OK
 
 
@@ -120,6 +122,17 @@ def run_digest(store: _Store, endpoint_url: str | None = None) -> int:
     except ObjectError as error:
         raise JobError(str(error)) from error
     return ExitCode.OK
+
+
+def _nothing_there(at: str, n_folders: int) -> str:
+    """Why no store was found."""
+    if "://" not in at:
+        place = Path(at)
+        if not place.exists():
+            return f"there is no folder {at}; give a folder, or s3://bucket/prefix, that stores lie in"
+        if not place.is_dir():
+            return f"{at} is a file; give the folder that stores lie in"
+    return f"there is no store below {at}; looked into {counted(n_folders, 'folder')}"
 
 
 def _find(store: str) -> list[str]:

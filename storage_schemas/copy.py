@@ -37,6 +37,7 @@ N_THREADS = 16  # one connection to S3 gives some 80 MB/s, so so many fill a fas
 #: Bytes in flight; one object may have more, and is then copied alone. A copy takes as much memory, and the commits'.
 MEMORY_NBYTES = 2**30
 _N_NAMED = 10
+_N_LOOKED_AT = 1000  # strangers at the target, to name the folders that they lie in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +209,7 @@ def _read_target(target: Objects, plan: CopyPlan) -> tuple[bool, dict[int, Commi
     except NotAStoreError:
         keys = (info.key for info in target.list())
         odd = (key for key in keys if key.startswith(COMMITS_PREFIX) or not is_owned(key))
-        strangers = list(islice(odd, _N_NAMED))  # the first few: there may be millions
+        strangers = list(dict.fromkeys(map(_top, islice(odd, _N_LOOKED_AT))))[:_N_NAMED]  # there may be millions
         if strangers:
             raise UserError(
                 f"{target.location} is not empty and is no store: it holds {', '.join(strangers)}. Choose another TO"
@@ -223,6 +224,12 @@ def _read_target(target: Objects, plan: CopyPlan) -> tuple[bool, dict[int, Commi
         if found.documents.get(key) != plan.document.documents.get(key)
     ]
     raise SchemaError(f"{target.location} is a store of another identity; choose another TO, or delete it", different)
+
+
+def _top(key: str) -> str:
+    """The folder right below the root that an object lies in, or its own name."""
+    name, slash, _ = key.partition("/")
+    return name + slash
 
 
 def _document(objects: Objects, document: StoreDocument, key: str) -> bytes:

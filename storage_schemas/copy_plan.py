@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from storage_schemas.commit import Commit, ObjectRecord
 from storage_schemas.create import StoreDocument
 from storage_schemas.documents import sha256
 from storage_schemas.errors import SchemaError
+from storage_schemas.indices import layer_ranges, named_layers
 from storage_schemas.keys import (
     SAMPLES_KEY,
     STATISTIC_NAMES,
@@ -157,17 +157,18 @@ def plan_copy(source: StoreDocument, samples: bytes, part: Part) -> CopyPlan:
 
 def copied_spec(spec: StoreSpec, part: Part) -> StoreSpec:
     """Identity of the copy of a part of a store."""
-    problems = [
-        f"layer {layer} is not stored; the store has {', '.join(map(str, spec.layers))}"
-        for layer in part.layers or ()
-        if layer not in spec.layers
-    ]
+    missing = [layer for layer in part.layers or () if layer not in spec.layers]
+    problems = []
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        problems.append(f"{named_layers(missing)} {verb} not stored; the store has {layer_ranges(spec.layers)}")
     if part.limit is not None and part.limit < 1:
         problems.append(f"LIMIT={part.limit}: expected at least 1 sample")
     backend, codec, shuffle = _copied_form(spec, part)
     problems += _form_problems(backend, codec, shuffle)
     if problems:
-        raise SchemaError("this cannot be copied", problems)
+        converts = (part.backend, part.codec, part.shuffle) != (None, None, None)
+        raise SchemaError(f"this cannot be {'converted' if converts else 'copied'}", problems)
     n_samples = spec.n_samples
     if part.limit is not None:
         n_samples = min(-(-part.limit // spec.samples_per_shard) * spec.samples_per_shard, n_samples)
@@ -199,22 +200,6 @@ def _form_problems(backend: str, codec: str, shuffle: str) -> list[str]:
         expected = "byte or bit" if codec in BLOSC_CODECS else f"none; {', '.join(BLOSC_CODECS)} have one"
         problems.append(f"SHUFFLE={shuffle}: with CODEC={codec} expected {expected}")
     return problems
-
-
-def parse_layers(text: str) -> tuple[int, ...]:
-    """Read `0-7` or `0,6,12`, as LAYERS= takes them.
-
-    Raises:
-        SchemaError: It is neither.
-    """
-    layers: tuple[int, ...] = ()
-    if match := re.fullmatch(r"(\d{1,2})-(\d{1,2})", text):
-        layers = tuple(range(int(match[1]), int(match[2]) + 1))
-    elif re.fullmatch(r"\d{1,2}(,\d{1,2})*", text):
-        layers = tuple(sorted({int(part) for part in text.split(",")}))
-    if not layers:
-        raise SchemaError(f"LAYERS={text}", ["expected a range such as 0-7, or a list such as 0,6,12"])
-    return layers
 
 
 def _form(spec: StoreSpec) -> tuple[str, str, str]:

@@ -21,6 +21,8 @@ def find_stores(root: str | os.PathLike[str]) -> dict[str, str]:
         NotAStoreError: There is none; says where was looked.
     """
     root = os.fspath(root).rstrip("/") or os.fspath(root)
+    if not root:
+        raise NotAStoreError("STORE is empty: give the path of a store, such as data/stores/digits/train")
     if is_store(root):
         return {"": root}
     found = {split: f"{root}/{split}" for split in SPLITS if is_store(f"{root}/{split}")}

@@ -1,9 +1,13 @@
 """Numbers as people hand them over: Python's or NumPy's integers, one or several, in any kind of sequence."""
 
+import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import SupportsIndex
 
 import numpy as np
+
+from storage_schemas.errors import SchemaError
 
 #: One index, or several in order; NumPy's integers are as good as Python's.
 Indices = SupportsIndex | Sequence[SupportsIndex] | np.ndarray
@@ -38,6 +42,27 @@ def as_indices(asked: object, what: str) -> np.ndarray:
             f"{what}s are {values.dtype} values, expected {what} indices; np.flatnonzero makes them of masks"
         )
     return values
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Read `0-7` or `0,6,12`, as LAYERS= takes them.
+
+    Returns:
+        Increasing.
+
+    Raises:
+        SchemaError: It is neither, or names a layer twice.
+    """
+    layers: tuple[int, ...] = ()
+    if match := re.fullmatch(r"(\d{1,2})-(\d{1,2})", text):
+        layers = tuple(range(int(match[1]), int(match[2]) + 1))
+    elif re.fullmatch(r"\d{1,2}(,\d{1,2})*", text):
+        layers = tuple(sorted(int(part) for part in text.split(",")))
+    if not layers:
+        raise SchemaError(f"LAYERS={text}", ["expected a range such as 0-7, or a list such as 0,6,12"])
+    if repeated := [a for a, b in pairwise(layers) if a == b]:
+        raise SchemaError(f"LAYERS={text}", [f"{repeated[0]} is there more than once; expected each layer once"])
+    return layers
 
 
 def layer_runs(layers: Sequence[int]) -> list[list[int]]:

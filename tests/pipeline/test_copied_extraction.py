@@ -7,7 +7,7 @@ import pytest
 from infra.objects import FolderObjects
 from pipeline.extract import extract
 from storage_schemas.copy import copy_store
-from storage_schemas.copy_plan import parse_layers
+from storage_schemas.indices import parse_layers
 from tests.pipeline_jobs import ALONE, digest_of, fake_config, make_tree
 
 

@@ -198,7 +198,8 @@ def test_bad_settings_are_listed_all_at_once(refuse: Refuse, images: Path, tmp_p
     [
         (["--layers", "0-9"], "LAYERS=0-9: fake_vit has states 0 to 3"),
         (["--layers", "5"], "LAYERS=5: fake_vit has states 0 to 3"),
-        (["--layers", "3-1"], "LAYERS=3-1: fake_vit has states 0 to 3"),
+        (["--layers", "3-1"], "LAYERS=3-1: expected a range such as 0-7, or a list such as 0,6,12"),
+        (["--layers", "3,1,3"], "LAYERS=3,1,3: 3 is there more than once; expected each layer once"),
         (["--resize-size", "4"], "resize_size 4 is under image_size 16"),
         (["--image-size", "17"], "17"),
         (["--limit", "many"], "--limit"),

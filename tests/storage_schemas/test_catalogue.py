@@ -12,7 +12,7 @@ from infra.objects import FolderObjects, MemoryObjects, ObjectAccessError, Objec
 from infra.status import Heartbeat, my_heartbeat
 from storage_schemas import open_store
 from storage_schemas.__main__ import main
-from storage_schemas.catalogue import DEPTH, describe_stores, list_stores
+from storage_schemas.catalogue import DEPTH, Catalogue, describe_stores, list_stores
 from storage_schemas.copy import copy_store
 from storage_schemas.keys import INDEX_KEY, commit_key
 from tests.stores import make_spec, write_planted
@@ -323,8 +323,27 @@ class TestDoor:
         assert "not a JSON document" in json.loads(capsys.readouterr().out)[1]["problem"]
 
     def test_nothing_there(self, tmp_path, capsys):
-        assert main(["stores", str(tmp_path / "nowhere")]) == ExitCode.BAD_INPUT
-        assert "there is no store below" in capsys.readouterr().err
+        (tmp_path / "file").write_bytes(b"")
+        (tmp_path / "empty").mkdir()
+        for name, said in [
+            ("nowhere", "there is no folder"),
+            ("file", f"{tmp_path / 'file'} is a file; give the folder"),
+            ("empty", f"there is no store below {tmp_path / 'empty'}; looked into 1 folder\n"),
+        ]:
+            assert main(["stores", str(tmp_path / name)]) == ExitCode.BAD_INPUT
+            assert said in capsys.readouterr().err
+
+    def test_a_place_that_cannot_be_listed_is_bad_input_as_for_inspect(self, monkeypatch, capsys):
+        def refuse(objects: Objects) -> Catalogue:
+            raise ObjectAccessError("", "there is no bucket nobucket")
+
+        monkeypatch.setattr("storage_schemas.__main__.list_stores", refuse)
+        assert main(["stores", "somewhere"]) == ExitCode.BAD_INPUT
+        assert "there is no bucket nobucket" in capsys.readouterr().err
+
+    def test_no_store_is_named(self, capsys):
+        assert main(["inspect", ""]) == ExitCode.BAD_INPUT
+        assert "STORE is empty: give the path of a store" in capsys.readouterr().err
 
     def test_a_copy_is_listed_as_it_grows(self, root, tmp_path, capsys):
         (root / "digits/train" / commit_key(1)).unlink()

@@ -22,10 +22,11 @@ from storage_schemas.__main__ import main
 from storage_schemas.catalogue import list_stores
 from storage_schemas.copy import copy_store, prepare_copy, run_copy
 from storage_schemas.copy_claim import Claim
-from storage_schemas.copy_plan import Part, copied_spec, parse_layers
+from storage_schemas.copy_plan import Part, copied_spec
 from storage_schemas.digest import content_digest
 from storage_schemas.errors import ChecksumError, SchemaError
 from storage_schemas.from_arrays import write_store
+from storage_schemas.indices import parse_layers
 from storage_schemas.keys import INDEX_KEY, STORE_KEY, commit_key
 from storage_schemas.spec import BACKENDS, CODECS_OF, StoreSpec
 from tests import examples
@@ -216,7 +217,7 @@ class TestConvert:
     def test_forms_that_there_are_not(self, part, message):
         with pytest.raises(SchemaError) as error:
             copied_spec(make_spec(), Part(**part))
-        assert (error.value.title, error.value.problems) == ("this cannot be copied", (message,))
+        assert (error.value.title, error.value.problems) == ("this cannot be converted", (message,))
 
     def test_everything_that_is_no_form_is_said_together(self):
         with pytest.raises(SchemaError) as error:
@@ -404,13 +405,16 @@ class TestRefusals:
     def test_a_place_that_holds_something_else(self, key):
         target = MemoryObjects("memory://target/")
         target.put(key, b"")
-        with pytest.raises(UserError, match=f"is not empty and is no store: it holds {key}"):
+        target.put(f"{key}.more", b"")
+        named = f"{key.split('/')[0]}/" if "/" in key else f"{key}, {key}.more"
+        with pytest.raises(UserError, match=f"is not empty and is no store: it holds {named}. Choose"):
             copy_store(planted(), target)
 
     @pytest.mark.parametrize(
         ("part", "message"),
         [
-            ({"layers": [1, 7]}, r"layer 7 is not stored; the store has 0, 1, 2"),
+            ({"layers": [1, 7]}, r"this cannot be copied:\n  layer 7 is not stored; the store has 0 to 2$"),
+            ({"layers": range(2, 9)}, r"this cannot be copied:\n  layers 3 to 8 are not stored; the store has 0 to 2$"),
             ({"limit": 0}, "LIMIT=0: expected at least 1 sample"),
             ({"codec": "lzma"}, "CODEC=lzma: zarr has none, lz4, zstd-1, zstd-3"),
         ],
@@ -423,6 +427,10 @@ class TestRefusals:
     def test_layers_that_are_no_layers(self, text):
         with pytest.raises(SchemaError, match=f"LAYERS={text}: *\n  expected a range such as 0-7"):
             parse_layers(text)
+
+    def test_a_layer_that_is_asked_for_twice(self):
+        with pytest.raises(SchemaError, match="LAYERS=0,3,3:\n  3 is there more than once; expected each layer once"):
+            parse_layers("0,3,3")
 
 
 def test_bytes_in_flight_are_bounded(monkeypatch):
@@ -477,7 +485,7 @@ class TestDoor:
         assert f"{to}/train: complete; " in out
         assert "copy train 0%" in err
         assert main(["copy", str(root), str(to)]) == ExitCode.OK
-        assert "3 shards are there already" in capsys.readouterr().err
+        assert "there already: 3 shards" in capsys.readouterr().err
 
     def test_a_part_of_one(self, root, tmp_path, capsys):
         to = tmp_path / "to"
@@ -637,7 +645,7 @@ class TestDoor:
             (root / "train" / name).unlink()
         assert main(["copy", str(root / "train"), str(tmp_path / "to")]) == ExitCode.OK
         out, err = capsys.readouterr()
-        assert "1 shards are not in the source yet" in err
+        assert "not in the source yet, or damaged: 1 shard; a later" in err
         assert "2 of 3 shards" in out
         assert out.splitlines()[-1] == "Next: the same copy again, to go on with what is missing"
 
