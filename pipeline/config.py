@@ -10,7 +10,7 @@ from infra.console import UserError
 from infra.objects import check_location
 from pipeline.locations import is_remote, lies_in, plain_location
 from pipeline.preprocessing import INTERPOLATIONS
-from pipeline.sources import DIGITS, images_name, open_sources
+from pipeline.sources import DIGITS, ImageFolderSource, images_name, open_sources
 from pipeline.teacher_kinds import kind_of
 from storage_schemas.errors import SchemaError
 from storage_schemas.find import is_store, store_around
@@ -143,6 +143,9 @@ def check_inputs(config: ExtractConfig) -> None:
     """
     check_config(config)
     sources = open_sources(config.images)
+    for source in sources.values():
+        if isinstance(source, ImageFolderSource):
+            source.check_has_images()
     if config.images != DIGITS and lies_in(store_root(config), config.images):
         raise UserError(
             f"STORE={store_root(config)} lies inside IMAGES={config.images}, where it would be listed as a class of "

@@ -4,7 +4,7 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from infra.console import counted
@@ -19,6 +19,27 @@ from pipeline.source_errors import (
 from storage_schemas.samples import Sample, Samples
 
 TELL_EVERY = 10_000  # images between two calls of a progress callback
+
+
+@dataclass
+class LeftOut:
+    """Files in class folders that are taken for no images, as a listing has met them.
+
+    Attributes:
+        n: How many.
+        first: The first of them by name.
+    """
+
+    n: int = 0
+    first: str = ""
+
+    def add(self, name: str) -> None:
+        """Count a file."""
+        self.n, self.first = self.n + 1, min(self.first or name, name)
+
+    def clear(self) -> None:
+        """Count anew."""
+        self.n, self.first = 0, ""
 
 
 @dataclass(frozen=True)
@@ -37,6 +58,10 @@ class ImageFolderSource:
 
     root: str | os.PathLike[str]
     classes: tuple[str, ...] | None = None
+    _left_out: LeftOut = field(default_factory=LeftOut, init=False, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple:  # it travels as its location
+        return type(self), (self.root, self.classes)
 
     @property
     def name(self) -> str:
@@ -69,6 +94,7 @@ class ImageFolderSource:
         """
         problems: list[str] = []
         present = set(folders_in(self.root))
+        self._left_out.clear()
         samples = Samples.of(_told(self._samples(present, problems), progress or (lambda n_seen: None)))
         if problems:
             raise SourceError(join_problems(f"{self.root} cannot be listed", problems))
@@ -76,15 +102,26 @@ class ImageFolderSource:
             raise SourceError(no_images(str(self.root), len(present)))
         return samples
 
+    def check_has_images(self) -> None:
+        """Refuse, without a whole listing, class folders that hold no image.
+
+        Raises:
+            SourceError: There is none.
+        """
+        problems: list[str] = []
+        present = set(folders_in(self.root))
+        if next(self._samples(present, problems), None) is None and not problems:  # lists one class, as a rule
+            raise SourceError(no_images(str(self.root), len(present)))
+
     def _samples(self, present: set[str], problems: list[str]) -> Iterator[Sample]:
         for label, class_name in enumerate(self.class_names()):
             if class_name in present:
-                yield from _list_class(self.root, class_name, label, problems)
+                yield from _list_class(self.root, class_name, label, problems, self._left_out)
 
     def notes(self, samples: Samples) -> list[str]:
-        """What a person should know of a listing and that stops nothing: empty classes, images outside of classes."""
+        """What a person should know of the last listing and that stops nothing: what was left out, empty classes."""
         stray = [name for name in names_in(self.root) if is_image_name(name) and not _is_folder(self.root, name)]
-        return folder_notes(self.class_names(), samples, stray)
+        return folder_notes(self.class_names(), samples, stray, self._left_out)
 
     def read(self, sample: Sample) -> bytes:
         """The bytes of one file.
@@ -102,8 +139,8 @@ class ImageFolderSource:
             raise SourceError(f"cannot read sample {name!r} below {self.root}: {error_reason(error)}") from error
 
 
-def folder_notes(class_names: list[str], samples: Samples, stray: list[str]) -> list[str]:
-    """Notes on a folder of class folders; `stray` are the images beside those."""
+def folder_notes(class_names: list[str], samples: Samples, stray: list[str], left_out: LeftOut) -> list[str]:
+    """Notes on a folder of class folders; `stray` are the images beside those, `left_out` what is within them."""
     filled = set(samples.table["class_name"].unique().to_pylist())
     empty = [name for name in class_names if name not in filled]
     notes = []
@@ -111,6 +148,8 @@ def folder_notes(class_names: list[str], samples: Samples, stray: list[str]) -> 
         notes.append(f"{counted(len(empty), 'class')} without images, which keep their labels: {shorten(empty)}")
     if stray:
         notes.append(f"{counted(len(stray), 'image')} outside of class folders, left out: {shorten(stray)}")
+    if left_out.n:
+        notes.append(f"{counted(left_out.n, 'file')} with other endings left out, such as {left_out.first!r}")
     return notes
 
 
@@ -173,17 +212,19 @@ def _told(samples: Iterator[Sample], progress: Callable[[int], None]) -> Iterato
     progress(n_seen)
 
 
-def _list_class(root: str | os.PathLike[str], class_name: str, label: int, problems: list[str]) -> Iterator[Sample]:
+def _list_class(
+    root: str | os.PathLike[str], class_name: str, label: int, problems: list[str], left_out: LeftOut
+) -> Iterator[Sample]:
     """Samples of one class folder in torchvision's order; what cannot be listed is added to problems."""
     base = os.path.join(root, "")
-    for path in _image_paths(os.path.join(base, class_name), problems):
+    for path in _image_paths(os.path.join(base, class_name), problems, left_out):
         sample_id = path[len(base) :].replace(os.sep, "/")
         nbytes = _file_nbytes(path, sample_id, problems)
         if nbytes is not None:
             yield Sample(sample_id=sample_id, label=label, class_name=class_name, nbytes=nbytes)
 
 
-def _image_paths(top: str, problems: list[str]) -> Iterator[str]:
+def _image_paths(top: str, problems: list[str], left_out: LeftOut) -> Iterator[str]:
     """Image files in a folder and all below it, links followed, each loop of links cut and reported.
 
     Sorted by the path of their folder, then by name: torchvision sorts what os.walk yields, so that "a-b" comes before
@@ -205,6 +246,8 @@ def _image_paths(top: str, problems: list[str]) -> Iterator[str]:
                         ahead.append((entry.path, (*above, real)))
                     elif is_image_name(entry.name):
                         names_of[folder].append(entry.name)
+                    else:
+                        left_out.add(entry.name)
         except OSError as error:
             problems.append(f"{folder}: {error_reason(error)}")
     for folder in sorted(names_of):

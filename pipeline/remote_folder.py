@@ -1,7 +1,7 @@
 """A folder of class folders of images on S3, or wherever fsspec reads: the same samples as of that tree on a disk."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 
@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from infra.fsspec_objects import ReadOnlyObjects, open_read_only
 from infra.objects import ObjectError, ObjectInfo, check_key
-from pipeline.image_folder import TELL_EVERY, folder_notes, no_class_folders, no_images
+from pipeline.image_folder import TELL_EVERY, LeftOut, folder_notes, no_class_folders, no_images
 from pipeline.source_errors import IMAGE_EXTENSIONS, MAX_IMAGE_NBYTES, SourceError, is_image_name, join_problems
 from storage_schemas.samples import SCHEMA, Sample, Samples
 
@@ -34,6 +34,7 @@ class RemoteFolderSource:
 
     root: str
     classes: tuple[str, ...] | None = None
+    _left_out: LeftOut = field(default_factory=LeftOut, init=False, repr=False, compare=False)
 
     def __reduce__(self) -> tuple:  # it travels as its address; clients are made anew
         return type(self), (self.root, self.classes)
@@ -71,7 +72,10 @@ class RemoteFolderSource:
                 all are told, up to ten.
         """
         classes, problems = self.class_names(), list[str]()
-        parts = [_to_table(infos, classes, problems) for infos in _batches(self._list(), progress)]
+        self._left_out.clear()
+        parts = [
+            _to_table(self._noted(infos, set(classes)), classes, problems) for infos in _batches(self._list(), progress)
+        ]
         if problems:
             raise SourceError(join_problems(f"{self.root} cannot be listed", problems))
         if not sum(len(part) for part in parts):
@@ -81,6 +85,13 @@ class RemoteFolderSource:
         samples = Samples(table.select(SCHEMA.names[1:]).cast(SCHEMA.remove(0)))
         return samples.sorted_by(table["label"], table["folder"], table["sample_id"])
 
+    def _noted(self, infos: list[ObjectInfo], classes: set[str]) -> list[ObjectInfo]:
+        """The same, when those that lie in class folders and are no images have been counted."""
+        for key in (info.key for info in infos):
+            if not key.endswith("/") and not is_image_name(key) and "/" in key and key.partition("/")[0] in classes:
+                self._left_out.add(key.rpartition("/")[2])
+        return infos
+
     def _list(self) -> Iterator[ObjectInfo]:
         try:
             yield from self._objects.list()
@@ -88,9 +99,9 @@ class RemoteFolderSource:
             raise SourceError(f"cannot list the image folder {self.root}: {error}") from error
 
     def notes(self, samples: Samples) -> list[str]:
-        """What a person should know of a listing and that stops nothing."""
+        """What a person should know of the last listing and that stops nothing."""
         stray = [name for name in list_level(self._objects)[1] if is_image_name(name)]
-        return folder_notes(self.class_names(), samples, stray)
+        return folder_notes(self.class_names(), samples, stray, self._left_out)
 
     def read(self, sample: Sample) -> bytes:
         """The bytes of one object.

@@ -12,7 +12,7 @@ from functools import cached_property
 from infra.console import counted
 from infra.fsspec_objects import ReadOnlyObjects, open_read_only
 from infra.objects import ObjectError, ObjectInfo, check_key, read_range
-from pipeline.source_errors import IMAGE_EXTENSIONS, SourceError, error_reason, join_problems
+from pipeline.source_errors import IMAGE_EXTENSIONS, SourceError, error_reason, join_problems, shorten
 from pipeline.tar_walk import BLOCK_NBYTES, TarWalk, member_differs
 from storage_schemas.samples import Sample, Samples, repeated_ids
 
@@ -114,8 +114,10 @@ class TarSource:
         return samples
 
     def notes(self, samples: Samples) -> list[str]:
-        """Nothing: what is in tars and is no sample has stopped the listing, or belongs to nobody."""
-        return []
+        """Tars without images; what is in tars and is no sample has stopped the listing, or belongs to nobody."""
+        filled = set(samples.table["tar"].unique().to_pylist())
+        empty = [tar.key for tar in self.tars() if tar.key not in filled]
+        return [f"{counted(len(empty), 'tar')} without images: {shorten(empty)}"] if empty else []
 
     def read(self, sample: Sample) -> bytes:
         """The bytes of one image: one ranged read, of its header too, which tells whether the tar is still the same.

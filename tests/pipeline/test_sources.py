@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torchvision.datasets import ImageFolder
 
 from infra.console import UserError
+from pipeline import image_folder
 from pipeline.digits import digits_split, load_digit_arrays
 from pipeline.sources import DigitsSource, ImageFolderSource, SourceError, open_sources, storage_order
 from storage_schemas.samples import Sample
@@ -84,15 +85,31 @@ def test_a_listing_knows_sizes_and_names_and_reads_back(tmp_path: Path) -> None:
 
 
 def test_empty_classes_keep_their_labels_and_are_told(tmp_path: Path) -> None:
-    fill(tmp_path, "a/1.jpg", "c/2.jpg", "stray.jpg", "readme.txt")
+    fill(tmp_path, "a/1.jpg", "c/2.jpg", "stray.jpg", "readme.txt", "a/notes.txt", "c/sub/anim.gif")
     (tmp_path / "b").mkdir()
     source = ImageFolderSource(tmp_path)
+    source.listing()
     samples = source.listing()
     assert [(s.sample_id, s.label) for s in samples] == [("a/1.jpg", 0), ("c/2.jpg", 2)]
     assert source.notes(samples) == [
         "1 class without images, which keep their labels: b",
         "1 image outside of class folders, left out: stray.jpg",
+        "2 files with other endings left out, such as 'anim.gif'",
     ]
+
+
+def test_folders_without_an_image_are_known_without_a_whole_listing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "none", "a/1.txt", "b/store.json")
+    with pytest.raises(SourceError, match="has 2 class folders and no image in any of them"):
+        ImageFolderSource(tmp_path / "none").check_has_images()
+    fill(tmp_path / "some", "a/1.jpg", "b/2.jpg")
+    walked: list[str] = []
+    whole = image_folder._image_paths
+    monkeypatch.setattr(image_folder, "_image_paths", lambda top, *rest: walked.append(top) or whole(top, *rest))
+    ImageFolderSource(tmp_path / "some").check_has_images()
+    assert walked == [str(tmp_path / "some" / "a")]
 
 
 def test_a_source_travels_small(tmp_path: Path) -> None:

@@ -351,6 +351,15 @@ def test_members_that_cannot_be_are_refused_by_name(members: list, expected: str
     assert "hold no image" in found or "a.tar" in found
 
 
+def test_tars_without_images_are_told() -> None:
+    source = over(Counted({"a.tar": tar_of(sample("x")), "b.tar": tar_of([]), "c.tar": tar_of([("readme.txt", b"")])}))
+    assert source.notes(source.listing()) == ["2 tars without images: b.tar, c.tar"]
+    source = over(Counted({"a.tar": tar_of(sample("x")), "b.tar": tar_of(sample("x"))}))
+    samples = source.listing()
+    assert [one.sample_id for one in samples] == ["a.tar/x.jpg", "b.tar/x.jpg"]
+    assert source.notes(samples) == []
+
+
 def test_all_problems_of_all_tars_are_told_at_once() -> None:
     bad = tar_of([*sample("fine"), ("/x.jpg", b""), header("l.jpg", tarfile.SYMTYPE, link="x"), ("m.cls", b"x")])
     worse = tar_of([(f"{i}.jpg", b"") for i in range(1000)])
