@@ -94,7 +94,7 @@ def test_attention_times_values_is_the_blocks_own_output(teacher, x):
 
 
 def test_other_blocks_are_refused():
-    with pytest.raises(UserError, match="a block of NoneType; expected timm's Attention"):
+    with pytest.raises(UserError, match="a block of Linear; expected timm's Attention"):
         attention_of(torch.nn.Linear(4, 4), torch.zeros(1, 2, 4))
 
 
