@@ -148,9 +148,12 @@ def _mend(planned: PlannedStore, objects: Objects) -> None:
     for key in sorted({problem.key for problem in problems} & set(documents)):
         say(f"rewriting {planned.location}/{key}")
         objects.put(key, documents[key])
-    for shard in sorted({problem.shard for problem in problems if problem.shard is not None}):
+    again = sorted({problem.shard for problem in problems if problem.shard is not None})
+    for shard in again:
         say(f"shard {shard} will be extracted again")
         objects.delete(commit_key(shard))  # first of all: from now on the shard does not exist
+    if again:
+        objects.delete(INDEX_KEY)  # else it would say that all of them are committed, and their commits are lost
     _drop(objects, [p for p in problems if p.shard is None and p.key not in documents])
 
 

@@ -354,6 +354,9 @@ def test_through_the_door(sound: ExtractConfig, digest: str, damaged: Path, capf
     assert f"{damaged} has 2 problems in 1 shard" in capfd.readouterr().out
     command = ["verify", "--store", str(damaged), "--images", sound.images, "--repair", "--no-ray", "--device", "cpu"]
     assert main(command) == ExitCode.OK
-    assert "8 images in " in capfd.readouterr().out
+    said = capfd.readouterr()
+    assert "8 images in " in said.out
+    assert "shard 1 will be extracted again" in said.err
+    assert "damaged" not in said.err.replace(str(damaged), ""), "what it deleted itself is no damage that it found"
     assert digest_of(damaged) == digest
     assert main(["verify", "--store", str(damaged)]) == ExitCode.OK
