@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from botocore.auth import S3SigV4Auth
@@ -109,8 +110,9 @@ def environment_of(endpoint: str, access_key: str = ACCESS_KEY, secret_key: str 
     }
 
 
+@cache
 def settings_of(endpoint: str, access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY) -> S3Settings:
-    """The same as settings, for objects made in this process without touching its environment."""
+    """The same as settings, for objects made in this process without touching its environment; once, for it is slow."""
     session = Session()
     session.set_credentials(access_key, secret_key)
     return S3Settings(session=session, endpoint=endpoint, region=REGION, anonymous=not access_key)

@@ -5,8 +5,9 @@
 
 import dataclasses
 import inspect
+import typing
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from importlib.machinery import SourceFileLoader
 from types import CodeType, ModuleType
 from typing import Any, get_args
@@ -38,6 +39,7 @@ class _Instrumented(_JaxtypingLoader):
 
 
 def install() -> None:
+    typing._get_protocol_attrs = cache(typing._get_protocol_attrs)  # Python 3.11 asks at each check for a protocol
     jaxtyping._import_hook._JaxtypingLoader = _Instrumented
     jaxtyping.jaxtyped = _checked_where_it_matters
 
@@ -53,7 +55,7 @@ def _checked_where_it_matters(*, typechecker: Callable[..., Any]) -> Callable[..
         if _names_axes(thing):
             return jaxtyped(thing, typechecker=typechecker)
         if not inspect.isclass(thing):
-            return _checked_by_type(thing)
+            return thing if _is_called_per_byte(thing) else _checked_by_type(thing)
         if dataclasses.is_dataclass(thing):
             thing.__init__ = _checked_by_type(thing.__init__)
         return thing
@@ -65,6 +67,11 @@ def _names_axes(thing: Any) -> bool:
     """Whether annotations hold arrays, or text, which may name what is not there yet: jaxtyping knows what to do."""
     function = thing.__init__ if inspect.isclass(thing) else thing
     return any(map(_is_about_arrays, getattr(function, "__annotations__", {}).values()))
+
+
+def _is_called_per_byte(function: Callable[..., Any]) -> bool:
+    """The parts of the parser of Parquet footers: checking them took a tenth of the time of opening stores."""
+    return function.__module__ == "storage_schemas.parquet" and function.__name__.startswith("_")
 
 
 def _is_about_arrays(hint: Any) -> bool:
