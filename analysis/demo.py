@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from analysis.parts import Part, Parts, claim, hold
+from analysis.parts import Part, Parts, claim, hold, place_problems
 from infra.console import ExitCode, Progress, UserError, human_duration, say, stop_on_signals
 from infra.machine import n_cores
 
@@ -60,6 +60,8 @@ def _problems(demo: str, seeds: int, limit: int | None, steps: int | None) -> li
         problems.append(f"DEMO={demo}: expected a path without a comma, which stands between the RUNS of a Raptor")
     if "://" in demo:
         problems.append(f"DEMO={demo}: expected a folder of this machine")
+    else:
+        problems += place_problems(Path(demo), "DEMO")
     if seeds < 1:
         problems.append(f"SEEDS={seeds}: expected 1 or more")
     if limit is not None and limit < 64:

@@ -19,6 +19,7 @@ from pathlib import Path
 from infra.console import ExitCode, JobError, Progress, UserError, human_duration, say
 
 CONFIG_NAME = "config.json"
+_DRAFT_NAME = "config.draft"
 _POLL_S = 0.05
 _LOCK_NAME = ".lock"
 _PERCENT = re.compile(r"^(.*? \d+%)[:|]")
@@ -202,6 +203,25 @@ def _ask_to_stop(running: Sequence[_Running]) -> bool:
     return True
 
 
+def place_problems(folder: Path, name: str) -> list[str]:
+    """Why a folder cannot be the place of such work: it holds other things, and was never begun.
+
+    Args:
+        folder: There may be none yet.
+        name: The variable that gives it, and in small letters the target.
+    """
+    try:
+        found = sorted(path.name for path in folder.iterdir() if path.name[0] != ".")
+    except OSError:  # there is none yet; or it is no folder, or not ours to read: `hold` says so
+        return []
+    if CONFIG_NAME in found or not (others := [each for each in found if each != _DRAFT_NAME]):
+        return []
+    return [
+        f"{name}={folder} has no {CONFIG_NAME}, so make {name.lower()} did not begin it, but it holds "
+        f"{', '.join(others[:5])}{' and more' if len(others) > 5 else ''}. Give an empty or new place ({name}=...)"
+    ]
+
+
 @contextmanager
 def hold(folder: Path, stopping: Callable[[], bool], name: str = "DEMO") -> Iterator[int | None]:
     """Keep others out of a folder, and wait for them; also for parts whose parent was killed, as they hold it too.
@@ -241,7 +261,7 @@ def claim(folder: Path, choices: Mapping[str, int | None], name: str) -> None:
     """
     path = folder / CONFIG_NAME
     if not path.exists():
-        draft = path.with_suffix(".draft")  # a crash leaves no half of it
+        draft = folder / _DRAFT_NAME  # a crash leaves no half of it
         draft.write_text(json.dumps(dict(choices)))
         draft.rename(path)
         return

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from analysis.page import Origin, Section, save_page
 from analysis.partitions import MIN_SIZE
-from analysis.parts import Part, Parts, claim, hold
+from analysis.parts import Part, Parts, claim, hold, place_problems
 from analysis.places import make_command
 from infra.console import ExitCode, Progress, UserError, human_duration, say, stop_on_signals
 from infra.machine import n_cores
@@ -112,6 +112,8 @@ def _problems(
     problems = []
     if "://" in study:
         problems.append(f"STUDY={study}: expected a folder of this machine")
+    else:
+        problems += place_problems(Path(study), "STUDY")
     if len(chances) < 2 or not all(0 <= one < 1 for one in chances):
         problems.append(f"DROP_PATHS={drop_paths}: expected two or more chances from 0 to below 1, such as 0,0.2,0.5")
     if epochs < 1:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from analysis.demo import N_BLOCKS, _model_parts, _store_parts
-from analysis.parts import claim
+from analysis.parts import claim, place_problems
 from infra.console import ExitCode, UserError, run_door
 
 REPOSITORY = Path(__file__).parents[2]
@@ -84,6 +84,31 @@ def test_other_choices_in_the_same_place_are_refused_before_anything_runs(
         assert "begun with LIMIT=96 STEPS=, not" in (said := capsys.readouterr().err)
         assert "give another DEMO=" in said
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", ".lock"}
+
+
+def test_a_folder_that_holds_other_things_is_refused_and_left_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Listed with what else is wrong; what a killed first start and a Mac leave behind are no other things."""
+    from analysis.__main__ import main
+
+    names = [f"{letter}.txt" for letter in "abcdef"]
+    for name in names:
+        (tmp_path / name).touch()
+    assert run_door(lambda: main(["demo", "--demo", str(tmp_path), "--seeds", "0"])) == ExitCode.BAD_INPUT
+    said = capsys.readouterr().err
+    assert f"DEMO={tmp_path} has no config.json, so make demo did not begin it, but it holds a.txt, b.txt" in said
+    assert "e.txt and more. Give an empty or new place (DEMO=...)" in said
+    assert "SEEDS=0" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    for name in names:
+        (tmp_path / name).unlink()
+    for name in (".DS_Store", ".lock", "config.draft"):
+        (tmp_path / name).touch()
+    assert place_problems(tmp_path, "DEMO") == []
+    claim(tmp_path, {"limit": None}, "DEMO")
+    (tmp_path / "stores").mkdir()
+    assert place_problems(tmp_path, "DEMO") == place_problems(tmp_path / "new", "DEMO") == []
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"limit": 96}'])

@@ -84,6 +84,10 @@ def test_what_make_study_cannot_do_is_refused_before_anything_is_made(tmp_path):
     with pytest.raises(UserError, match="expected a folder of this machine"):
         study_command(study="s3://bucket/study")
     assert not place.exists()
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UserError, match=r"make study did not begin it, but it holds thesis\.tex\. Give an empty"):
+        study_command(study=str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_each_training_of_a_study_keeps_the_untrained_teacher_and_is_then_measured(tmp_path):
