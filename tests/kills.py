@@ -18,20 +18,25 @@ START_TIMEOUT_S = 180.0
 class Driver:
     """`python -m pipeline extract` in a process of its own, on a Ray cluster or, with "local", on a private one."""
 
-    def __init__(self, arguments: Sequence[str], told: Path, address: str) -> None:
+    def __init__(
+        self, arguments: Sequence[str], told: Path, address: str, *, workers: int = 2, holds: int | None = None
+    ) -> None:
         """Begin.
 
         Args:
-            arguments: Of the door, as `fake_arguments` makes them; it uses two workers of one core.
+            arguments: Of the door, as `fake_arguments` makes them.
             told: File that gets what it says.
             address: Of a Ray cluster, or "local".
+            workers: Of one core each.
+            holds: So many shards are committed, and no more ever are: it cannot end before it is killed.
         """
         self._told = told
-        flags = [*arguments, "--no-dashboard", "--workers", "2", "--cpus-per-worker", "1"]
+        flags = [*arguments, "--no-dashboard", "--workers", str(workers), "--cpus-per-worker", "1"]
         flags.remove("--no-ray")
+        door = ["pipeline"] if holds is None else ["tests.held_commits", str(holds)]
         with self._told.open("ab") as told:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "pipeline", "extract", *flags],
+                [sys.executable, "-m", *door, "extract", *flags],
                 cwd=REPO,
                 env={**os.environ, "RAY_ADDRESS": address, "RAY_AUTH_MODE": "disabled"},
                 stdout=told,

@@ -20,8 +20,10 @@ from storage_schemas.digest import content_digest
 ALONE = RunConfig(no_ray=True, device="cpu", cpus_per_worker=1, depth=1)
 #: In this process with several shards and micro-batches at once.
 THREADS = RunConfig(no_ray=True, device="cpu", cpus_per_worker=3, depth=2)
-#: Through a private or shared Ray.
-ON_RAY = RunConfig(device="cpu", workers=2, cpus_per_worker=1, depth=2, dashboard=False)
+#: Through a private or shared Ray; a worker costs 5 s of processor time, which is to load torch.
+ON_RAY = RunConfig(device="cpu", workers=1, cpus_per_worker=1, depth=2, dashboard=False)
+#: Through Ray, where several workers are the subject.
+ON_TWO = replace(ON_RAY, workers=2)
 
 
 def encode_image(seed: int, *, mode: str = "RGB", size: tuple[int, int] = (21, 18), **save: Any) -> bytes:

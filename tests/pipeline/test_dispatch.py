@@ -275,9 +275,8 @@ def test_plain_ends_at_once_when_no_shard_can_pass() -> None:
 
     runner = Runner(work)
     with pytest.raises(FatalError, match="no space left for layer_00/cls/c/1"):
-        list(run_plain(range(100), lambda: runner, depth=2))
-    assert runner.runs[1] == 1
-    assert len(runner.runs) < 10
+        list(run_plain(range(100), lambda: runner, depth=1))
+    assert runner.runs == {0: 1, 1: 1}
 
 
 def test_plain_closed_early_leaves_no_thread_running() -> None:

@@ -289,6 +289,30 @@ def test_a_lost_worker_is_replaced_and_its_shards_are_suspects(world: Callable[.
     assert not w.outcomes
 
 
+def test_a_deadline_is_of_each_shard_and_not_of_the_job(world: Callable[..., World]) -> None:
+    w = world(1, n_shards=20)
+    (worker,) = w.pool.workers
+    w.start(worker, "a")
+    for _ in range(10):  # two at a time
+        w.step(w.pool.shard_timeout_s)
+        w.finish()
+        w.step(0)
+    assert len(w.outcomes) == 20
+    assert not w.said(WorkerLost)
+
+
+def test_a_shard_past_its_deadline_loses_its_worker(world: Callable[..., World]) -> None:
+    w = world(1)
+    (worker,) = w.pool.workers
+    w.start(worker, "a")
+    w.step(w.pool.shard_timeout_s)
+    assert not w.said(WorkerLost)
+    w.step(1)
+    assert [event.cause for event in w.said(WorkerLost)] == ["shard 1 was not done after 60 s"]
+    assert w.killed == [worker.actor]
+    assert len(w.waiting) == 1
+
+
 def test_a_worker_on_a_draining_node_finishes_gets_nothing_more_and_is_replaced(world: Callable[..., World]) -> None:
     w = world(1)
     (worker,) = w.pool.workers
