@@ -12,7 +12,16 @@ def one_in(n: int, *axes: Sequence[Any]) -> list[Any]:
 
     Each value of each axis is in a case that runs always; else n must be another.
     """
+    return [pytest.param(*case, marks=marks) for case, marks in _marked(n, axes)]
+
+
+def one_param_in(n: int, *axes: Sequence[Any]) -> list[Any]:
+    """The same for the params of a fixture, which are tuples."""
+    return [pytest.param(case, marks=marks) for case, marks in _marked(n, axes)]
+
+
+def _marked(n: int, axes: Sequence[Sequence[Any]]) -> list[tuple[tuple[Any, ...], Any]]:
     cases = list(product(*axes))
     kept = cases[::n]
     assert all(any(case[axis] == value for case in kept) for axis, values in enumerate(axes) for value in values)
-    return [case if place % n == 0 else pytest.param(*case, marks=pytest.mark.slow) for place, case in enumerate(cases)]
+    return [(case, () if place % n == 0 else pytest.mark.slow) for place, case in enumerate(cases)]

@@ -1,10 +1,11 @@
 """Small stores with planted states, for tests of everything that reads one."""
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from infra.objects import Objects
+from infra.objects import FolderObjects, MemoryObjects, Objects
 from storage_schemas.from_arrays import write_store
 from storage_schemas.precision import restore_patches, round_patches
 from storage_schemas.samples import Sample
@@ -67,12 +68,51 @@ def write_planted(
     seed: int = 0,
     teacher_files: dict[str, bytes] | None = None,
 ) -> None:
+    """Write a store of planted states. Small ones in memory or in a folder are made once and then copied."""
+    bad, files = tuple((bad_images or {}).items()), tuple((teacher_files or {}).items())
+    is_small = spec.n_samples * len(spec.layers) * spec.n_tokens * spec.dim <= 100_000
+    if type(objects) in (MemoryObjects, FolderObjects) and is_small:
+        for key, data in _planted(_Hashed(spec), bad, seed, files):
+            objects.put(key, data)
+    else:
+        _write(objects, spec, bad, seed, files)
+
+
+class _Hashed:
+    """A spec by all of its values: what it holds of preprocessing has no hash."""
+
+    def __init__(self, spec: StoreSpec) -> None:
+        self.spec, self._values = spec, repr(spec)
+
+    def __hash__(self) -> int:
+        return hash(self._values)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Hashed) and self._values == other._values
+
+
+@lru_cache(maxsize=100)
+def _planted(
+    hashed: _Hashed, bad_images: tuple[tuple[int, str], ...], seed: int, teacher_files: tuple[tuple[str, bytes], ...]
+) -> list[tuple[str, bytes]]:
+    made = MemoryObjects()
+    _write(made, hashed.spec, bad_images, seed, teacher_files)
+    return [(info.key, made.get(info.key)) for info in made.list()]
+
+
+def _write(
+    objects: Objects,
+    spec: StoreSpec,
+    bad_images: tuple[tuple[int, str], ...],
+    seed: int,
+    teacher_files: tuple[tuple[str, bytes], ...],
+) -> None:
     write_store(
         objects,
         spec,
         make_samples(spec.n_samples),
         lambda rows: planted_states(spec, rows, seed),
         head_inputs_of=lambda rows: planted_head_inputs(spec, rows, seed),
-        bad_images=bad_images,
-        teacher_files=teacher_files,
+        bad_images=dict(bad_images),
+        teacher_files=dict(teacher_files),
     )

@@ -13,6 +13,8 @@ import zarr
 from infra.objects import FolderObjects
 from storage_schemas import open_store
 from storage_schemas.keys import STATISTICS
+from storage_schemas.spec import PRECISIONS
+from tests.cases import one_param_in
 from tests.storage_schemas.random_store import assert_our_reader_agrees, assert_rows, bits, write_random
 from tests.stores import make_spec
 
@@ -45,15 +47,11 @@ def read_with_xarray(root: Path, path: str) -> np.ndarray:
 READERS = [read_with_zarr, read_with_zarrs, read_with_tensorstore, read_with_xarray]
 
 
-@pytest.fixture(
-    params=[*product(CODECS, ("float16", "int8")), *product((CODECS[0], CODECS[3]), ("float32", "bfloat16"))],
-    ids=lambda p: f"{p[0][0]}-{p[0][1]}-{p[1]}",
-    scope="module",
-)
+@pytest.fixture(params=one_param_in(4, PRECISIONS, CODECS), ids=lambda p: f"{p[1][0]}-{p[1][1]}-{p[0]}", scope="module")
 def stored(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Mapping[str, np.ndarray]]:
-    (codec, shuffle), precision = request.param
+    precision, (codec, shuffle) = request.param
     spec = make_spec(codec=codec, shuffle=shuffle, precision=precision)
     assert spec.n_samples % spec.samples_per_shard  # the last shard is partial, and its last chunk is
     assert spec.n_samples % spec.samples_per_chunk

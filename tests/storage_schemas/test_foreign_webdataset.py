@@ -18,6 +18,12 @@ from storage_schemas.spec import PRECISIONS
 from tests.storage_schemas.random_store import assert_our_reader_agrees, assert_rows, bits, write_random
 from tests.stores import make_spec
 
+#: Each precision with one codec; with the other where there is time.
+FORMS = list(zip(("none", "gzip", "none", "gzip"), PRECISIONS, strict=True))
+MORE_FORMS = [
+    pytest.param(form, marks=pytest.mark.slow) for form in product(("none", "gzip"), PRECISIONS) if form not in FORMS
+]
+
 
 def rows_of(samples: Iterable[dict], kind: str, codec: str) -> np.ndarray:
     """What a pass of webdataset gives of one array; the keys of its samples are their indices."""
@@ -42,7 +48,7 @@ def unclosed_files() -> Iterator[None]:
         gc.collect()
 
 
-@pytest.fixture(params=product(("none", "gzip"), PRECISIONS), ids="-".join, scope="module")
+@pytest.fixture(params=[*FORMS, *MORE_FORMS], ids="-".join, scope="module")
 def stored(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Mapping[str, np.ndarray]]:
