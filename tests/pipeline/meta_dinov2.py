@@ -19,35 +19,35 @@ TOKENS = (0, 1, 4, 5, 6, -1)  # CLS, two registers, the first two patches and th
 CHANNEL_STRIDE = 16
 
 
-def meta_shapes() -> dict[str, tuple[int, ...]]:
+def meta_shapes(dim: int = DIM, depth: int = DEPTH) -> dict[str, tuple[int, ...]]:
     """Names and shapes of Meta's dinov2_vits14_reg, positions for 37 x 37 patches and CLS."""
     shapes: dict[str, tuple[int, ...]] = {
-        "cls_token": (1, 1, DIM),
-        "mask_token": (1, DIM),
-        "register_tokens": (1, 4, DIM),
-        "pos_embed": (1, 37 * 37 + 1, DIM),
-        "patch_embed.proj.weight": (DIM, 3, 14, 14),
-        "patch_embed.proj.bias": (DIM,),
-        "norm.weight": (DIM,),
-        "norm.bias": (DIM,),
+        "cls_token": (1, 1, dim),
+        "mask_token": (1, dim),
+        "register_tokens": (1, 4, dim),
+        "pos_embed": (1, 37 * 37 + 1, dim),
+        "patch_embed.proj.weight": (dim, 3, 14, 14),
+        "patch_embed.proj.bias": (dim,),
+        "norm.weight": (dim,),
+        "norm.bias": (dim,),
     }
-    for block in range(DEPTH):
-        shapes |= {f"blocks.{block}.{name}": shape for name, shape in _block_shapes().items()}
+    for block in range(depth):
+        shapes |= {f"blocks.{block}.{name}": shape for name, shape in _block_shapes(dim).items()}
     return shapes
 
 
 @functools.cache
-def meta_state() -> dict[str, Tensor]:
+def meta_state(dim: int = DIM, depth: int = DEPTH) -> dict[str, Tensor]:
     """Float32 weights, each name from a seed of its own; large enough that every block changes the residual stream.
 
     Made once: copy before you change.
     """
-    return {name: _seeded(name, shape) for name, shape in meta_shapes().items()}
+    return {name: _seeded(name, shape) for name, shape in meta_shapes(dim, depth).items()}
 
 
-def linear_head_state() -> dict[str, Tensor]:
+def linear_head_state(dim: int = DIM) -> dict[str, Tensor]:
     """A classifier of [CLS; patch mean] with the names of Meta's published linear heads."""
-    return {"weight": _normal("head.weight", (N_CLASSES, 2 * DIM)) * 0.05, "bias": _normal("head.bias", (N_CLASSES,))}
+    return {"weight": _normal("head.weight", (N_CLASSES, 2 * dim)) * 0.05, "bias": _normal("head.bias", (N_CLASSES,))}
 
 
 def pixels(size: int) -> Tensor:
@@ -60,22 +60,22 @@ def sample(states: Tensor) -> Tensor:
     return states[:, :, list(TOKENS), ::CHANNEL_STRIDE]
 
 
-def _block_shapes() -> dict[str, tuple[int, ...]]:
+def _block_shapes(dim: int) -> dict[str, tuple[int, ...]]:
     return {
-        "norm1.weight": (DIM,),
-        "norm1.bias": (DIM,),
-        "attn.qkv.weight": (3 * DIM, DIM),
-        "attn.qkv.bias": (3 * DIM,),
-        "attn.proj.weight": (DIM, DIM),
-        "attn.proj.bias": (DIM,),
-        "ls1.gamma": (DIM,),
-        "norm2.weight": (DIM,),
-        "norm2.bias": (DIM,),
-        "mlp.fc1.weight": (4 * DIM, DIM),
-        "mlp.fc1.bias": (4 * DIM,),
-        "mlp.fc2.weight": (DIM, 4 * DIM),
-        "mlp.fc2.bias": (DIM,),
-        "ls2.gamma": (DIM,),
+        "norm1.weight": (dim,),
+        "norm1.bias": (dim,),
+        "attn.qkv.weight": (3 * dim, dim),
+        "attn.qkv.bias": (3 * dim,),
+        "attn.proj.weight": (dim, dim),
+        "attn.proj.bias": (dim,),
+        "ls1.gamma": (dim,),
+        "norm2.weight": (dim,),
+        "norm2.bias": (dim,),
+        "mlp.fc1.weight": (4 * dim, dim),
+        "mlp.fc1.bias": (4 * dim,),
+        "mlp.fc2.weight": (dim, 4 * dim),
+        "mlp.fc2.bias": (dim,),
+        "ls2.gamma": (dim,),
     }
 
 

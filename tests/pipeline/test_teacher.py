@@ -20,6 +20,7 @@ from pipeline.fake import FakeViT
 from pipeline.preprocess import decode_image, normalise
 from pipeline.sources import DigitsSource
 from pipeline.teacher import SHIPPED, Teacher, TeacherError, load_teacher, teacher_from_files
+from tests.pipeline.nano_vits import PLAIN as NANO
 
 TINY = "vit_tiny_patch16_224"
 
@@ -85,7 +86,7 @@ def test_families_of_vits(name: str, size: int, has_cls: bool, n_registers: int,
 
 
 def test_a_layer_is_what_plain_timm_code_gives() -> None:
-    teacher = load_teacher(TINY, weights="random:0", image_size=32)
+    teacher = load_teacher(NANO, weights="random:0", image_size=32)
     pixels = random_pixels(teacher)
     _, intermediates = teacher.model.forward_intermediates(pixels, output_fmt="NLC", return_prefix_tokens=True)
     states = teacher.layer_states_list(pixels)
@@ -180,7 +181,7 @@ def test_sizes_and_colours_are_the_models_own_with_224_px_for_dinov2() -> None:
 def test_random_weights_come_from_their_seed_alone() -> None:
     torch.manual_seed(1)
     before = torch.random.get_rng_state()
-    digests = [load_teacher(TINY, weights=f"random:{seed}", image_size=32).weights_digest for seed in (0, 0, 1)]
+    digests = [load_teacher(NANO, weights=f"random:{seed}", image_size=32).weights_digest for seed in (0, 0, 1)]
     assert digests[0] == digests[1] != digests[2]
     assert torch.equal(torch.random.get_rng_state(), before)
 
@@ -253,7 +254,7 @@ def test_weight_files_that_are_none_are_refused_and_never_run(tmp_path: Path) ->
     }.items():
         path = name if "://" in name else str(tmp_path / name)
         with pytest.raises(UserError, match=expected):
-            load_teacher(TINY, weights=path)
+            load_teacher(NANO, weights=path)
     assert not (tmp_path / "mark").exists()
 
 
@@ -266,11 +267,11 @@ def test_a_classifier_in_the_file_is_left_out(tmp_path: Path) -> None:
 
 
 def test_an_incomplete_file_is_refused_even_where_timm_would_take_it(tmp_path: Path) -> None:
-    state = timm.create_model(TINY).state_dict()
-    del state["blocks.5.norm1.weight"]
+    state = timm.create_model(NANO).state_dict()
+    del state["blocks.1.norm1.weight"]
     torch.save(state, tmp_path / "incomplete.pth")
-    with pytest.raises(WeightsError, match=r"1 missing \(blocks\.5\.norm1\.weight\)"):
-        load_teacher(TINY, weights=str(tmp_path / "incomplete.pth"))
+    with pytest.raises(WeightsError, match=r"1 missing \(blocks\.1\.norm1\.weight\)"):
+        load_teacher(NANO, weights=str(tmp_path / "incomplete.pth"))
 
 
 def test_a_head_may_come_under_any_prefix_and_must_fit(tmp_path: Path) -> None:

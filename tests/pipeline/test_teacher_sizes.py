@@ -1,4 +1,7 @@
-"""One teacher at every image size: square or not, from a weights file, from a store's files, from a seed."""
+"""One teacher at every image size: square or not, from a weights file, from a store's files, from a seed.
+
+With few channels and blocks; `test_teacher_dinov2.py` has DINOv2's own numbers of them.
+"""
 
 from pathlib import Path
 
@@ -15,15 +18,17 @@ from pipeline.positions import positions_before
 from pipeline.settings import plan_stores
 from pipeline.teacher import POSITIONS_FILE, Teacher, TeacherError, load_teacher, teacher_from_files
 from tests.pipeline import meta_dinov2 as meta
+from tests.pipeline.nano_vits import DEPTH, DIM
+from tests.pipeline.nano_vits import PLAIN as TINY
+from tests.pipeline.nano_vits import REGISTERS as NAME
 
-NAME = "vit_small_patch14_reg4_dinov2"
-TINY = "vit_tiny_patch16_224"
+OF_TIMM = "vit_tiny_patch16_224"  # whose weights it knows where to fetch
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "meta.pth"
-    torch.save(meta.meta_state(), path)
+    torch.save(meta.meta_state(DIM, DEPTH), path)
     return path
 
 
@@ -34,7 +39,7 @@ def wide(weights: Path) -> Teacher:
 
 def metas_positions(rows: int, columns: int) -> torch.Tensor:
     """As Meta's models with registers resample them: bicubic, antialiased, to the exact grid, in float32."""
-    own = meta.meta_state()["pos_embed"][0, 1:].reshape(1, 37, 37, -1).permute(0, 3, 1, 2)
+    own = meta.meta_state(DIM, DEPTH)["pos_embed"][0, 1:].reshape(1, 37, 37, -1).permute(0, 3, 1, 2)
     new = interpolate(own, size=(rows, columns), mode="bicubic", antialias=True)
     return new.permute(0, 2, 3, 1).reshape(1, rows * columns, -1)
 
@@ -94,13 +99,13 @@ def test_rectangles_go_through_files_too(weights: Path) -> None:
 
 
 def test_one_teacher_has_one_core_digest_at_every_size_with_and_without_head(weights: Path, tmp_path: Path) -> None:
-    torch.save(meta.linear_head_state(), tmp_path / "head.pth")
+    torch.save(meta.linear_head_state(DIM), tmp_path / "head.pth")
     small = load_teacher(NAME, weights=weights, image_size=70)
     headed = load_teacher(NAME, weights=weights, image_size=(28, 70), head=tmp_path / "head.pth")
     assert small.weights_digest != headed.weights_digest
     assert small.core_digest == headed.core_digest == teacher_from_files(small.to_files(), image_size=518).core_digest
-    state = meta.meta_state()
-    state["blocks.11.mlp.fc2.bias"] = state["blocks.11.mlp.fc2.bias"] + 1e-6
+    state = meta.meta_state(DIM, DEPTH)
+    state["blocks.1.mlp.fc2.bias"] = state["blocks.1.mlp.fc2.bias"] + 1e-6
     torch.save(state, tmp_path / "other.pth")
     assert load_teacher(NAME, weights=tmp_path / "other.pth", image_size=70).core_digest != small.core_digest
 
@@ -122,8 +127,8 @@ def test_pretrained_weights_are_fetched_at_their_own_size_and_then_resampled(mon
     with torch.random.fork_rng(devices=[]):
         monkeypatch.setattr(module.timm, "create_model", fetched)
         monkeypatch.setattr(module, "_make_empty", lambda name: create(name, num_classes=0))
-        model = fetched(TINY, True, 0)
-        teacher = load_teacher(TINY, image_size=(32, 64))
+        model = fetched(OF_TIMM, True, 0)
+        teacher = load_teacher(OF_TIMM, image_size=(32, 64))
     assert teacher.grid == (2, 4)
     assert teacher.positions is not None
     assert torch.equal(teacher.positions.reshape(196, -1), model.pos_embed[0, 1:])
