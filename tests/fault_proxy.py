@@ -119,7 +119,7 @@ class FaultProxy:
         self._arrivals = itertools.count()
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
-        self._n_serving = 0
+        self._n_serving = self._n_stalled = 0
         self._closing = threading.Event()
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.proxy = self
@@ -157,15 +157,15 @@ class FaultProxy:
     def clear(self) -> None:
         """Forget the rules, and the log of all requests that have begun."""
         with self._idle:
-            self._idle.wait_for(lambda: not self._n_serving, timeout=1)
+            self._wait()
             self.rules.clear()
             self._log.clear()
 
     @property
     def log(self) -> list[Entry]:
-        """All requests in the order in which they came; those that are being answered are waited for, for a second."""
+        """All requests in the order in which they came; those that are being answered are waited for."""
         with self._idle:
-            self._idle.wait_for(lambda: not self._n_serving, timeout=1)
+            self._wait()
             return [entry for _, entry in sorted(self._log, key=itemgetter(0))]
 
     def entries(self, method: str | None = None, key: str = "") -> list[Entry]:
@@ -186,6 +186,22 @@ class FaultProxy:
                     if rule.n_hit > rule.after:
                         return rule
         return None
+
+    def _wait(self) -> None:
+        """For all requests to be in the log; a second for those without an answer, whose clients may wait long yet."""
+        self._idle.wait_for(lambda: self._n_serving == self._n_stalled, timeout=60)
+        self._idle.wait_for(lambda: not self._n_serving, timeout=1)
+
+    @contextmanager
+    def _stalling(self) -> Iterator[None]:
+        with self._idle:
+            self._n_stalled += 1
+            self._idle.notify_all()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._n_stalled -= 1
 
     @contextmanager
     def _serving(self) -> Iterator[None]:
@@ -358,12 +374,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _stall(self) -> int:
         self.close_connection = True
         self.connection.settimeout(0.05)
-        while not self.server.proxy._closing.is_set():
-            try:
-                if not self.connection.recv(1):
+        with self.server.proxy._stalling():
+            while not self.server.proxy._closing.is_set():
+                try:
+                    if not self.connection.recv(1):
+                        break
+                except TimeoutError:
+                    time.sleep(0.02)
+                except OSError:
                     break
-            except TimeoutError:
-                time.sleep(0.02)
-            except OSError:
-                break
         return 0

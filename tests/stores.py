@@ -72,7 +72,7 @@ def write_planted(
     bad, files = tuple((bad_images or {}).items()), tuple((teacher_files or {}).items())
     is_small = spec.n_samples * len(spec.layers) * spec.n_tokens * spec.dim <= 100_000
     if type(objects) in (MemoryObjects, FolderObjects) and is_small:
-        for key, data in _planted(_Hashed(spec), bad, seed, files):
+        for key, data in _planted(_Hashed(spec), bad, seed, files, planted_states):
             objects.put(key, data)
     else:
         _write(objects, spec, bad, seed, files)
@@ -93,7 +93,11 @@ class _Hashed:
 
 @lru_cache(maxsize=100)
 def _planted(
-    hashed: _Hashed, bad_images: tuple[tuple[int, str], ...], seed: int, teacher_files: tuple[tuple[str, bytes], ...]
+    hashed: _Hashed,
+    bad_images: tuple[tuple[int, str], ...],
+    seed: int,
+    teacher_files: tuple[tuple[str, bytes], ...],
+    states_of: object,  # `planted_states`, or what a test has put in its place
 ) -> list[tuple[str, bytes]]:
     made = MemoryObjects()
     _write(made, hashed.spec, bad_images, seed, teacher_files)

@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -84,27 +85,26 @@ def test_csv_has_all_digits_and_the_page_carries_it():
     assert base64.b64decode(link.partition(",")[2]).decode() == text
 
 
-def drawings() -> dict[str, bytes]:
-    matrix = np.cos(X[:, None] - X)
-    lines = {"cls": (X, X**2 + 1, X / 10), "patches": (X, X + 1, None)}
-    return {
-        "heat": heat_maps(
-            {"cls": matrix, "patches": matrix, "registers": matrix}, rows=range(5), columns=range(5),
-            unit="cosine", limits=(0, 1), cuts=[1.5],
-        ),
-        "curves": curves(lines, x_name="layer", y_name="angle, radians", cuts=[2.5], log_y=True),
-        "raw and normed": curves(lines, x_name="layer", y_name="cosine", cuts=[2.5], dashed=["patches"]),
-        "signed": signed_maps({"layer 1": matrix, "none": matrix * np.nan}, unit="covariance", largest=1.0,
-                              axis_name="channel"),
-        "overview": depth_overview(
-            matrix[1:, 1:], matrix, lines, layers=range(1, 5), states=range(5), cuts=[2.5], jumps={"cls": [2.0]}
-        ),
-    }  # fmt: skip
+MATRIX = np.cos(X[:, None] - X)
+LINES = {"cls": (X, X**2 + 1, X / 10), "patches": (X, X + 1, None)}
+DRAWINGS: dict[str, Callable[[], bytes]] = {
+    "heat": lambda: heat_maps(
+        {"cls": MATRIX, "patches": MATRIX, "registers": MATRIX}, rows=range(5), columns=range(5),
+        unit="cosine", limits=(0, 1), cuts=[1.5],
+    ),
+    "curves": lambda: curves(LINES, x_name="layer", y_name="angle, radians", cuts=[2.5], log_y=True),
+    "raw and normed": lambda: curves(LINES, x_name="layer", y_name="cosine", cuts=[2.5], dashed=["patches"]),
+    "signed": lambda: signed_maps({"layer 1": MATRIX, "none": MATRIX * np.nan}, unit="covariance", largest=1.0,
+                                  axis_name="channel"),
+    "overview": lambda: depth_overview(
+        MATRIX[1:, 1:], MATRIX, LINES, layers=range(1, 5), states=range(5), cuts=[2.5], jumps={"cls": [2.0]}
+    ),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["heat", "curves", "raw and normed", "signed", "overview"])
+@pytest.mark.parametrize("name", DRAWINGS)
 def test_drawings_are_svg_that_fetches_nothing_and_are_the_same_each_time(name):
-    one, again = drawings()[name], drawings()[name]
+    one, again = DRAWINGS[name](), DRAWINGS[name]()
     assert one == again
     root = ElementTree.fromstring(one)
     assert root.tag.endswith("svg")
@@ -114,9 +114,10 @@ def test_drawings_are_svg_that_fetches_nothing_and_are_the_same_each_time(name):
 
 
 def test_dashed_lines_have_the_colours_of_the_others():
-    strokes = re.findall(rb"<path[^>]*?stroke: (#[0-9a-f]{6}); stroke-width: 1.6", drawings()["raw and normed"])
+    dashed, plain = DRAWINGS["raw and normed"](), DRAWINGS["curves"]()
+    strokes = re.findall(rb"<path[^>]*?stroke: (#[0-9a-f]{6}); stroke-width: 1.6", dashed)
     assert len(set(strokes)) == 1
-    assert drawings()["raw and normed"].count(b"stroke-dasharray") > drawings()["curves"].count(b"stroke-dasharray")
+    assert dashed.count(b"stroke-dasharray") > plain.count(b"stroke-dasharray")
 
 
 def test_undefined_values_are_drawn_as_gaps():

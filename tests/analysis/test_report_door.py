@@ -43,6 +43,12 @@ def report(store, out, *more: str) -> str:
     return (out / PAGE).read_text()
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures are composed and not drawn, which takes most of the time of a report."""
+    monkeypatch.setattr(Figure, "savefig", lambda self, file, **how: file.write(b"<svg/>"))
+
+
 def test_a_store_without_teacher_has_its_page_and_tables(tmp_path, capsys):
     write(tmp_path / "store")
     page = report(tmp_path / "store", tmp_path / "out")
@@ -64,20 +70,20 @@ def test_a_store_without_teacher_has_its_page_and_tables(tmp_path, capsys):
     assert "https://" not in page
 
 
-def test_the_same_store_gives_the_same_page(tmp_path):
+def test_the_same_store_gives_the_same_page(tmp_path, undrawn):
+    """Drawings of the same numbers are the same each time: `test_page.py`."""
     write(tmp_path / "store")
     assert report(tmp_path / "store", tmp_path / "out") == report(tmp_path / "store", tmp_path / "out")
 
 
-def test_a_store_without_cls_has_a_report_of_what_it_has(tmp_path):
+def test_a_store_without_cls_has_a_report_of_what_it_has(tmp_path, undrawn):
     write(tmp_path / "store", has_cls=False, n_registers=0)
     page = report(tmp_path / "store", tmp_path / "out")
     assert "patch_mean" in page
     assert "registers" not in re.sub(r"<span class.*?</span>|<dd>.*?</dd>|Mean over .*?</figcaption>", "", page)
 
 
-def test_registers_without_cls_and_as_many_layers_as_vit_l_are_reported(tmp_path, monkeypatch):
-    monkeypatch.setattr(Figure, "savefig", lambda self, file, **how: file.write(b"<svg/>"))  # drawing takes seconds
+def test_registers_without_cls_and_as_many_layers_as_vit_l_are_reported(tmp_path, undrawn):
     write(tmp_path / "store", has_cls=False, n_registers=2, layers=tuple(range(25)))
     page = report(tmp_path / "store", tmp_path / "out", "--limit", "12", "--wide-limit", "12")
     assert re.findall(r"<h2>(.*?)</h2>", page) == SECTIONS
@@ -141,7 +147,7 @@ def test_states_that_have_no_direction_are_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.s3
-def test_a_store_on_s3_is_reported_with_credentials_that_may_only_read(tmp_path, rclone, monkeypatch):
+def test_a_store_on_s3_is_reported_with_credentials_that_may_only_read(tmp_path, rclone, monkeypatch, undrawn):
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     bucket = rclone.make_bucket()

@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tests.s3_servers import free_port
 from trainer.workers import Workers
 
 DEADLINE_S = 280
@@ -52,8 +52,7 @@ def _alone(environment: dict[str, str], work: Callable[..., None], args: tuple) 
 
 def run_ranks(n: int, work: Callable[..., Any], *args: Any) -> list[Outcome]:
     """work(workers, *args) in n processes, each one a worker; all must end before pytest thinks that the test hangs."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     began = time.monotonic()
     pipes: list[Connection] = []
     processes = []

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import signal
 import subprocess
 import sys
@@ -228,12 +227,34 @@ def options(store: str, run: RunFiles, block: str, n_steps: int) -> tuple[str, .
     return ("train", *(text for name, value in named.items() for text in (f"--{name}", str(value))))
 
 
-def test_two_jobs_share_nothing_and_a_killed_one_goes_on_by_itself(tmp_path: Path) -> None:
+DIES = f"""#!{sys.executable}
+# As python -m trainer, but for the signal that comes to this process after its first checkpoint.
+import os, signal, sys
+sys.path.insert(0, os.getcwd())
+from infra.console import run_door
+from trainer.__main__ import main
+from trainer.run_files import RunFiles
+save = RunFiles.save_checkpoint
+def save_and_die(*given, **named):
+    save(*given, **named)
+    os.kill(os.getpid(), signal.SIGKILL)
+RunFiles.save_checkpoint = save_and_die
+assert sys.argv[1:3] == ["-m", "trainer"]
+sys.exit(run_door(lambda: main(sys.argv[3:])))
+"""
+
+
+def test_two_jobs_share_nothing_and_a_killed_one_goes_on_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """D12: two spans side by side, one killed after a checkpoint: both give the bits of a run alone in its process."""
     from infra.objects import FolderObjects
     from trainer.commands.start import make_config
 
-    store, n_steps = write_tiny_pair(tmp_path / "store"), 200
+    store, n_steps = write_tiny_pair(tmp_path / "store"), 110
+    dies = tmp_path / "dies"
+    dies.write_text(DIES)
+    dies.chmod(0o755)
     spans = ["0-2", "2-3"]
     alone = {}
     for span in spans:
@@ -247,23 +268,19 @@ def test_two_jobs_share_nothing_and_a_killed_one_goes_on_by_itself(tmp_path: Pat
                 arguments=options(store, run, span, n_steps))
         for span in spans
     ]  # fmt: skip
-    begun: list[tuple[str, Process]] = []
+    begun: list[str] = []
 
     def launch(job: SpanRun, slot: int) -> Process:
-        process = Process(job.arguments, tmp_path / f"{job.name}.log", process_environment(ray=False))
-        begun.append((job.name, process))
-        return process
+        with monkeypatch.context() as patch:
+            if not begun:
+                patch.setattr(sys, "executable", str(dies))
+            begun.append(job.name)
+            return Process(job.arguments, tmp_path / f"{job.name}.log", process_environment(ray=False))
 
-    def kill_after_a_checkpoint() -> None:
-        while not jobs[0].run.saved_step():
-            time.sleep(0.01)
-        os.kill(int(str(begun[0][1]).split()[1].rstrip(",")), signal.SIGKILL)
-
-    killer = threading.Thread(target=kill_after_a_checkpoint, daemon=True)
-    killer.start()
     with Progress(total=2 * n_steps, unit="steps", label="test", stream=io.StringIO()) as progress:
         outcomes = train_side_by_side(jobs, launch, at_once=2, progress=progress, stop=lambda: False, pause_s=0.0)
-    killer.join()
+    assert sorted(begun) == ["0-2", "0-2", "2-3"]
+    assert jobs[0].run.saved_step() == n_steps
     assert [(outcome.ended, outcome.n_attempts) for outcome in outcomes] == [("finished", 2), ("finished", 1)]
     for job in jobs:
         found = job.run.read_weights()

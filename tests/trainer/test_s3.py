@@ -159,11 +159,17 @@ def test_close_does_not_wait_for_a_server_that_hangs(
     with s3_server.faulty() as proxy:
         objects = S3Objects(location, settings=settings_of(proxy.endpoint), stall_s=20.0)
         write_planted(objects, make_spec(n_samples=45))
-        proxy.inject("stall", "GET", "layer_01/patches", times=None)
+        stalled = proxy.inject("stall", "GET", "layer_01/patches", times=None)
         stream = LayerSliceStream(open_store(objects), Span(0, 1), batch_size=8, threads=2)
-        closing = threading.Timer(0.3, stream.close)
+
+        def close() -> None:
+            while not stalled.n_hit:
+                time.sleep(0.01)
+            stream.close()
+
+        closing = threading.Thread(target=close)
         closing.start()
-        with pytest.raises(RuntimeError, match="closed while a batch was awaited"):
+        with pytest.raises(RuntimeError, match="closed"):
             next(stream)
         closing.join()
         assert any(thread.name.startswith("stream-reader") for thread in threading.enumerate()), "it waited for them"
