@@ -1,6 +1,7 @@
 """Figures of a report as SVG, from arrays alone. Matplotlib is imported when one is drawn, without pyplot."""
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -323,6 +324,9 @@ def _svg(figure: Any) -> bytes:
     import matplotlib
 
     out = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "figure"}):  # or identifiers in the file would be drawn at random
+    # The salt: or identifiers in the file would be drawn at random.
+    with matplotlib.rc_context({"svg.hashsalt": "figure"}), warnings.catch_warnings():
+        # A second for the place of a legend is long, on a busy machine no matter.
+        warnings.filterwarnings("ignore", "Creating legend with loc", UserWarning)
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     return out.getvalue()

@@ -6,6 +6,7 @@ which people tell apart however they see colours; markers differ as well.
 
 import io
 import textwrap
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -155,7 +156,10 @@ def _finish(figure: Any, canvas: Any, title: str, caption: str) -> bytes:
     figure.suptitle(title, fontsize=12)
     figure.supxlabel(caption, x=0.02, horizontalalignment="left", fontsize=8, color=_TEXT)
     out = io.BytesIO()
-    canvas.print_png(out, metadata={"Software": None})
+    with warnings.catch_warnings():
+        # A second for the place of a legend is long, on a busy machine no matter.
+        warnings.filterwarnings("ignore", "Creating legend with loc", UserWarning)
+        canvas.print_png(out, metadata={"Software": None})
     return out.getvalue()
 
 

@@ -3,6 +3,7 @@
 import base64
 import csv
 import io
+import itertools
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -118,6 +119,13 @@ def test_dashed_lines_have_the_colours_of_the_others():
     strokes = re.findall(rb"<path[^>]*?stroke: (#[0-9a-f]{6}); stroke-width: 1.6", dashed)
     assert len(set(strokes)) == 1
     assert dashed.count(b"stroke-dasharray") > plain.count(b"stroke-dasharray")
+
+
+def test_a_busy_machine_is_nobodys_fault(monkeypatch):
+    """Matplotlib warns where looking for the place of a legend takes more than a second, by this clock."""
+    hours = itertools.count(step=3600.0)
+    monkeypatch.setattr("time.perf_counter", lambda: next(hours))
+    DRAWINGS["curves"]()
 
 
 def test_undefined_values_are_drawn_as_gaps():

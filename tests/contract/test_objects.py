@@ -314,6 +314,7 @@ PARTS = ["a", "b", "ab", "a.b", "0", "c-d"]
 KEYS = st.sampled_from(["/".join(parts) for n in (1, 2) for parts in product(PARTS, repeat=n)])
 
 
+CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 HISTORIES = st.lists(
     st.one_of(
         st.tuples(st.just("put"), KEYS, st.binary(max_size=20)),
@@ -324,14 +325,14 @@ HISTORIES = st.lists(
 )
 
 
-@settings(max_examples=examples.of(40), suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples.of(40), suppress_health_check=CHECKS)
 @given(HISTORIES)
 @pytest.mark.parametrize("backend", ["folder", "memory"])
 def test_any_history_gives_what_a_dictionary_gives(backend, tmp_path_factory, history):
     check_history(BACKENDS[backend](tmp_path_factory.mktemp("history")), history)
 
 
-@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5, suppress_health_check=CHECKS)
 @given(HISTORIES)
 @pytest.mark.parametrize("backend", ["s3-moto", "s3-rclone"])
 def test_any_history_gives_it_on_s3_too(backend, tmp_path, history):
