@@ -1,6 +1,8 @@
 """What several test packages share: the hypothesis profile and one embedded Ray cluster for the whole session."""
 
+import gc
 import os
+import re
 import secrets
 import signal
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from xdist.remote import Producer
 from xdist.scheduler.loadscope import LoadScopeScheduling
+from xdist.workermanage import WorkerController
 
 from tests import examples, type_checks
 from tests.s3_servers import S3Server, shared_server, stop_shared_servers
@@ -44,19 +47,41 @@ settings.load_profile("here")
 
 type_checks.install()
 
+# A million objects are made by imports, and stay: to look through them again and again for garbage takes 5 s before
+# the first test, and half of the time of every later search.
+gc.disable()
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
 
 class Scheduler(LoadScopeScheduling):
-    """Files go to the test processes whole, those that share Ray to one process: each starts its own cluster."""
+    """Files go to the test processes whole, those that share Ray to one process: each starts its own cluster.
+
+    What waits for processes goes first, so that none of it is left for the end, when nobody has anything else to do.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
         return "ray" if file in ON_RAY else file
 
+    def _assign_work_unit(self, node: WorkerController) -> None:
+        next_one = min(self.workqueue, key=lambda scope: (scope != "ray", scope not in WAITING))  # then the fullest
+        self.workqueue.move_to_end(next_one, last=False)
+        super()._assign_work_unit(node)
 
-HERE = Path(__file__).parent
-ON_RAY = {
-    path.relative_to(HERE.parent).as_posix() for path in HERE.rglob("test_*.py") if "ray_cluster" in path.read_text()
-}
+
+def files_with(pattern: str) -> set[str]:
+    """Files of tests in whose text it is found."""
+    here = Path(__file__).parent
+    found = [path for path in here.rglob("test_*.py") if re.search(pattern, path.read_text())]
+    return {path.relative_to(here.parent).as_posix() for path in found}
+
+
+ON_RAY = files_with("ray_cluster")
+WAITING = files_with(r"\b(subprocess|multiprocessing|run_and_crash)\b")
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Scheduler:
