@@ -19,7 +19,7 @@ from trainer.probes.open_backbone import Places, open_backbone
 from trainer.probes.probe_files import ProbeFiles
 from trainer.probes.report import finished_report, start_report
 from trainer.probes.results import DEFAULT_PROBES, ProbeResult
-from trainer.probes.task import Asked, Task, TaskKind, find_task
+from trainer.probes.task import Asked, TaskKind, find_task
 from trainer.probes.train_probe import Probe, train_probe
 
 
@@ -129,17 +129,17 @@ def _number_problems(typed: Mapping[str, tuple[int | None, int]]) -> list[str]:
 
 def _open(kind: TaskKind, asked: Asked, places: Places, label: str, known: Sequence[str]) -> Probe:
     """Backbone and task, or one error with all that is wrong with them, and with what is known to be wrong already."""
-    problems: list[str] = []
-    opened: Task | None = None
+    problems, opened = [*known, *kind.check(asked)], None
     backbone = open_backbone(places, kind, asked.device, problems)
     if backbone is not None:
         try:
             opened = kind.open(asked, backbone)
         except UserError as error:
+            said = {line.strip() for problem in problems for line in problem.splitlines()}  # the task finds them again
             lines = [line for line in str(error).splitlines() if not line.startswith("make probe")]  # its own heading
-            problems += [line.removeprefix("  ") for line in lines]
-    if known or problems or backbone is None or opened is None:
-        raise UserError("\n  ".join([f"make probe TASK={kind.name} cannot start:", *known, *problems]))
+            problems += [line.removeprefix("  ") for line in lines if line.strip() not in said]
+    if problems or backbone is None or opened is None:
+        raise UserError("\n  ".join([f"make probe TASK={kind.name} cannot start:", *problems]))
     return Probe(task=opened, backbone=backbone, seed=asked.seed, label=label, compat=asked.compat)
 
 

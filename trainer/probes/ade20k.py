@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trainer.probes.ade20k_data import N_CLASSES, open_ade20k
 from trainer.probes.backbone import Backbone
-from trainer.probes.dense_files import open_images
+from trainer.probes.dense_files import open_images, typed_problems
 from trainer.probes.segmentation_head import AT_A_TIME, IGNORED, PatchReadout, segmentation_loss, to_pixels
 from trainer.probes.segmentation_metrics import Confusion
 from trainer.probes.task import Asked, ProbeSettings, Task, TaskKind
@@ -79,6 +79,12 @@ class SegmentationMetric:
         }
 
 
+def check(asked: Asked) -> list[str]:
+    """What is wrong with IMAGES and HEAD before any file is looked at."""
+    missing = "IMAGES is missing: give .../ADEChallengeData2016, the folder that holds images/ and annotations/"
+    return typed_problems(asked, missing=missing)
+
+
 def open_task(asked: Asked, backbone: Backbone) -> Task:
     """The task, its images checked.
 
@@ -89,8 +95,7 @@ def open_task(asked: Asked, backbone: Backbone) -> Task:
     train, validation = open_images(
         asked,
         lambda images: open_ade20k(images, teacher.pixel_size),
-        missing="IMAGES is missing: give .../ADEChallengeData2016, the folder that holds images/ and annotations/",
-        problems=[],
+        problems=check(asked),
     )
     dim = teacher.dim
 
@@ -116,4 +121,4 @@ def _size(labels: Tensor) -> tuple[int, int]:
     return labels.shape[1], labels.shape[2]
 
 
-KIND = TaskKind(name="ade20k", image_size=image_size, open=open_task, has_compat=True)
+KIND = TaskKind(name="ade20k", image_size=image_size, check=check, open=open_task, has_compat=True)

@@ -5,8 +5,9 @@ Only headers are read while checking: a hundred thousand files take a minute, no
 
 import hashlib
 import io
+import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -130,11 +131,8 @@ def check_pairs(root: str, pairs: Sequence[Pair], kind: MapKind, *, label: str) 
     Returns:
         The pairs, and what is wrong with them, one line each with the file's name.
     """
-    shown: AbstractContextManager[Progress | None] = nullcontext()
-    if len(pairs) > _N_SILENT:
-        shown = Progress(total=len(pairs), unit="pairs", label=f"check {label}")
     digest, problems = hashlib.sha256(), []
-    with shown as progress, ThreadPoolExecutor(_THREADS) as threads:
+    with _shown(len(pairs), "pairs", label) as progress, ThreadPoolExecutor(_THREADS) as threads:
         for pair, (nbytes, wrong) in zip(pairs, threads.map(lambda pair: _look(root, pair, kind), pairs)):
             line = f"{pair.image}\t{nbytes[0]}\t{pair.map}\t{nbytes[1]}\n"
             digest.update(line.encode("utf-8", "surrogateescape"))  # a name may be any bytes
@@ -143,6 +141,38 @@ def check_pairs(root: str, pairs: Sequence[Pair], kind: MapKind, *, label: str) 
                 progress.advance()
     identity = {"n_samples": len(pairs), "files": digest.hexdigest()}
     return PairFiles(root=root, pairs=pairs, kind=kind, identity=identity), problems
+
+
+def check_images(root: str, names: Iterable[str], n_images: int, *, label: str) -> list[str]:
+    """Look at the header of every image.
+
+    Args:
+        root: Folder that they lie below.
+        names: Their paths below it.
+        n_images: How many, for a progress bar.
+        label: Of that.
+
+    Returns:
+        What is wrong, one line each with the file's name, the first twenty.
+    """
+
+    def look(name: str) -> list[str]:
+        wrong: list[str] = []
+        _header(root, name, wrong, _image_size)
+        return wrong
+
+    problems, left = list[str](), iter(names)
+    with _shown(n_images, "images", label) as progress, ThreadPoolExecutor(_THREADS) as threads:
+        while some := list(itertools.islice(left, _N_SILENT)):  # the pool would take all of a million at once
+            problems += itertools.chain.from_iterable(threads.map(look, some))
+            if progress is not None:
+                progress.advance(len(some))
+    more = [f"and {len(problems) - _N_LISTED:,} more"] if len(problems) > _N_LISTED else []
+    return [*problems[:_N_LISTED], *more]
+
+
+def _shown(n: int, unit: str, label: str) -> AbstractContextManager[Progress | None]:
+    return Progress(total=n, unit=unit, label=f"check {label}") if n > _N_SILENT else nullcontext()
 
 
 def refuse(root: str, problems: Sequence[str], advice: str) -> None:
@@ -157,30 +187,38 @@ def refuse(root: str, problems: Sequence[str], advice: str) -> None:
         raise UserError("\n  ".join([f"{root} has {counted}:", *problems[:_N_LISTED], *more]) + f"\n{advice}")
 
 
+def typed_problems(asked: Asked, *, missing: str) -> list[str]:
+    """What is wrong with IMAGES and HEAD before any file is looked at.
+
+    Args:
+        asked: What was typed.
+        missing: What to say if IMAGES was not typed.
+    """
+    found = []
+    if asked.head is not None:
+        found.append(f"HEAD={asked.head}: the readout of this task begins with random values; leave HEAD out")
+    if asked.images is None:
+        found.append(missing)
+    elif "://" in asked.images:
+        found.append(f"IMAGES={asked.images}: this task reads files of this machine; copy the data set to a folder")
+    return found
+
+
 def open_images(
-    asked: Asked, open_: Callable[[str], tuple[_Train, _Evaluation]], *, missing: str, problems: Sequence[str]
+    asked: Asked, open_: Callable[[str], tuple[_Train, _Evaluation]], *, problems: Sequence[str]
 ) -> tuple[_Train, _Evaluation]:
     """What `open_` makes of IMAGES.
 
     Args:
         asked: What was typed.
         open_: Takes the folder.
-        missing: What to say if IMAGES was not typed.
-        problems: Others that are known already.
+        problems: Those that are known already, with `typed_problems`.
 
     Raises:
-        UserError: Lists those, and that IMAGES is missing, lies elsewhere or is not what `open_` expects, or that HEAD
-            was typed: dense readouts begin with random values.
+        UserError: Lists those, and that IMAGES is not what `open_` expects.
     """
-    found = list(problems)
-    if asked.head is not None:
-        found.append(f"HEAD={asked.head}: the readout of this task begins with random values; leave HEAD out")
-    opened = None
-    if asked.images is None:
-        found.append(missing)
-    elif "://" in asked.images:
-        found.append(f"IMAGES={asked.images}: this task reads files of this machine; copy the data set to a folder")
-    else:
+    found, opened = list(problems), None
+    if asked.images is not None and "://" not in asked.images:
         try:
             opened = open_(os.path.expanduser(asked.images))
         except UserError as error:

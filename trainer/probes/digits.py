@@ -49,13 +49,7 @@ def open_digits(asked: Asked, backbone: Backbone) -> Task:
         UserError: Lists all that is wrong.
     """
     assert asked.store is not None, "the task has a default"
-    problems = without_cls(backbone)
-    if asked.images is not None:
-        problems.append(
-            f"IMAGES={asked.images}: this task reads a store; extract one from those images, and give STORE"
-        )
-    if asked.head is not None:
-        problems.append(f"HEAD={asked.head}: the readout of this task begins with random values; leave HEAD out")
+    problems = [*without_cls(backbone), *_unused(asked)]
     train, evaluation = open_labelled_stores(asked.store, backbone, problems)
     if problems or train is None or evaluation is None:
         raise UserError("\n  ".join(["make probe cannot start:", *problems]))
@@ -74,6 +68,28 @@ def open_digits(asked: Asked, backbone: Backbone) -> Task:
         make_metric=Top1,
         teacher_head=lambda: teacher_head_top1(backbone.teacher, evaluation),
     )
+
+
+def check(asked: Asked) -> list[str]:
+    """What was typed and would not be used, and that STORE is none."""
+    assert asked.store is not None, "the task has a default"
+    problems = _unused(asked)
+    try:
+        find_stores(asked.store)
+    except (StoreError, ObjectError) as error:
+        problems.append(f"STORE={asked.store}: {error}")
+    return problems
+
+
+def _unused(asked: Asked) -> list[str]:
+    problems = []
+    if asked.images is not None:
+        problems.append(
+            f"IMAGES={asked.images}: this task reads a store; extract one from those images, and give STORE"
+        )
+    if asked.head is not None:
+        problems.append(f"HEAD={asked.head}: the readout of this task begins with random values; leave HEAD out")
+    return problems
 
 
 def open_labelled_stores(location: str, backbone: Backbone, problems: list[str]) -> tuple[Store | None, Store | None]:
@@ -112,4 +128,4 @@ def label_problems(train: Store, evaluation: Store) -> list[str]:
     return problems
 
 
-KIND = TaskKind(name="digits", image_size=None, open=open_digits, default_store="data/stores/digits")
+KIND = TaskKind(name="digits", image_size=None, check=check, open=open_digits, default_store="data/stores/digits")

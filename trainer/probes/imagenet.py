@@ -46,6 +46,7 @@ from trainer.probes.classification import (
     teacher_head_top1,
     without_cls,
 )
+from trainer.probes.dense_files import check_images
 from trainer.probes.task import Asked, LabelledImages, Task, TaskKind
 
 SETTINGS = PUBLISHED
@@ -109,6 +110,13 @@ def augmented(data: bytes, size: int, draw: torch.Generator) -> UInt8[Tensor, "3
     return functional.pil_to_tensor(image)
 
 
+def check(asked: Asked) -> list[str]:
+    """What is wrong with IMAGES before its files are listed."""
+    problems: list[str] = []
+    _open_images(asked.images, problems)
+    return problems
+
+
 def open_imagenet(asked: Asked, backbone: Backbone) -> Task:
     """The task on IMAGES with train/ and val/, or with the val of STORE.
 
@@ -117,7 +125,7 @@ def open_imagenet(asked: Asked, backbone: Backbone) -> Task:
     """
     problems = without_cls(backbone)
     sources = _open_images(asked.images, problems)
-    train_samples = _listing(sources.get("train"), problems)
+    train_samples = _listing("train", sources, problems)
     classes = sources["train"].class_names() if "train" in sources else []
     if train_samples is not None and len(classes) < 2:
         problems.append(f"IMAGES={asked.images}: train has {len(classes)} class; a probe needs at least 2")
@@ -127,7 +135,7 @@ def open_imagenet(asked: Asked, backbone: Backbone) -> Task:
         problems += _foreign_labels(store, classes)
     elif "val" in sources:
         problems += _foreign_classes(sources["val"], classes)
-        val_samples = _listing(sources["val"], problems)
+        val_samples = _listing("val", sources, problems)
         if val_samples is not None:
             evaluation = ClassImages(
                 source=sources["val"], samples=val_samples, preprocessing=backbone.teacher.preprocessing
@@ -175,14 +183,22 @@ def _open_images(images: str | None, problems: list[str]) -> dict[str, Folder]:
     return {split: source for split, source in sources.items() if not isinstance(source, TarSource)}
 
 
-def _listing(source: Folder | None, problems: list[str]) -> Samples | None:
-    if source is None:
+def _listing(split: str, sources: Mapping[str, Folder], problems: list[str]) -> Samples | None:
+    """The images of a split; those of this machine are looked at, as one that is none would end a training of days."""
+    if split not in sources:
         return None
+    source = sources[split]
     try:
-        return source.listing()
+        samples = source.listing()
     except UserError as error:
         problems.append(str(error))
         return None
+    if isinstance(source, ImageFolderSource):
+        names = (sample.sample_id for sample in samples)
+        wrong = check_images(str(source.root), names, len(samples), label=split)
+        if wrong:
+            problems.append("\n    ".join([f"{source.root} has files that are no images; remove them:", *wrong]))
+    return samples
 
 
 def _open_val(location: str | None, backbone: Backbone, problems: list[str]) -> Store | None:
@@ -241,4 +257,4 @@ def _digest_of(head: nn.Linear) -> str:
     return sha256(b"".join(tensor.detach().numpy().tobytes() for tensor in (head.weight, head.bias)))
 
 
-KIND = TaskKind(name="imagenet", image_size=None, open=open_imagenet)
+KIND = TaskKind(name="imagenet", image_size=None, check=check, open=open_imagenet)

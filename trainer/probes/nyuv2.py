@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trainer.probes.backbone import Backbone
-from trainer.probes.dense_files import open_images
+from trainer.probes.dense_files import open_images, typed_problems
 from trainer.probes.dense_padding import Padding
 from trainer.probes.depth_bins import NO_BIN, DepthBins
 from trainer.probes.depth_head import DepthHead
@@ -128,6 +128,12 @@ def depth_features(backbone: Backbone) -> Callable[[Float[Tensor, "batch token d
     return pick
 
 
+def check(asked: Asked) -> list[str]:
+    """What is wrong with IMAGES and HEAD before any file is looked at."""
+    missing = "IMAGES is missing: give the folder that holds data/nyu2_train.csv and data/nyu2_test.csv"
+    return typed_problems(asked, missing=missing)
+
+
 def open_task(asked: Asked, backbone: Backbone) -> Task:
     """The task, its images checked.
 
@@ -135,13 +141,13 @@ def open_task(asked: Asked, backbone: Backbone) -> Task:
         UserError: Lists all that is wrong: IMAGES is missing or not NYUv2, HEAD is given, the teacher has no CLS token.
     """
     teacher = backbone.teacher
+    problems = check(asked)
+    if not teacher.has_cls:
+        problems.append(f"{teacher.name} has no CLS token, and this task reads [patch; CLS]: take another TEACHER")
     train, test = open_images(
         asked,
         lambda images: open_nyuv2(images, compat=asked.compat),
-        missing="IMAGES is missing: give the folder that holds data/nyu2_train.csv and data/nyu2_test.csv",
-        problems=[]
-        if teacher.has_cls
-        else [f"{teacher.name} has no CLS token, and this task reads [patch; CLS]: take another TEACHER"],
+        problems=problems,
     )
     padding = Padding(size=NYU_SIZE, multiple=teacher.pixel_size[0] // teacher.grid[0])
     assert padding.padded == teacher.pixel_size, "the teacher was loaded for image_size(patch)"
@@ -172,4 +178,4 @@ def _nearest(bins: Tensor, grid: tuple[int, int], mode: str) -> Tensor:
     return functional.interpolate(bins[:, None].float(), size=grid, mode=mode)[:, 0].long()
 
 
-KIND = TaskKind(name="nyuv2", image_size=image_size, open=open_task, has_compat=True)
+KIND = TaskKind(name="nyuv2", image_size=image_size, check=check, open=open_task, has_compat=True)

@@ -9,6 +9,7 @@ from infra.console import UserError, say
 from infra.objects import ObjectError, open_objects
 from pipeline.checkpoints import read_linear_head
 from pipeline.teacher import Teacher, load_teacher, teacher_from_files
+from pipeline.teacher_kinds import kind_of
 from storage_schemas import open_store
 from storage_schemas.errors import StoreError
 from storage_schemas.find import find_stores
@@ -43,20 +44,35 @@ class Places:
 
 
 def open_backbone(places: Places, kind: TaskKind, device: torch.device, problems: list[str]) -> Backbone | None:
-    """The frozen model of a probe; what is wrong goes to the problems, and None comes back if it cannot be had."""
+    """The frozen model of a probe; what is wrong goes to the problems, and None comes back if it cannot be had.
+
+    Where there are problems already, weights that would have to be fetched are not: the teacher is made without them,
+    to see what else is wrong.
+    """
+    n_known = len(problems)
     trained, ends = _open_run(places.run, device, problems)
+    hollow = bool(problems) and _fetches(places)
+    if hollow:
+        places, trained = dataclasses.replace(places, weights="random:0"), None
     if trained is None and places.run is not None:
         places = dataclasses.replace(places, run=None)  # what else is wrong?
     try:
         small, teacher = _open_teacher(places, kind, ends, device)
         if trained is None:
-            return None if problems else Backbone(teacher=teacher)
+            return None if hollow or len(problems) > n_known else Backbone(teacher=teacher)
         found = misfits(teacher, trained, _identity_problem(trained, ends, small, teacher, places.head))
     except (UserError, StoreError, ObjectError) as error:
         problems.append(str(error))
         return None
     problems += found
     return None if found else Backbone(teacher=teacher, trained=trained)
+
+
+def _fetches(places: Places) -> bool:
+    """Whether the teacher's weights come from elsewhere."""
+    if places.teacher is None or kind_of(places.teacher) is not None:
+        return False
+    return places.weights is None or "://" in places.weights
 
 
 def _open_run(location: str | None, device: torch.device, problems: list[str]) -> tuple[Trained | None, Ends | None]:
@@ -127,7 +143,10 @@ def _open_teacher(places: Places, kind: TaskKind, ends: Ends | None, device: tor
         return small, raptor_teacher(places.run, image_size=size, device=device, compute=compute)
     if places.store is None:
         raise UserError("TEACHER is missing: give its name (and WEIGHTS), or a STORE that holds it")
-    files = _teacher_files(places.store)
+    try:
+        files = _teacher_files(places.store)
+    except (StoreError, ObjectError) as error:
+        raise UserError(f"STORE={places.store}: {error}") from error
     small = teacher_from_files(files, device=device, compute=compute)
     size = _size_for(kind, small)
     if size is None:

@@ -200,6 +200,7 @@ class TaskKind:
         name: As TASK names it.
         image_size: Height and width in px that the teacher must be loaded for, from the side of its patches; None where
             the images are those of a store.
+        check: What is wrong with what was typed for the task, as far as it shows without a backbone and at once.
         open: Opens the data and puts the task together.
         default_store: STORE where none is given; None: the task needs none.
         has_compat: Whether the published code of this task has defects that COMPAT=1 restores.
@@ -207,6 +208,7 @@ class TaskKind:
 
     name: str
     image_size: Callable[[int], tuple[int, int]] | None
+    check: Callable[[Asked], list[str]]
     open: Callable[[Asked, Backbone], Task]
     default_store: str | None = None
     has_compat: bool = False

@@ -22,7 +22,7 @@ from tests.trainer.probes.imagenet_trees import CLASSES, write_imagenet, write_s
 from tests.trainer.probes.tiny_probes import trained_of
 from trainer.probes.backbone import Backbone
 from trainer.probes.classification import teacher_head_top1
-from trainer.probes.imagenet import SETTINGS, augmented, open_imagenet
+from trainer.probes.imagenet import SETTINGS, ClassImages, augmented, open_imagenet
 from trainer.probes.probe_files import ProbeFiles
 from trainer.probes.results import ProbeResult
 from trainer.probes.task import Asked, find_task
@@ -202,6 +202,44 @@ def test_empty_folders(tmp_path: Path) -> None:
         assert f"{tmp_path}/{split} has 3 class folders and no image in any of them" in said
 
 
+def test_files_that_are_no_images_are_named_before_anything_runs(tmp_path: Path) -> None:
+    """All of them at once, of both splits: found one by one, each would end a training. Odd images are images."""
+    write_imagenet(tmp_path, 2, 1)
+    first = next(iter(CLASSES))
+    place = tmp_path / "train" / first
+    image = Image.effect_noise((30, 24), 80)
+    for name, mode in (("grey", "L"), ("colour", "RGB"), ("print", "CMYK")):
+        image.convert(mode).save(place / f"{name}.JPEG")
+    image.convert("RGBA").save(place / "alpha.png")
+    image.save(place / "png.JPEG", format="PNG")
+    (place / "below").mkdir()
+    (place / "grey.JPEG").rename(place / "below/GREY.JPG")
+    (place / "link.jpeg").symlink_to(place / "colour.JPEG")
+    for name in ("notes.txt", ".DS_Store", "Thumbs.db"):
+        (place / name).write_bytes(b"x")
+    task = open_imagenet(asked(tmp_path), frozen_of())
+    assert isinstance(task.train, ClassImages)
+    assert len(task.train) == 3 * 2 + 6
+    for index in range(len(task.train)):
+        task.train.load(index, torch.Generator().manual_seed(0))
+        task.train.load(index, None)
+    torn = (place / "colour.JPEG").read_bytes()[:100]
+    bad = {"train": {"._a.JPEG": b"\0\5\26\7", "empty.JPEG": b"", "torn.JPEG": torn}, "val": {"text.JPEG": b"hello"}}
+    for split, files in bad.items():
+        for name, data in files.items():
+            (tmp_path / split / first / name).write_bytes(data)
+    said = problems_of(asked(tmp_path))
+    for split, files in bad.items():
+        assert f"{tmp_path}/{split} has files that are no images; remove them:" in said
+        assert all(f"{first}/{name}: bad image" in said for name in files)
+    assert said.count("bad image") == 4
+    for number in range(30):
+        (place / f"more{number:02d}.JPEG").write_bytes(b"")
+    said = problems_of(asked(tmp_path))
+    assert said.count("bad image") == 20 + 1
+    assert "and 13 more" in said
+
+
 def test_a_head_of_other_classes(images: Path, tmp_path: Path) -> None:
     narrow, _ = meta_head(tmp_path / "two.pth", n_classes=2)
     wide, _ = meta_head(tmp_path / "thousand.pth", n_classes=1000)
@@ -227,7 +265,7 @@ def test_a_store_whose_labels_mean_other_classes(tmp_path: Path, store: Path) ->
 def test_a_damaged_image_ends_it_with_its_name(tmp_path: Path) -> None:
     write_imagenet(tmp_path)
     path = next((tmp_path / "train" / "n02102040").iterdir())
-    path.write_bytes(path.read_bytes()[:300])
+    path.write_bytes(path.read_bytes()[:-100])  # its header is whole, so that it is found when it is read
     with pytest.raises(UserError, match=rf"n02102040/{path.name} of train cannot be used: bad image \(truncated\)"):
         probed(asked(tmp_path), frozen_of())
 

@@ -263,6 +263,49 @@ def test_no_run_no_teacher_and_more_are_listed_at_once(door: Door, store: str, t
     assert not (tmp_path / "p").exists()
 
 
+def test_what_else_is_wrong_is_said_before_weights_are_fetched(
+    door: Door, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it at once, whatever task it is; a teacher is looked at as far as it goes without its weights."""
+
+    def fetch(*_: object) -> None:
+        raise AssertionError("weights were fetched")
+
+    monkeypatch.setattr("pipeline.vit_models._fetch_pretrained", fetch)
+    run = tmp_path / "no-run"
+    for task, missing, head in (
+        ("ade20k", "IMAGES is missing: give .../ADEChallengeData2016", True),
+        ("nyuv2", "IMAGES is missing: give the folder that holds data/nyu2_train.csv", True),
+        ("imagenet", "IMAGES is missing: give the folder that holds train/ and val/", False),
+        ("digits", f"STORE={tmp_path}/none: ", True),
+    ):
+        given = {"store": tmp_path / "none"} if task == "digits" else {}
+        code, _, err = door(task=task, teacher="test_vit", run=run, epochs=0, head="h.pth", **given)
+        assert code == ExitCode.BAD_INPUT
+        for part in (missing, f"RUN={run}: ", "EPOCHS=0: expected 1 or more"):
+            assert err.count(part) == 1, (task, part, err)
+        assert ("leave HEAD out" in err) == head
+    for task in ("ade20k", "imagenet"):
+        code, _, err = door(task=task, teacher="test_vitt")
+        assert code == ExitCode.BAD_INPUT
+        for part in ("IMAGES is missing", "there is no teacher 'test_vitt'; the nearest names are test_vit"):
+            assert err.count(part) == 1, (task, part, err)
+
+
+def test_a_task_says_what_is_wrong_beside_a_typed_value(door: Door, store: str, tmp_path: Path) -> None:
+    """The backbone can be had, so that the task is asked too; what showed before it is said once."""
+    code, _, err = door(task="digits", store=f"{store}/val", images="i", epochs=0, run=tmp_path / "no-run")
+    assert code == ExitCode.BAD_INPUT
+    for part in ("IMAGES=i: this task reads a store", "EPOCHS=0: expected", f"RUN={tmp_path}/no-run: "):
+        assert err.count(part) == 1, err
+    tree = tmp_path / "imagenet"
+    (tree / "train/only").mkdir(parents=True)
+    code, _, err = door(task="imagenet", images=tree, teacher="fake_vit", weights="random:0", seed=-1)
+    assert code == ExitCode.BAD_INPUT
+    for part in ("SEED=-1: expected 0 or more", "train has 1 class folder and no image", "has no val/ to"):
+        assert err.count(part) == 1, err
+
+
 def test_a_block_of_the_middle_and_another_teacher(door: Door, store: str, runs: Path, tmp_path: Path) -> None:
     code, _, err = door(
         task="digits", store=store, run=runs / "block", teacher="fake_vit", weights="random:5", out=tmp_path / "p"
