@@ -436,6 +436,7 @@ class TestRefusals:
 def test_bytes_in_flight_are_bounded(monkeypatch):
     """With room for two of the largest objects, never more than that is held, and the copy still ends."""
     source, in_flight, most, lock = watched(planted()), 0, 0, threading.Lock()
+    together, n_large = threading.Barrier(2), 0
     largest = max(info.nbytes for info in source.list() if "/c/" in info.key)
     monkeypatch.setattr(copying, "MEMORY_NBYTES", 2 * largest)
 
@@ -450,11 +451,14 @@ def test_bytes_in_flight_are_bounded(monkeypatch):
     real = source.read_into
 
     def read_into(key, start, buffer):
-        nonlocal in_flight, most
+        nonlocal in_flight, most, n_large
         with lock:
             in_flight += buffer.nbytes
             most = max(most, in_flight)
-        time.sleep(0.001)
+            n_large += buffer.nbytes == largest
+            meets = buffer.nbytes == largest and n_large <= 2
+        if meets:
+            together.wait(100)
         real(key, start, buffer)
 
     source.read_into = read_into
@@ -657,7 +661,7 @@ class TestClaim:
 
         class Both(MemoryObjects):
             def put_new(self, key, data):
-                ready.wait(10)
+                ready.wait(100)
                 return super().put_new(key, data)
 
         target = Both("memory://target/")

@@ -335,8 +335,8 @@ def test_losing_a_prefix_to_another_process_is_noticed(monkeypatch: pytest.Monke
 
     def lose() -> None:
         with RunFiles(objects).exclusive() as still_ours:
-            objects.put(HEARTBEAT_KEY, later)
             for _ in range(6000):
+                objects.put(HEARTBEAT_KEY, later)  # each time: ours may have been on its way there
                 still_ours()
                 time.sleep(0.01)
 

@@ -3,7 +3,9 @@
 import json
 import threading
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +26,7 @@ from trainer.meter import Spent
 from trainer.objectives import annealed_loss
 from trainer.run_files import STATUS_KEY, RunFiles
 from trainer.telemetry import Export, Relay, Telemetry
-from trainer.train import train
+from trainer.train import take_step, train
 
 UNIT_S = 0.05
 """What the faster of two stages takes for one batch; the throttled one takes half as much again, or more."""
@@ -278,10 +280,48 @@ def even_data(tmp_path_factory: pytest.TempPathFactory) -> TrainingData:
     return data
 
 
+class Pretended:
+    """Time that passes in steps and while a batch is awaited, and nowhere else."""
+
+    def __init__(self, *, batch_s: float, step_s: float) -> None:
+        self.now = self._ready = 0.0
+        self._batch_s, self._step_s, self._is_waiting = batch_s, step_s, False
+
+    def __call__(self) -> float:
+        return self.now
+
+    def around_a_wait(self) -> float:
+        """Asked before and after a batch is awaited; batches are read one after the other, ahead of the steps."""
+        if self._is_waiting:
+            self._ready += self._batch_s
+            self.now = max(self.now, self._ready)
+        self._is_waiting = not self._is_waiting
+        return self.now
+
+    def step(self, *args: Any) -> Any:
+        self.now += self._step_s
+        return take_step(*args)
+
+
 @pytest.mark.parametrize("limit", ["loader", "step"])
-def test_the_verdict_names_what_is_slower(even_data: TrainingData, limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So much slower that other programs on this machine do not matter."""
-    assert throttled_verdict(even_data, limit, 5.0, monkeypatch).limit == limit
+def test_the_verdict_names_what_is_half_as_slow_again(
+    even_data: TrainingData, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = {"loader": 1.0, "step": 1.0} | {limit: 1.5}
+    clock = Pretended(batch_s=slow["loader"], step_s=slow["step"])
+    around = clock.around_a_wait
+    monkeypatch.setattr("trainer.chunk_reader.time", SimpleNamespace(perf_counter=around, monotonic=time.monotonic))
+    monkeypatch.setattr("trainer.meter.time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr(loop, "Telemetry", partial(Telemetry, clock=clock))
+    monkeypatch.setattr(loop, "take_step", clock.step)
+    config = tiny_config(n_steps=24, log_every=6, validate_every=100, checkpoint_every=100, validation_samples=2)
+    run = RunFiles(MemoryObjects())
+    train(config, even_data, run, machine=CPU)
+    status = json.loads(run.read_status())
+    assert status["limited_by"] == limit
+    waited = 1.5 + 23 * 0.5 if limit == "loader" else 1.0  # for the first batch, then for what is left of each other
+    totals = status["totals"]
+    assert (totals["loader_s"], totals["step_s"]) == pytest.approx((waited, 24 * slow["step"]))
 
 
 @pytest.mark.slow
