@@ -86,6 +86,8 @@ def test_checkpoint_survives_a_crash_at_any_write() -> None:
             found = run.newest_checkpoint()
             assert found is not None
             assert_equal(found, make_checkpoint(found.step))
+            for step in run._checkpoint_steps():  # also of one whose deletion was cut short
+                assert_equal(run._read_checkpoint(step), make_checkpoint(step))
             n_old, n_new = n_old + (found.step == new - 1), n_new + (found.step == new)
             objects.left = None
             run.save_checkpoint(make_checkpoint(new))  # what the resumed run does

@@ -226,15 +226,19 @@ def test_all_blocks_are_checked_and_claimed_before_one_begins(
         return [Outcome(name=job.name, ended="failed", n_attempts=3, words="no luck") for job in jobs]
 
     monkeypatch.setattr(all_spans, "train_side_by_side", instead)
-    code, out, err = door("train", **settings, run=tmp_path / "runs")
+    code, out, err = door("train", **settings, seed=3, run=tmp_path / "runs")
     assert code == ExitCode.PROBLEMS
     assert "block 0-1 was given up after 3 attempts. It said:\nno luck" in err
     assert "next" not in out
     assert [job.name for job in asked] == ["1-3", "0-1"]  # the longest first
     for job in asked:
-        assert job.run.read_config() is not None
-        assert job.arguments[: len(("train", "--block"))] == ("train", "--block")
-        assert str(tmp_path / f"runs/{job.name}-seed0") in job.arguments
+        config = job.run.read_config()
+        assert config is not None
+        assert job.arguments[0] == "train"
+        handed_on = dict(zip(job.arguments[1::2], job.arguments[2::2]))
+        assert handed_on["--block"] == job.name
+        assert handed_on["--run"] == str(tmp_path / f"runs/{job.name}-seed3")
+        assert handed_on["--seed"] == str(config["train"]["seed"]) == "3"
 
 
 @pytest.mark.parametrize("s3_server", ["moto"], indirect=True)
