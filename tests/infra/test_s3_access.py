@@ -23,6 +23,7 @@ from infra.s3_settings import (
     split_location,
     use_endpoint,
 )
+from tests.clocks import SkippingClock
 from tests.s3_servers import (
     REGION,
     SECRET_KEY,
@@ -247,45 +248,48 @@ def test_a_machine_that_knows_no_region_says_so(bare: Path, monkeypatch: pytest.
     assert machine_region() == "us-west-1"
 
 
-def test_a_server_that_is_not_there_is_tried_for_a_while_and_named():
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        settings = settings_of(f"http://127.0.0.1:{unused.getsockname()[1]}")
-
-    objects = S3Objects("s3://bucket/p", settings=settings, patience=Patience(deadline_s=2), stall_s=0.3)
-    with pytest.raises(ObjectAccessError, match=r"s3://bucket/p/k .*: connection refused; tried .* in \d\.\d s"):
-        objects.get("k")
-    with pytest.raises(ObjectAccessError, match=r"s3://bucket/p/ .*: no connection to the server; tried .* in"):
-        list(objects.list())
+def test_a_server_that_is_not_there_is_tried_for_a_while_and_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("infra.retry.time", SkippingClock())
+    with socket.socket() as bound:  # and not listening
+        bound.bind(("127.0.0.1", 0))
+        settings = settings_of(f"http://127.0.0.1:{bound.getsockname()[1]}")
+        objects = S3Objects("s3://bucket/p", settings=settings)
+        with pytest.raises(ObjectAccessError, match=r"s3://bucket/p/k .*: connection refused; tried \d+ times in .* s"):
+            objects.get("k")
+        with pytest.raises(ObjectAccessError, match=r"s3://bucket/p/ .*: no connection to the server; tried \d+ times"):
+            list(objects.list())
 
 
 def test_the_time_that_a_request_waits_for_its_turn_counts(monkeypatch: pytest.MonkeyPatch):
     """What is left for the request is what is left then; without any it is not sent."""
-    patience = Patience(deadline_s=4.0)
+    clock = SkippingClock()
+    monkeypatch.setattr("infra.retry.time", clock)
+    monkeypatch.setattr("infra.s3_connection.time", clock)
+    monkeypatch.setattr("infra.s3_connection.FIRST_CONTACT_S", 400.0)
+    patience = Patience(deadline_s=400.0)
     objects = S3Objects("s3://bucket", settings=settings_of(NOWHERE), patience=patience, stall_s=0.1, concurrency=1)
     connection, given = objects._connection, []
     monkeypatch.setattr(connection, "_store", lambda wanted_s, left_s, reading: given.append(left_s))
-    for held_s in (1.0, 60.0):
-        holding, over = threading.Event(), threading.Event()
+    for held_s in (100.0, 6000.0):
+        holding = threading.Event()
 
-        def hold(
-            _: object, held_s: float = held_s, holding: threading.Event = holding, over: threading.Event = over
-        ) -> None:
+        def hold(_: object, held_s: float = held_s, holding: threading.Event = holding) -> None:
             holding.set()
-            over.wait(held_s)
+            while not connection._slots._cond._waiters:  # type: ignore[attr-defined]
+                time.sleep(0.01)
+            clock.skipped_s += held_s
 
         other = threading.Thread(target=connection.send, args=("get", "other", hold))
         other.start()
-        holding.wait()
-        if held_s < 4.0:
+        assert holding.wait(60)
+        if held_s < 400.0:
             connection.send("get", "k", lambda _: None)
         else:
             with pytest.raises(ObjectAccessError, match="the other requests in flight left it no time"):
                 connection.send("get", "k", lambda _: pytest.fail("it was sent"))
-        over.set()
         other.join()
     assert len(given) == 3  # of two that held, and of one that waited
-    assert 0 < given[1] < 3.2
+    assert 200 < given[1] <= 300
 
 
 @pytest.mark.s3
@@ -293,41 +297,37 @@ def test_a_server_that_never_answered_is_given_up_sooner_than_one_that_did(
     moto: S3Server, monkeypatch: pytest.MonkeyPatch
 ):
     """A typing error in the endpoint should not cost the minutes that an outage is given."""
-    monkeypatch.setattr("infra.s3_connection.FIRST_CONTACT_S", 0.5)
-    bucket, patience = moto.make_bucket(), Patience(deadline_s=6.0, longest_wait_s=0.2)
+    clock = SkippingClock()
+    monkeypatch.setattr("infra.retry.time", clock)
+    bucket = moto.make_bucket()
     with moto.faulty() as proxy:
-        took = []
+        skipped = []
         for is_known in (False, True):
-            objects = S3Objects(f"s3://{bucket}", settings=settings_of(proxy.endpoint), patience=patience, stall_s=0.2)
-            assert objects._connection.client  # made beforehand, which may take a second
+            objects = S3Objects(f"s3://{bucket}", settings=settings_of(proxy.endpoint))
             if is_known:
                 assert list(objects.list()) == []
             with proxy.injected("reset", times=None):
-                began = time.monotonic()
+                clock.skipped_s = 0.0
                 with pytest.raises(ObjectAccessError, match="tried"):
                     objects.get("k")
-                took.append(time.monotonic() - began)
-    assert took[0] < 4 < took[1]
+                skipped.append(clock.skipped_s)
+    assert 10 < skipped[0] <= 60 < 150 < skipped[1] <= 300
 
 
 @pytest.mark.s3
 def test_a_server_that_is_gone_is_waited_for_once(moto: S3Server, monkeypatch: pytest.MonkeyPatch):
     """A job that fails of it still has a log to end and a heartbeat to take away; back again, it has its time again."""
-    monkeypatch.setattr("infra.s3_connection.FIRST_CONTACT_S", 0.5)
+    clock = SkippingClock()
+    monkeypatch.setattr("infra.retry.time", clock)
     with moto.faulty() as proxy:
-        objects = S3Objects(
-            f"s3://{moto.make_bucket()}",
-            settings=settings_of(proxy.endpoint),
-            patience=Patience(deadline_s=3.5, longest_wait_s=0.2),
-            stall_s=0.2,
-        )
-        took = []
+        objects = S3Objects(f"s3://{moto.make_bucket()}", settings=settings_of(proxy.endpoint))
+        skipped = []
         for _ in range(2):
             objects.put("k", b"there")
             with proxy.injected("reset", times=None):
                 for _ in range(2):
-                    began = time.monotonic()
+                    clock.skipped_s = 0.0
                     with pytest.raises(ObjectAccessError, match="tried"):
                         objects.get("k")
-                    took.append(time.monotonic() - began)
-    assert [seconds > 2 for seconds in took] == [True, False, True, False]
+                    skipped.append(clock.skipped_s)
+    assert [seconds > 100 for seconds in skipped] == [True, False, True, False]

@@ -129,7 +129,7 @@ def test_the_beat_writes_first_last_and_in_between() -> None:
 
     with Beat(write, every_s=0.01) as beat:
         assert written
-        assert third.wait(10)
+        assert third.wait(200)
         beat.check()
     count = len(written)
     time.sleep(0.05)

@@ -88,7 +88,7 @@ class SlowJob:
 
     def ends(self) -> str:
         """What it said, once it has ended well."""
-        self.process.join(120)
+        self.process.join(280)
         assert self.process.exitcode == 0, self.said.read_text()
         return self.said.read_text()
 
@@ -133,7 +133,7 @@ def _slow_job(
     def slow(self: ImageFolderSource, sample: Sample) -> bytes:
         nth = next(n_read)
         if nth == alone:
-            both.wait(120)
+            both.wait(280)
         if nth == stuck:
             said.with_suffix(".stuck").touch()
             time.sleep(600)
@@ -210,6 +210,7 @@ def test_shards_of_a_job_that_was_killed_are_taken_over(images: Path, digest: st
     with jobs_of(tmp_path, first, second, alone=8, stuck=18) as jobs:
         jobs[0].start()
         while not list(store.glob("commits/*.json")):
+            assert jobs[0].process.is_alive()
             time.sleep(0.02)
         jobs[1].start()
         while not jobs[0].said.with_suffix(".stuck").exists():
@@ -344,7 +345,7 @@ def test_two_jobs_do_not_wait_for_each_others_bad_shards(
         time.sleep(0.01)
     jobs[1].start()
     for job in jobs:
-        job.join(60)
+        job.join(200)
         assert not job.is_alive(), "they wait for each other"
     assert len(results) == 2
     assert sum(result.n_done for result in results) == 6 * 4

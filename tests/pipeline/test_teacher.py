@@ -319,7 +319,7 @@ def test_threads_do_not_mix_their_states() -> None:
     expected = [teacher.layer_states(one) for one in pixels]
     found: dict[int, torch.Tensor] = {}
 
-    inside = threading.Barrier(4, timeout=60)  # all four are in the middle of a pass at once, or this breaks
+    inside = threading.Barrier(4, timeout=200)  # all four are in the middle of a pass at once, or this breaks
 
     def meet(*_: object) -> None:
         inside.wait()
