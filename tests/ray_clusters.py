@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from tests.marked import end_marked, new_mark
+from tests.s3_servers import free_port
 
 START_S = 180.0
 OBJECT_STORE_NBYTES = 100 * 2**20
@@ -36,18 +36,6 @@ class RayCluster:
     address: str
     mark: dict[str, str]
     folder: Path
-
-
-def free_ports(n: int) -> list[int]:
-    """Ports that nobody has now, all different."""
-    taken = [socket.socket() for _ in range(n)]
-    try:
-        for one in taken:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in taken]
-    finally:
-        for one in taken:
-            one.close()
 
 
 @contextmanager
@@ -77,7 +65,7 @@ class _StartError(Exception):
 @contextmanager
 def _ray_head(n_cpus: int, environment: Mapping[str, str]) -> Iterator[RayCluster]:
     folder = Path(tempfile.mkdtemp(prefix="rj", dir="/tmp"))  # short: sockets lie in it
-    gcs, dashboard, client, agent = free_ports(4)
+    gcs, dashboard, client, agent = (free_port() for _ in range(4))
     mark = new_mark()
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     settings = {

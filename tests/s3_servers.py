@@ -27,7 +27,7 @@ from tests.fault_proxy import Access, Entry, FaultProxy
 ACCESS_KEY, SECRET_KEY = "raptor-test", "raptor-test-secret"
 READER_KEY, READER_SECRET = "raptor-reader", "raptor-reader-secret"
 REGION = "eu-central-1"
-_START_S = 60
+_START_S = 240
 
 
 @dataclass(frozen=True)
