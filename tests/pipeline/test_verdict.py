@@ -1,18 +1,25 @@
-"""The verdict of real extractions, with sleeps put into their stages: the one that is half as slow again is named."""
+"""The verdict of real extractions, with time put into their stages: the one that is half as slow again is named.
+
+By default the time is pretended, each thread's by itself, and what a busy machine takes is none; the slow test sleeps.
+"""
 
 import json
 import os
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import pipeline.rounds
 import pipeline.shard
 import pipeline.shard_writer
 from infra.objects import FolderObjects
-from infra.verdict import BUSY, Pool
+from infra.verdict import Pool
 from pipeline.dispatch import ShardQuarantined, WorkersReady
 from pipeline.image_folder import ImageFolderSource
 from pipeline.job import ExtractResult
@@ -42,12 +49,48 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tree(tmp_path_factory.mktemp("images"), 32)
 
 
-def paced(seconds: float, work: Callable[..., Any], *args: Any) -> Any:
-    """Do it, and take at least so long."""
-    until = time.perf_counter() + seconds
-    done = work(*args)
-    time.sleep(max(0.0, until - time.perf_counter()))
-    return done
+class RealTime:
+    """Stages take as long as they are told to, at least."""
+
+    def paced(self, stage: str, seconds: float, work: Callable[..., Any], *args: Any) -> Any:
+        until = time.perf_counter() + seconds
+        done = work(*args)
+        time.sleep(max(0.0, until - time.perf_counter()))
+        return done
+
+    def replace_clocks(self, patch: pytest.MonkeyPatch, *, remote: bool) -> None:
+        pass
+
+
+class PretendedTime(RealTime):
+    """Stands for `time` where stages are measured. Each thread has a clock, which goes on when it is paced only."""
+
+    monotonic, sleep = staticmethod(time.monotonic), staticmethod(time.sleep)
+
+    def __init__(self) -> None:
+        self._local, self._lock = threading.local(), threading.Lock()
+        self._spent_s: Counter[str] = Counter()
+
+    def perf_counter(self) -> float:
+        return getattr(self._local, "now", 0.0)
+
+    def paced(self, stage: str, seconds: float, work: Callable[..., Any], *args: Any) -> Any:
+        done = work(*args)
+        self._local.now = self.perf_counter() + seconds
+        with self._lock:
+            self._spent_s[stage] += seconds
+        return done
+
+    def replace_clocks(self, patch: pytest.MonkeyPatch, *, remote: bool) -> None:
+        def of_the_run() -> float:
+            """In which the threads that have most to do are always busy."""
+            with self._lock:
+                write_s, all_s = self._spent_s["write"], self._spent_s.total()
+            return max(write_s / N_PUTTERS, (all_s - write_s) / N_THREADS) if remote else all_s / N_THREADS
+
+        patch.setattr("infra.metrics.time", self)
+        patch.setattr(pipeline.shard, "time", self)
+        patch.setattr(pipeline.rounds, "RunMetrics", partial(RunMetrics, clock=of_the_run))
 
 
 def throttled(
@@ -58,6 +101,7 @@ def throttled(
     *,
     n_images: int = 32,
     remote: bool = False,
+    timed: RealTime | None = None,
 ) -> dict[str, Any]:
     """Extract with each stage slowed to so many seconds a shard, over all threads; returns status.json."""
     config = fake_config(
@@ -65,25 +109,28 @@ def throttled(
     )
     read, decode, states = ImageFolderSource.read, pipeline.shard.decode_image, Teacher.layer_states_list
     encode, put = ShardBuffers.encode, FolderObjects.put
+    timed = timed or PretendedTime()
+    paced = timed.paced
     data_keys = ("layer_", "head_input/", "statistics/")
 
     def slow_read(self: ImageFolderSource, sample: Sample) -> bytes:
-        return paced(seconds.get("read", 0.0) / 8, read, self, sample)
+        return paced("read", seconds.get("read", 0.0) / 8, read, self, sample)
 
     def slow_decode(*args: Any) -> Any:
-        return paced(seconds["decode"] / 8, decode, *args)
+        return paced("decode", seconds["decode"] / 8, decode, *args)
 
     def slow_states(*args: Any) -> Any:
-        return paced(seconds["device"] / 2, states, *args)
+        return paced("device", seconds["device"] / 2, states, *args)
 
     def slow_encode(self: ShardBuffers, *args: Any) -> Any:
-        return paced(seconds["encode"] / (N_OBJECTS - 1), encode, self, *args)
+        return paced("encode", seconds["encode"] / (N_OBJECTS - 1), encode, self, *args)
 
     def slow_put(self: FolderObjects, key: str, data: Any) -> None:
         is_data = key.startswith(data_keys) and not key.endswith("zarr.json")
-        paced(seconds["write"] / N_OBJECTS if is_data else 0.0, put, self, key, data)
+        paced("write", seconds["write"] / N_OBJECTS if is_data else 0.0, put, self, key, data)
 
     with patch.context() as slow:
+        timed.replace_clocks(slow, remote=remote)
         slow.setattr(ImageFolderSource, "read", slow_read)
         slow.setattr(pipeline.shard, "decode_image", slow_decode)
         slow.setattr(Teacher, "layer_states_list", slow_states)
@@ -106,39 +153,46 @@ def status_of(result: ExtractResult) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def verdict_of(images: Path, store: Path, limit: str, patch: pytest.MonkeyPatch, times: float = 1.5) -> dict[str, Any]:
-    seconds = dict.fromkeys(STAGES, UNIT_S) | {limit: times * UNIT_S}
-    return throttled(images, store, seconds, patch, n_images=16 if limit == "read" else 32)
+def verdict_of(images: Path, store: Path, limit: str, patch: pytest.MonkeyPatch, **how: Any) -> dict[str, Any]:
+    seconds = dict.fromkeys(STAGES, UNIT_S) | {limit: 1.5 * UNIT_S}
+    return throttled(images, store, seconds, patch, n_images=16 if limit == "read" else 32, **how)
 
 
-def remote_verdict_of(
-    images: Path, store: Path, limit: str, patch: pytest.MonkeyPatch, times: float = 1.5
-) -> dict[str, Any]:
+def remote_verdict_of(images: Path, store: Path, limit: str, patch: pytest.MonkeyPatch, **how: Any) -> dict[str, Any]:
     """Decoding and the rest share three threads, and writing has sixteen."""
     unit_s = 2 * UNIT_S  # many threads that sleep wake late; the longer they sleep, the less it matters
     pool_s = {"decode": 0.5 * unit_s, "device": 0.25 * unit_s, "encode": 0.25 * unit_s}
-    slower = times if limit == "write" else 1 / times
+    slower = 1.5 if limit == "write" else 1 / 1.5
     write_s = slower * unit_s / N_THREADS * N_PUTTERS
-    return throttled(images, store, {**pool_s, "write": write_s}, patch, n_images=32, remote=True)
+    return throttled(images, store, {**pool_s, "write": write_s}, patch, n_images=32, remote=True, **how)
 
 
-@pytest.mark.parametrize("limit", ["read", "device"])
+@pytest.mark.parametrize("limit", ["read", *STAGES])
 def test_the_stage_that_is_slower_is_named(
     images: Path, tmp_path: Path, limit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So much slower that other programs on this machine do not matter."""
-    status = verdict_of(images, tmp_path / "store", limit, monkeypatch, times=3.0)
+    status = verdict_of(images, tmp_path / "store", limit, monkeypatch)
     assert status["limited_by"] == limit
     assert status["verdict"].startswith(f"limited by {limit}, busy ")
-    assert status["busy"][limit] > 1.2 * max(share for stage, share in status["busy"].items() if stage != limit)
-    assert sum(status["busy"][stage] for stage in {*STAGES, limit}) > BUSY, "they share their threads"
+    others = {stage for stage in STAGES if stage != limit}
+    assert status["busy"][limit] == pytest.approx(1.5 / (1.5 + len(others)), abs=1e-3)
+    assert [status["busy"][stage] for stage in others] == pytest.approx(
+        [1 / (1.5 + len(others))] * len(others), abs=1e-3
+    )
 
 
 @pytest.mark.parametrize("limit", ["decode", "write"])
 def test_writing_with_threads_of_its_own_is_weighed_against_all_that_shares_the_others(
     images: Path, tmp_path: Path, limit: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert remote_verdict_of(images, tmp_path / "store", limit, monkeypatch, times=3.0)["limited_by"] == limit
+    status = remote_verdict_of(images, tmp_path / "store", limit, monkeypatch)
+    assert status["limited_by"] == limit
+    full, rest = {"write": 1.0}, dict.fromkeys(STAGES[:3], 1 / 1.5)
+    if limit == "decode":
+        full, rest = dict.fromkeys(STAGES[:3], 1.0), {"write": 1 / 1.5}
+    share = {"decode": 0.5, "device": 0.25, "encode": 0.25, "write": 1.0}
+    expected = {stage: of_pool * share[stage] for stage, of_pool in (full | rest).items()}
+    assert {stage: status["busy"][stage] for stage in STAGES} == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.slow
@@ -148,7 +202,7 @@ def test_the_verdict_is_right_in_nineteen_of_twenty(
 ) -> None:
     limit = kind.split()[-1]
     verdict = remote_verdict_of if kind.startswith("remote") else verdict_of
-    found = [verdict(images, tmp_path / f"store{i}", limit, monkeypatch) for i in range(20)]
+    found = [verdict(images, tmp_path / f"store{i}", limit, monkeypatch, timed=RealTime()) for i in range(20)]
     right = sum(one["limited_by"] == limit for one in found)
     print(f"{kind}: {right} of 20; {[one['busy'] for one in found[:2]]}")
     assert right >= 19, [(one["limited_by"], one["busy"]) for one in found]
