@@ -66,7 +66,7 @@ def test_the_whole_story(name: str, backend: str, type_in, tmp_path: Path, monke
     bucket = server.make_bucket()
     use(server.environment, monkeypatch)
     store, local = f"s3://{bucket}/{secrets.token_hex(3)}/digits", tmp_path / "digits"
-    sizes = f"--format {backend} --limit 96 --samples-per-shard 64 --precision int8 {ALONE}"
+    sizes = f"--format {backend} --limit 48 --samples-per-shard 32 --precision int8 {ALONE}"
 
     code, said = type_in(f"pipeline extract --store {store} {sizes}")
     assert code == ExitCode.OK, said
