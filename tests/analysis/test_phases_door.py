@@ -65,6 +65,18 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(root)
 
 
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are drawn where they are looked at: that takes longer than all else."""
+    if "drawn" not in request.fixturenames:
+        monkeypatch.setattr("analysis.__main__.phases_figure", lambda *_, **__: b"figure")
+
+
+@pytest.fixture
+def drawn() -> None:
+    """For tests that look at the figure."""
+
+
 @pytest.fixture
 def door(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Door:
     """Run `python -m analysis phases` here, in an empty folder; gives exit code, standard output and error."""
@@ -85,7 +97,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 class TestWhatIsFound:
-    def test_planted_phases_are_printed_and_saved(self, store, door, tmp_path):
+    def test_planted_phases_are_printed_and_saved(self, store, door, tmp_path, drawn):
         before = contents(Path(store))
         code, out, _ = door("--store", store, "--k", 3)
         assert code == ExitCode.OK
@@ -118,7 +130,7 @@ class TestWhatIsFound:
         assert picture.shape[0] > 500
         assert len(np.unique(picture.reshape(-1, picture.shape[-1]), axis=0)) > 20
 
-    def test_the_same_command_again_gives_the_same_bytes(self, store, door, tmp_path):
+    def test_the_same_command_again_gives_the_same_bytes(self, store, door, tmp_path, drawn):
         door("--store", store, "--k", 2)
         first = contents(tmp_path)
         door("--store", store, "--k", 2)

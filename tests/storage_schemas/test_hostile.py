@@ -93,7 +93,7 @@ def test_integers_that_python_cannot_spell_are_refused_where_they_are_given() ->
         make_spec(dim=10**5000)
 
 
-@pytest.mark.parametrize("piece", [b"[],", b'{"":0},'])
+@pytest.mark.parametrize("piece", [b"[],", pytest.param(b'{"":0},', marks=pytest.mark.slow)])
 def test_documents_full_of_small_values_take_bounded_memory(piece: bytes) -> None:
     data = b'{"digest":"x","a":[' + piece * ((MAX_DOCUMENT_NBYTES - 100) // len(piece)) + b"0]}"
     before = peak_nbytes()

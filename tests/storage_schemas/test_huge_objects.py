@@ -21,17 +21,25 @@ from storage_schemas.samples import Sample
 from storage_schemas.verify import verify_store
 from tests.stores import make_spec, write_planted
 
-HUGE_NBYTES = 20 * 2**30
+HUGE_NBYTES, LITTLE_NBYTES = 20 * 2**30, 2**28
 
 
 @pytest.fixture(autouse=True)
 def little_memory() -> Iterator[None]:
-    """What would read such an object fails at once, and not by taking the machine down."""
-    former = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, former[1]))
+    """What would read such an object fails at once, and not by taking the machine down.
+
+    Data alone is limited: addresses are set aside for each thread, more or fewer as threads happen to meet.
+    """
+    former = resource.getrlimit(resource.RLIMIT_DATA)
+    used = int(Path("/proc/self/statm").read_text().split()[5]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_DATA, (used + LITTLE_NBYTES, former[1]))
     yield
-    resource.setrlimit(resource.RLIMIT_AS, former)
+    resource.setrlimit(resource.RLIMIT_DATA, former)
+
+
+def test_memory_is_little_indeed():
+    with pytest.raises(MemoryError):
+        bytes(2 * LITTLE_NBYTES)
 
 
 @pytest.fixture
@@ -87,7 +95,7 @@ def test_a_file_of_the_teacher(folder):
     with pytest.raises(SchemaError, match=r"has 68,719,476,737 bytes; at most 68,719,476,736 are read"):
         open_store(folder).read_teacher_files()
     assert [p.key for p in verify_store(FolderObjects(folder))] == ["teacher/weights.bin"]
-    inflate(folder, "teacher/weights.bin", 5 * 2**27)  # more than this test may have in memory
+    inflate(folder, "teacher/weights.bin", LITTLE_NBYTES + 77)  # more than this test may have in memory
     [problem] = verify_store(FolderObjects(folder))
     assert (problem.key, problem.what) == ("teacher/weights.bin", "changed")
 
@@ -99,7 +107,7 @@ def test_a_digest_takes_pieces(tmp_path):
     assert object_sha256(objects, "a", len(data)) == sha256(data)
     (tmp_path / "store").mkdir()
     (tmp_path / "store/large").touch()
-    inflate(tmp_path / "store", "large", 5 * 2**27)
+    inflate(tmp_path / "store", "large", LITTLE_NBYTES + 77)
     assert len(content_digest(FolderObjects(tmp_path / "store"), threads=1)) == 64
 
 

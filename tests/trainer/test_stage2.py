@@ -1,7 +1,7 @@
 """Stage 2: what it begins with, what it refuses, what its run is; and BLOCK=all, whose runs it takes."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ from infra.console import ExitCode, UserError, run_door
 from infra.objects import FolderObjects, MemoryObjects
 from tests.trainer.tiny import CPU, tiny_config, tiny_data, tiny_teacher, write_tiny, write_tiny_pair
 from trainer.__main__ import main
+from trainer.all_spans import Process
 from trainer.commands.blocks import find_blocks
 from trainer.commands.raptor import find_sources, source_problems
 from trainer.commands.start import default_run, make_config, raptor_name
@@ -241,10 +242,24 @@ def test_all_blocks_are_checked_and_claimed_before_one_begins(
         assert handed_on["--seed"] == str(config["train"]["seed"]) == "3"
 
 
+class Here(Process):
+    """A process that is this one: importing torch anew takes longer than the training."""
+
+    def __init__(self, arguments: Sequence[str], log: Path, environment: dict[str, str]) -> None:
+        self._log, self._code = log, run_door(lambda: main(arguments))
+
+    def __str__(self) -> str:
+        return "this process"
+
+    def poll(self) -> int | None:
+        return self._code
+
+
 @pytest.mark.parametrize("s3_server", ["moto"], indirect=True)
 def test_both_stages_on_s3(door: Door, s3_location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A block is trained here, the other by BLOCK=all in a process of its own; the Raptor begins with both."""
+    """A block is trained by itself, the other by BLOCK=all; the Raptor begins with both."""
     monkeypatch.chdir(tmp_path)  # words of a process are local, wherever its RUN is
+    monkeypatch.setattr("trainer.commands.train_all.Process", Here)
     store, runs = write_tiny_pair(f"{s3_location}/store"), f"{s3_location}/runs"
     settings = {"store": store, "recipe": "digits_stage1", "steps": 4}
     code, _, err = door("train", block="1-3", run=f"{runs}/1-3-seed0", **settings)
