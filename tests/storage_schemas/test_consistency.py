@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 import pytest
@@ -33,6 +34,14 @@ PATH = "layer_01/patches"
 
 def made_store(precision: str, *, scale: float = 1.0, offset: float = 0.0, seed: int = 0) -> MemoryObjects:
     """Gaussian states, 64 patches of 16 channels; two bad images."""
+    objects = MemoryObjects()
+    for key, data in _made(precision, scale, offset, seed):
+        objects.put(key, data)
+    return objects
+
+
+@cache
+def _made(precision: str, scale: int | float, offset: int | float, seed: int) -> list[tuple[str, bytes]]:
     spec = make_spec(precision=precision, grid=(8, 8), dim=16)
     shape = (spec.n_samples, len(spec.layers), spec.n_tokens, spec.dim)
     states = (np.random.default_rng(seed).standard_normal(shape) * scale + offset).astype(np.float32)
@@ -44,7 +53,7 @@ def made_store(precision: str, *, scale: float = 1.0, offset: float = 0.0, seed:
         lambda rows: states[rows.start : rows.stop],
         bad_images={5: "truncated", 20: "empty"},
     )
-    return objects
+    return [(info.key, objects.get(info.key)) for info in objects.list()]
 
 
 def reseal(objects: MemoryObjects, change: Callable[[Commit], Commit]) -> list[Problem]:
