@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from infra.console import ExitCode
 from infra.objects import open_objects
+from infra.status import Beat
 from pipeline.__main__ import main
 from pipeline.job import ExtractResult
 from pipeline.plan import plan_store
@@ -36,6 +38,12 @@ IMAGENET = make_spec(
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tree(tmp_path_factory.mktemp("images"), 28)
+
+
+@pytest.fixture(autouse=True)
+def _no_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come every five seconds, and are planned by themselves: a slow machine would make more of them."""
+    monkeypatch.setattr("pipeline.run_log.Beat", partial(Beat, every_s=3600))
 
 
 @pytest.fixture
