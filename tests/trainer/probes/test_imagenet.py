@@ -230,7 +230,10 @@ def test_files_that_are_no_images_are_named_before_anything_runs(tmp_path: Path)
             (tmp_path / split / first / name).write_bytes(data)
     said = problems_of(asked(tmp_path))
     for split, files in bad.items():
-        assert f"{tmp_path}/{split} has files that are no images; remove them:" in said
+        assert (
+            f"{tmp_path}/{split} has files that are no images: remove them, or give a folder of links to the others:"
+            in said
+        )
         assert all(f"{first}/{name}: bad image" in said for name in files)
     assert said.count("bad image") == 4
     for number in range(30):
