@@ -68,9 +68,7 @@ async def _look(page: Path, width: int, height: int, tall: bool) -> Look:
         try:
             port = await _port(Path(profile) / "DevToolsActivePort")
             async with aiohttp.ClientSession() as session:
-                async with session.get(f"http://127.0.0.1:{port}/json") as reply:
-                    tabs = await reply.json()
-                url = next(tab["webSocketDebuggerUrl"] for tab in tabs if tab["type"] == "page")
+                url = await _tab(session, port)
                 async with session.ws_connect(url, max_msg_size=2**28) as socket:
                     return await _Tab(socket).look(page, width, height, tall)
         finally:
@@ -78,9 +76,21 @@ async def _look(page: Path, width: int, height: int, tall: bool) -> Look:
             await process.wait()
 
 
+async def _tab(session: aiohttp.ClientSession, port: str) -> str:
+    """Where the first tab is driven; the browser listens before there is one."""
+    end = time.monotonic() + START_S
+    while True:
+        async with session.get(f"http://127.0.0.1:{port}/json") as reply:
+            for tab in await reply.json():
+                if tab["type"] == "page":
+                    return tab["webSocketDebuggerUrl"]
+        assert time.monotonic() < end, "chromium has no tab"
+        await asyncio.sleep(0.05)
+
+
 async def _port(file: Path) -> str:
     end = time.monotonic() + START_S
-    while not file.exists() or not file.read_text():
+    while not file.exists() or "\n" not in file.read_text():
         assert time.monotonic() < end, "chromium does not start"
         await asyncio.sleep(0.05)
     return file.read_text().split()[0]

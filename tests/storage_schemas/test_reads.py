@@ -1,6 +1,8 @@
 """Asking a store: order, errors, and that only what was asked for is fetched."""
 
 import inspect
+import threading
+import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -362,8 +364,28 @@ class CountingObjects(MemoryObjects):
     requests = 0
 
     def read_parts(self, key: str, start: int, buffers: Sequence[memoryview]) -> Iterator[memoryview]:
-        self.fetched += sum(buffer.nbytes for buffer in buffers)
-        self.requests += 1
+        nbytes = sum(buffer.nbytes for buffer in buffers)
+        with self._lock:
+            self.fetched += nbytes
+            self.requests += 1
+        return super().read_parts(key, start, buffers)
+
+
+class FirstGone(CountingObjects):
+    """Everything else is read slowly, and not before the first object was asked for."""
+
+    GONE = "layer_00/cls/c/0/0"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = threading.Event()
+
+    def read_parts(self, key: str, start: int, buffers: Sequence[memoryview]) -> Iterator[memoryview]:
+        if key == self.GONE:
+            self.asked.set()
+        else:
+            self.asked.wait(100)
+            time.sleep(0.2)
         return super().read_parts(key, start, buffers)
 
 
@@ -388,9 +410,9 @@ class TestOnlyWhatIsNeeded:
 
     def test_an_error_ends_a_read_at_once(self):
         """Not after all the other chunks, which may take hours."""
-        objects = CountingObjects()
+        objects = FirstGone()
         write_planted(objects, make_spec(n_samples=400, samples_per_shard=4, samples_per_chunk=1, layers=(0,)))
-        objects.delete("layer_00/cls/c/0/0")
+        objects.delete(FirstGone.GONE)
         with pytest.raises(ObjectMissingError):
             open_store(objects).read()
         assert objects.requests < 300, "of 1,200"

@@ -82,7 +82,7 @@ def test_a_finished_run_says_what_it_did(data: TrainingData, tmp_path: Path, cap
     )  # 41 samples in 11 chunks of 4
     seconds = [status["totals"][f"{stage}_s"] for stage in ("loader", "step", "validation", "checkpoint")]
     assert all(s > 0 for s in seconds)
-    assert sum(seconds) < status["seconds"]
+    assert sum(seconds) < status["seconds"] + 0.05  # which has one decimal place
 
 
 def test_a_run_that_was_stopped_and_goes_on_counts_its_own_part(data: TrainingData) -> None:
@@ -162,7 +162,7 @@ def test_what_was_spent_before_a_stop_is_told_though_no_line_was_due(data: Train
     assert status["step"] == status["totals"]["steps"] == 5
     assert status["totals"]["needed_bytes"] > 0
     assert status["amplification"] >= 1.0
-    assert 0 < 5 * status["step_s"] < status["seconds"]
+    assert 0 < 5 * status["step_s"] < status["seconds"] + 0.05
 
 
 def test_a_process_without_ray_is_told_about_by_its_document(monkeypatch: pytest.MonkeyPatch) -> None:
