@@ -197,14 +197,8 @@ def _listing(split: str, sources: Mapping[str, Folder], problems: list[str]) -> 
         names = (sample.sample_id for sample in samples)
         wrong = check_images(str(source.root), names, len(samples), label=split)
         if wrong:
-            problems.append(
-                "\n    ".join(
-                    [
-                        f"{source.root} has files that are no images: remove them, or give a folder of links to the others:",
-                        *wrong,
-                    ]
-                )
-            )
+            advice = "remove them, or give a folder of links to the others"
+            problems.append("\n    ".join([f"{source.root} has files that are no images: {advice}:", *wrong]))
     return samples
 
 
