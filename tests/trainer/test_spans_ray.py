@@ -144,7 +144,8 @@ def test_a_device_is_refused_with_all_else_before_a_run_is_claimed(
     assert not runs.exists()
 
 
-def test_a_task_waits_for_what_it_needs_until_it_has_begun(store: str, tmp_path: Path) -> None:
+def test_a_task_waits_for_what_it_needs_until_it_has_begun(tmp_path: Path) -> None:
+    store = str(tmp_path / "nothing")  # which a training says at once
     never = Task(one_job(store, tmp_path / "never", 4), {"num_cpus": 1.0, "num_gpus": 1.0}, {})
     begun = Task(one_job(store, tmp_path / "run", 4), ONE_CPU, {})
     assert begun.waits_for() in ("cores", "")
@@ -153,7 +154,8 @@ def test_a_task_waits_for_what_it_needs_until_it_has_begun(store: str, tmp_path:
     assert never.waits_for() == "a GPU"
     never.ask_to_stop()
     wait_for(lambda: begun.poll() is not None and never.poll() is not None, "both to end")
-    assert begun.poll() == ExitCode.OK, begun.words()
+    assert begun.poll() == ExitCode.BAD_INPUT, begun.words()
+    assert "is not a store" in begun.words()
     assert not begun.lost()
     assert not never.lost()
 
