@@ -72,7 +72,7 @@ def write_planted(
     bad, files = tuple((bad_images or {}).items()), tuple((teacher_files or {}).items())
     is_small = spec.n_samples * len(spec.layers) * spec.n_tokens * spec.dim <= 100_000
     if type(objects) in (MemoryObjects, FolderObjects) and is_small:
-        for key, data in _planted(_Hashed(spec), bad, seed, files, planted_states):
+        for key, data in _planted(_Hashed(spec), bad, seed, files, (make_samples, planted_states, planted_head_inputs)):
             objects.put(key, data)
     else:
         _write(objects, spec, bad, seed, files)
@@ -97,7 +97,7 @@ def _planted(
     bad_images: tuple[tuple[int, str], ...],
     seed: int,
     teacher_files: tuple[tuple[str, bytes], ...],
-    states_of: object,  # `planted_states`, or what a test has put in its place
+    made_by: tuple[object, ...],  # the functions below, or what a test has put in their places
 ) -> list[tuple[str, bytes]]:
     made = MemoryObjects()
     _write(made, hashed.spec, bad_images, seed, teacher_files)
