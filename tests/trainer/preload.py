@@ -4,7 +4,7 @@ import pytest  # noqa: F401
 import tensorboard.compat.proto.event_pb2
 import tensorboard.summary.writer.record_writer  # noqa: F401
 import torch
-import torch._dynamo  # making an optimizer imports it, which takes longer than most of what these processes do
+import torch._dynamo  # connecting workers imports it, which takes longer than most of what these processes do
 import torch.distributed
 import torch.nn.parallel
 

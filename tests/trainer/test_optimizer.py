@@ -1,11 +1,14 @@
 """One step of AdamW in closed form; clipping by global norm."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
 
 from trainer.block import Block
-from trainer.optimizer import clip_and_step, make_optimizer, set_learning_rate
+from trainer.optimizer import LightAdamW, clip_and_step, make_optimizer, set_learning_rate
 
 
 def linear(gradient: float = 0.5) -> nn.Linear:
@@ -81,3 +84,47 @@ def test_gradients_below_the_norm_are_untouched():  # D4
     layer = linear(0.25)
     clip_and_step(torch.optim.SGD(layer.parameters(), lr=1.0), max_norm=1.0)
     assert layer.weight.grad.unique().tolist() == [0.25]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_without_the_compiler_it_is_torchs_own_to_the_bit(fused):
+    """Steps, states and a state that goes over from one to the other."""
+    layers = [nn.Linear(3, 3) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    light = LightAdamW(layers[0].parameters(), lr=0.1, weight_decay=0.1, fused=fused)
+    own = torch.optim.AdamW(layers[1].parameters(), lr=0.1, weight_decay=0.1, fused=fused)
+    x = torch.randn(5, 3)
+    for step in range(6):
+        for layer, optimizer in zip(layers, (light, own)):
+            optimizer.zero_grad()
+            layer(x).square().sum().backward()
+            optimizer.step()
+        assert all(map(torch.equal, layers[0].parameters(), layers[1].parameters()))
+        mine, theirs = light.state_dict(), own.state_dict()
+        assert mine["param_groups"] == theirs["param_groups"]
+        for key, values in theirs["state"].items():
+            assert all(torch.equal(value, mine["state"][key][name]) for name, value in values.items())
+        if step == 3:
+            light.load_state_dict(theirs)
+            own.load_state_dict(mine)
+    assert not any(parameter.requires_grad and parameter.grad_fn for parameter in layers[0].parameters())
+
+
+_TRAIN = """
+import sys
+import torch
+from trainer.block import Block
+from trainer.optimizer import clip_and_step, make_optimizer
+
+block = Block(8, 2)
+optimizer = make_optimizer(block)
+block(torch.randn(2, 3, 8), 1).sum().backward()
+clip_and_step(optimizer)
+optimizer.zero_grad(set_to_none=True)
+optimizer.load_state_dict(optimizer.state_dict())
+assert "torch._dynamo" not in sys.modules, "a step was taken, and the compiler came with it"
+"""
+
+
+def test_a_step_does_not_import_the_compiler():
+    subprocess.run([sys.executable, "-c", _TRAIN], check=True, timeout=280)

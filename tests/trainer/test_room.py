@@ -30,7 +30,7 @@ from trainer.train import train
 def peak_nbytes():  # not getrusage: a process begins with the peak of the one that started it
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
 
-import torch._dynamo  # as the first step of an optimizer does
+import torch._dynamo  # as workers that share a training do
 torch.set_num_threads(1)
 store, batch_size, n_heads = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 data = open_training_data(store, "0-2")
