@@ -43,9 +43,10 @@ IN_TRAINING, ALONE = "training loop", "stream alone"
 NOTES = (
     "Training loop: the loop of `make train` as it is, with metrics, checkpoints and progress bar; but its forward and "
     "backward pass is a sleep. Waiting is its own counter, `loader_wait`, which the bar shows and metrics.jsonl keeps: "
-    "the share of the time in which the loop stood still for samples. The goal is for the median line of metrics; mean "
-    "and worst hold the starts of passes too, when a chunk for each of 64 lanes is read before the first step. A pass "
-    "over this small store is 64 steps, one over ImageNet 20,000.",
+    "the share of the time in which the loop stood still for samples. The goal is for the mean, which holds the start "
+    "of the run: a chunk for each lane is read before its first step, which is most of the worst line. Passes follow "
+    "each other without such a wait: one over the store of ViT-B/14's size is 64 steps, one over the digits 23, one "
+    "over ImageNet 20,000.",
     "On a CPU the loop itself widens a batch to float32 before its step. That is not waiting, but it gives the stream "
     "more time for a batch than the step has. A GPU widens it there, beside its step; `stream alone` is that, and the "
     "harder of the two: nothing but the sleep between one batch and the next.",
@@ -59,7 +60,7 @@ class LoaderWaitBenchmark:
     """Sizes of this benchmark.
 
     Attributes:
-        n_samples: Of the store of random states; the more, the rarer is the start of another pass.
+        n_samples: Of the store of random states.
         span: States that are read.
         batch_size: Samples a step.
         step_s: What a step takes.
@@ -160,8 +161,15 @@ def in_training(config: LoaderWaitBenchmark, data: TrainingData) -> tuple[tuple[
 def alone(config: LoaderWaitBenchmark, data: TrainingData) -> tuple[tuple[float, ...], float]:
     """The stream with a sleep for each batch, pass after pass: as `in_training`."""
     shares, n_samples, began = [], 0, time.monotonic()
-    with LayerSliceStream(data.train, config.span, config.batch_size, lanes=_recipe(config, data).lanes) as stream:
-        for _ in range(0, config.n_steps, config.log_every):
+    n_lines = -(-config.n_steps // config.log_every)
+    with LayerSliceStream(
+        data.train,
+        config.span,
+        config.batch_size,
+        lanes=_recipe(config, data).lanes,
+        n_steps=n_lines * config.log_every,
+    ) as stream:
+        for _ in range(n_lines):
             start, waited = time.monotonic(), stream.waited_s
             for _ in range(config.log_every):
                 batch = next(stream, None)
@@ -246,7 +254,7 @@ def _result(config: LoaderWaitBenchmark, found: dict[tuple[str, str], Waited]) -
         for (store, how), waited in found.items()
     ]
     goals = [
-        Goal(what=f"loader wait, {store}, {how}", found=waited.median, at_most=GOAL)
+        Goal(what=f"mean loader wait, {store}, {how}", found=waited.mean, at_most=GOAL)
         for (store, how), waited in found.items()
     ]
     details: dict[str, Any] = {f"{store}, {how}": asdict(waited) for (store, how), waited in found.items()}

@@ -27,7 +27,7 @@ from storage_schemas import Span, open_store
 from storage_schemas.from_arrays import write_store
 from storage_schemas.reader import ChunkLocation, Store
 from storage_schemas.samples import Sample
-from trainer.chunk_reader import default_threads
+from trainer.reading_threads import default_threads
 from trainer.ring import stream_kinds
 from trainer.stream import LayerSliceStream
 

@@ -44,9 +44,11 @@ class HostBatch:
         patches_scale: (sample, state, dim) float32 for int8 stores, else None; patches times it are the states.
     """
 
-    def __init__(self, reader: ChunkReader, ring: Ring, number: int, n_batch: int, copier: "Copier") -> None:
-        rows = reader.rows(number)
-        self.number, self.n_batch = number, n_batch
+    def __init__(
+        self, reader: ChunkReader, ring: Ring, place: int, number: int, n_batch: int, copier: "Copier"
+    ) -> None:
+        rows = reader.rows(place)
+        self._place, self.number, self.n_batch = place, number, n_batch
         self.sample_index: Int64[np.ndarray, " sample"] = ring.sample_index[rows].copy()
         self._arrays = {kind: array[rows] for kind, array in ring.arrays.items()}
         self._tokens = None if ring.tokens is None else ring.tokens[rows]
@@ -143,7 +145,7 @@ class HostBatch:
         """Give the memory back before the next batch is asked for."""
         if self._arrays:
             self._arrays, self._tokens = {}, None
-            self._reader.release(self.number, self._copied)
+            self._reader.release(self._place, self._copied)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -7,23 +7,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from infra.machine import n_cores
-from infra.objects import SMALL_ROW_NBYTES
 from infra.retry import pointless_once
-from storage_schemas.codecs import DecodeError, raw_chunk_nbytes
+from storage_schemas.codecs import DecodeError
 from storage_schemas.errors import ChecksumError
-from storage_schemas.layout import decode_payload, payload_bounds
+from storage_schemas.layout import decode_payload
 from storage_schemas.reader import ChunkLocation, Store, check_crc
 from storage_schemas.spec import Span, StoreSpec
-from trainer.order import PassOrder, ReadPlan
+from trainer.rank_pass import RankPass
+from trainer.reading_threads import is_plain, scratch_nbytes
 from trainer.ring import Ring, stream_kinds
 
 _JOIN_S = 2.0
-_LOCAL_THREADS = 8
-_REMOTE_THREADS = 32  # as many requests as `infra.s3` has in flight
-_REPLY_COPIES = 2  # of a chunk in memory while the network brings it
-_BLOSC_BLOCK_NBYTES = 2**20  # the largest that it chooses; to decode, it sets three of them aside
-_STACK_NBYTES = 2**18  # of a thread: stack, and what the C library and the interpreter set aside for it
 _N_PLANNED = 8  # chunks whose places are worked out at a time; one by one would cost more than their checksums
 
 
@@ -32,6 +26,7 @@ class _Placement:
     """Where the samples of one chunk go.
 
     Attributes:
+        first: Place of the first batch of its pass.
         chunk: Index in the store.
         rows: Ring row of each sample of the chunk, -1 for nowhere.
         wanted: Places within the chunk of the samples that go somewhere; None for all.
@@ -39,49 +34,12 @@ class _Placement:
         buffers: Their buffers.
     """
 
+    first: int
     chunk: int
     rows: np.ndarray
     wanted: np.ndarray | None
     wanted_rows: np.ndarray
     buffers: np.ndarray
-
-
-def is_remote(store: Store) -> bool:
-    """Whether reads cross a network, and so wait much longer than they work."""
-    return "s3://" in store.location
-
-
-def default_threads(*, remote: bool) -> int:
-    """Threads to read with: what keeps the cores busy, or the network."""
-    return _REMOTE_THREADS if remote else max(2, min(_LOCAL_THREADS, n_cores()))
-
-
-def thread_nbytes(spec: StoreSpec, *, remote: bool) -> int:
-    """Memory that one reading thread needs at most: to decode, for samples that go nowhere, and for its own stack."""
-    largest = max(raw_chunk_nbytes(spec, kind) for kind in stream_kinds(spec))
-    codec = 0 if spec.codec == "none" else 3 * min(largest, _BLOSC_BLOCK_NBYTES)
-    passing = _REPLY_COPIES * largest if remote else max(_passing_nbytes(spec, kind) for kind in stream_kinds(spec))
-    return sum(scratch_nbytes(spec)) + codec + passing + _STACK_NBYTES
-
-
-def _passing_nbytes(spec: StoreSpec, kind: str) -> int:
-    """What `read_rows` takes while it reads a chunk: at most a row, or without the compiled reader two chunks."""
-    row = raw_chunk_nbytes(spec, kind) // spec.samples_per_chunk
-    return row if row >= SMALL_ROW_NBYTES else 2 * raw_chunk_nbytes(spec, kind)
-
-
-def is_plain(spec: StoreSpec) -> bool:
-    """Whether the payload of a chunk is its samples and nothing else, so that each can be read into its place."""
-    return spec.codec == "none" and spec.backend == "zarr"
-
-
-def scratch_nbytes(spec: StoreSpec) -> tuple[int, int]:
-    """Memory of one thread for payloads, and for what they decode to; nothing for plain chunks."""
-    if is_plain(spec):
-        return 0, 0
-    kinds = stream_kinds(spec)
-    payload = max(payload_bounds(spec, kind, spec.samples_per_chunk)[1] for kind in kinds)
-    return payload, 0 if spec.codec == "none" else max(raw_chunk_nbytes(spec, kind) for kind in kinds)
 
 
 class _Scratch:
@@ -92,89 +50,125 @@ class _Scratch:
         self.payload, self.decoded = np.empty(payload, np.uint8), np.empty(decoded, np.uint8)
 
 
-class ChunkReader:
-    """Reads the chunks of one pass, or of its remainder, with threads that end with it.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Placed:
+    """A pass and the place of its first batch."""
 
-    The consumer calls `wait(batch)` for batches in order and `release(batch)` when it needs one no longer; nothing
-    else. Chunks are read in the plan's order, each when all its batches have buffers.
+    first: int
+    of: RankPass
+
+    @property
+    def stop(self) -> int:
+        return self.first + self.of.n_batches
+
+
+class ChunkReader:
+    """Reads the chunks of a pass or its remainder, and of passes appended to it, with threads that end with the last.
+
+    The consumer calls `wait(place)` for batches in order and `release(place)` when it needs one no longer; and, where
+    more passes were announced, `append` while its pass still goes on. A batch's place is its number in its pass,
+    counted on through the passes. Chunks are read in the plans' order, each when all its batches have buffers: so the
+    first chunks of a pass are read while the one before ends.
 
     Attributes:
         precision: Of the patches.
+        expects_more: Another pass may be appended.
         bytes_fetched: Bytes read from objects.
         bytes_needed: Stored bytes of the chunks that were asked for.
+        bytes_ahead: Those of them that belong to a pass which was not begun yet.
         n_chunks_read: Chunks of one (layer, kind).
-        waited_s: Seconds that `wait` took.
     """
 
     def __init__(
         self,
         store: Store,
         span: Span,
-        order: PassOrder,
-        plan: ReadPlan,
+        first: RankPass,
         ring: Ring,
         *,
-        batch_size: int,
         start_batch: int,
-        rank_starts: np.ndarray,
-        rank_lanes: np.ndarray,
         n_buffer_rows: int,
         n_threads: int,
+        expects_more: bool,
     ) -> None:
-        self._store, self._span, self._order, self._plan, self._ring = store, span, order, plan, ring
+        self._store, self._span, self._ring = store, span, ring
         self.precision = store.spec.precision
-        self._batch_size, self._n_buffer_rows = batch_size, n_buffer_rows
-        self._rank_starts, self._rank_lanes = rank_starts, rank_lanes
-        self._opens_at = plan.opens_at.tolist()
+        self._n_buffers, self._n_buffer_rows = first.plan.n_buffers, n_buffer_rows
         self._kinds = stream_kinds(store.spec)
         self._targets = [[ring.arrays[kind][:, state] for kind in self._kinds] for state in range(span.n_states)]
         self._plain = is_plain(store.spec)
         self._lock = threading.Lock()
-        self._room = threading.Condition(self._lock)  # readers wait here for buffers
+        self._room = threading.Condition(self._lock)  # readers wait here for buffers, and for another pass
         self._filled = threading.Condition(self._lock)  # the consumer waits here for its batch
-        self._start_batch = self._oldest = start_batch
-        self._n_tasks, self._next_task = len(plan.dealt) * span.n_states, 0
+        self._passes = [_Placed(first=0, of=first)]  # the one in use, and the one after it
+        self._reading, self._next_task = self._passes[0], 0
+        self._begun = 0  # place of the first batch of the pass in use
+        self.expects_more = expects_more
+        self._start = self._oldest = start_batch
         self._placements: list[_Placement] = []  # of reads [n * _N_PLANNED, (n + 1) * _N_PLANNED)
-        self._missing = np.zeros(plan.n_buffers, np.int64)  # (sample, state) still to come, by buffer
-        for batch in range(start_batch, start_batch + plan.n_buffers):
-            self._missing[batch % plan.n_buffers] = self._n_parts(batch)
-        self._copies: list[torch.cuda.Event | None] = [None] * plan.n_buffers
+        self._missing = np.zeros(self._n_buffers, np.int64)  # (sample, state) still to come, by buffer
+        for place in range(start_batch, start_batch + self._n_buffers):
+            self._missing[place % self._n_buffers] = self._n_parts(place)
+        self._copies: list[torch.cuda.Event | None] = [None] * self._n_buffers
         self._on_cuda = torch.cuda.is_available()
         self._error: BaseException | None = None
         self._stopped = False
-        self.bytes_fetched = self.bytes_needed = self.n_chunks_read = 0
-        self.waited_s = 0.0
+        self.bytes_fetched = self.bytes_needed = self.bytes_ahead = self.n_chunks_read = 0
+        n_tasks = len(first.plan.dealt) * span.n_states
         self._threads = [
             threading.Thread(target=self._work, name=f"stream-reader-{i}", daemon=True)
-            for i in range(min(n_threads, self._n_tasks))
+            for i in range(n_threads if expects_more else min(n_threads, n_tasks))
         ]
         for thread in self._threads:
             thread.start()
 
-    def rows(self, batch: int) -> slice:
-        """The ring rows of a batch."""
-        start = batch % self._plan.n_buffers * self._n_buffer_rows
-        return slice(start, start + int(self._rank_starts[batch + 1] - self._rank_starts[batch]))
+    def append(self, following: RankPass | None, *, expects_more: bool = False) -> None:
+        """Read this pass after the one in use, which goes on still; None: nothing more is to be read.
 
-    def wait(self, batch: int) -> None:
-        """Block until a batch is complete; raise what went wrong in a thread as soon as anything did."""
-        begin = time.perf_counter()
+        Args:
+            following: The next pass, planned for as many buffers as there are (`RankPass.fits`).
+            expects_more: Yet another pass may be appended, once this one is in use.
+        """
         with self._lock:
-            while self._error is None and not self._stopped and self._missing[batch % self._plan.n_buffers]:
+            assert self.expects_more
+            assert self._begun == self._passes[-1].first, "one pass is appended at a time"
+            self.expects_more = expects_more
+            if following is not None:
+                placed = _Placed(first=self._passes[-1].stop, of=following)
+                self._passes = [self._passes[-1], placed]
+                for place in range(placed.first, self._oldest + self._n_buffers):
+                    self._missing[place % self._n_buffers] = self._n_parts(place)
+            self._room.notify_all()
+
+    def begin_next(self) -> int:
+        """Have the appended pass in use, all batches before it being released; returns the place of its first batch."""
+        with self._lock:
+            self._begun, self.bytes_ahead = self._passes[-1].first, 0
+            assert self._oldest == self._begun
+            return self._begun
+
+    def rows(self, place: int) -> slice:
+        """The ring rows of a batch."""
+        start = place % self._n_buffers * self._n_buffer_rows
+        return slice(start, start + self._n_rows(place))
+
+    def wait(self, place: int) -> None:
+        """Block until a batch is complete; raise what went wrong in a thread as soon as anything did."""
+        with self._lock:
+            while self._error is None and not self._stopped and self._missing[place % self._n_buffers]:
                 self._filled.wait()
-            self.waited_s += time.perf_counter() - begin
             if self._error is not None:
                 raise self._error
             if self._stopped:
                 raise RuntimeError("the stream was closed while a batch was awaited")
 
-    def release(self, batch: int, copied: torch.cuda.Event | None = None) -> None:
+    def release(self, place: int, copied: torch.cuda.Event | None = None) -> None:
         """Give a batch's buffer to a later batch, once `copied` has happened on the device."""
         with self._lock:
-            assert batch == self._oldest, "batches are released in order"
+            assert place == self._oldest, "batches are released in order"
             self._oldest += 1
-            buffer = batch % self._plan.n_buffers
-            self._missing[buffer] = self._n_parts(batch + self._plan.n_buffers)
+            buffer = place % self._n_buffers
+            self._missing[buffer] = self._n_parts(place + self._n_buffers)
             self._copies[buffer] = copied
             self._room.notify_all()
 
@@ -197,10 +191,15 @@ class ChunkReader:
             thread.join(max(0.0, deadline - time.monotonic()))
         return not any(thread.is_alive() for thread in self._threads)
 
-    def _n_parts(self, batch: int) -> int:
-        if batch + 1 >= len(self._rank_starts):
-            return 0
-        return int(self._rank_starts[batch + 1] - self._rank_starts[batch]) * self._span.n_states
+    def _n_rows(self, place: int) -> int:
+        """This rank's samples in a batch; 0 where no pass is known yet."""
+        for placed in self._passes:
+            if placed.first <= place < placed.stop:
+                return placed.of.n_rows(place - placed.first)
+        return 0
+
+    def _n_parts(self, place: int) -> int:
+        return self._n_rows(place) * self._span.n_states
 
     def _work(self) -> None:
         try:
@@ -218,29 +217,42 @@ class ChunkReader:
     def _take(self) -> tuple[_Placement, int] | None:
         """The next (chunk, state) to read, when there is room for it; None when there is nothing more to do."""
         with self._lock:
-            while not self._stopped and self._next_task < self._n_tasks:
+            while not self._stopped:
+                reading = self._reading
                 read, state = divmod(self._next_task, self._span.n_states)
-                if self._opens_at[read] > self._oldest:
+                if read == len(reading.of.plan.dealt):
+                    # not the last one: two may have been appended since, where all of a pass fits into the buffers
+                    following = next((placed for placed in self._passes if placed.first == reading.stop), None)
+                    if following is not None:
+                        self._reading, self._next_task = following, 0
+                    elif self.expects_more:
+                        self._room.wait()
+                    else:
+                        return None
+                    continue
+                if reading.first + reading.of.plan.opens_at[read] > self._oldest:
                     self._room.wait()
                     continue
                 if state == 0 and read % _N_PLANNED == 0:
-                    self._placements = self._place(read)
+                    self._placements = self._place(reading, read)
                 self._next_task += 1
                 return self._placements[read % _N_PLANNED], state
             return None
 
-    def _place(self, first_read: int) -> list[_Placement]:
+    def _place(self, reading: _Placed, first_read: int) -> list[_Placement]:
         """Work out where the samples of the next chunks go."""
-        dealt = self._plan.dealt[first_read : first_read + _N_PLANNED]
-        chunk, samples_per_chunk = self._order.chunk[dealt], self._order.samples_per_chunk
-        sample, lane, k = self._order.chunk_entries(dealt)
-        position = self._order.positions(lane, k)
-        mine = position if self._rank_lanes.all() else self._order.positions(lane, k, self._rank_lanes)
-        batch = position // self._batch_size
-        row = batch % self._plan.n_buffers * self._n_buffer_rows + mine - self._rank_starts[batch]
-        row[batch < self._start_batch] = -1  # after a resume, a chunk may be partly used up
+        of, order = reading.of, reading.of.order
+        dealt = of.plan.dealt[first_read : first_read + _N_PLANNED]
+        chunk, samples_per_chunk = order.chunk[dealt], order.samples_per_chunk
+        sample, lane, k = order.chunk_entries(dealt)
+        position = order.positions(lane, k)
+        mine = position if of.lanes.all() else order.positions(lane, k, of.lanes)
+        batch = position // of.batch_size
+        place = reading.first + batch
+        row = place % self._n_buffers * self._n_buffer_rows + mine - of.starts[batch]
+        row[place < self._start] = -1  # after a resume, a chunk may be partly used up
         rows = np.full((len(dealt), samples_per_chunk), -1)
-        which = np.repeat(np.arange(len(dealt)), np.diff(self._order.chunk_start)[dealt])
+        which = np.repeat(np.arange(len(dealt)), np.diff(order.chunk_start)[dealt])
         rows[which, sample - chunk[which] * samples_per_chunk] = row
         placements = []
         for one_chunk, one_rows in zip(chunk.tolist(), rows):
@@ -248,6 +260,7 @@ class ChunkReader:
             wanted_rows = one_rows[wanted]
             placements.append(
                 _Placement(
+                    first=reading.first,
                     chunk=one_chunk,
                     rows=one_rows,
                     wanted=None if len(wanted) == samples_per_chunk else wanted,
@@ -274,9 +287,11 @@ class ChunkReader:
         with self._lock:
             self.bytes_needed += needed
             self.bytes_fetched += fetched
+            if placement.first > self._begun:
+                self.bytes_ahead += needed
             self.n_chunks_read += len(self._kinds)
             np.subtract.at(self._missing, placement.buffers, 1)
-            if not self._missing[self._oldest % self._plan.n_buffers]:
+            if not self._missing[self._oldest % self._n_buffers]:
                 self._filled.notify_all()
 
     def _sample_index(self, placement: _Placement) -> np.ndarray:

@@ -61,6 +61,7 @@ class Feed:
                 world_size=workers.world_size,
                 lanes=config.lanes,
                 partial=True,  # which samples take part was settled when the store was opened
+                n_steps=config.n_steps,
             )
         except ValueError as error:
             raise UserError(f"WORKERS={workers.world_size} cannot share {store.location}: {error}") from error

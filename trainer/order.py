@@ -83,6 +83,10 @@ class PassOrder:
         placing = 32 * min(_ENTRIES, len(self.chunk)) * self.n_lanes
         return drawing + placing + 200 * min(2 * _BLOCK, self.n_samples)
 
+    def kept_nbytes(self, batch_size: int) -> int:
+        """Memory of the order and of a rank's plan of it, while they are in use; the valid samples are the store's."""
+        return 56 * len(self.chunk) + 16 * self.n_lanes + 8 * (self.n_batches(batch_size) + 1)
+
     def n_batches(self, batch_size: int) -> int:
         return -(-self.n_samples // batch_size)
 
@@ -247,7 +251,8 @@ class ReadPlan:
         dealt: Indices into `PassOrder.chunk`, by first use.
         first_batch: The batch that first uses the chunk.
         last_batch: The batch that uses it last.
-        opens_at: The chunk may be read once the oldest batch in use is this one; never later than `first_batch`.
+        opens_at: The chunk may be read once the oldest batch in use is this one; never later than `first_batch`. Below
+            0 it is a batch of the pass before, counted from that one's end.
         n_buffers: Batches held in memory at a time: while batch s is in use, those up to s + n_buffers - 1 are filled.
     """
 
@@ -265,7 +270,9 @@ def make_read_plan(
     rank: int = 0,
     world_size: int = 1,
     start_batch: int = 0,
+    stop_batch: int | None = None,
     readahead: float = 1.0,
+    n_buffers: int | None = None,
 ) -> ReadPlan:
     """Plan a rank's reads of a pass, or of its remainder.
 
@@ -280,8 +287,10 @@ def make_read_plan(
         rank: Whose lanes.
         world_size: Ranks.
         start_batch: Chunks that are used up before this batch are left out.
+        stop_batch: Chunks that are used from this batch on only are left out; None: none are.
         readahead: Buffers beyond those that one chunk of each lane needs, as a fraction of them; with 0 each refill
             of the lanes stalls the consumer.
+        n_buffers: Buffers that there are, whatever `readahead` asks for; None: what it asks for.
     """
     mine = order.rank_lanes(rank, world_size)
     dealt = np.flatnonzero(mine[order.chunk_lane])
@@ -294,11 +303,14 @@ def make_read_plan(
     first_batch, last_batch = first // batch_size, last // batch_size
     n_batches = last_batch - first_batch + 1
     most = int(n_batches.max(initial=1))
-    n_buffers = min(order.n_batches(batch_size), most + math.ceil(readahead * max(1, most - 1)))
+    if n_buffers is None:
+        n_buffers = min(order.n_batches(batch_size), most + math.ceil(readahead * max(1, most - 1)))
     stagger = (n_buffers - n_batches) * 3 * (lane // world_size) // (4 * mine.sum())
     opens_at = last_batch - n_buffers + 1 + np.maximum(stagger, 0)
     by_use = np.argsort(first, kind="stable")
     by_use = by_use[last_batch[by_use] >= start_batch]
+    if stop_batch is not None:
+        by_use = by_use[first_batch[by_use] < stop_batch]
     return ReadPlan(
         dealt=dealt[by_use],
         first_batch=first_batch[by_use],

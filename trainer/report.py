@@ -9,11 +9,11 @@ from infra.console import human_bytes
 from storage_schemas import Span, Store
 from storage_schemas.spec import KINDS
 from trainer.all_spans import Outcome
-from trainer.chunk_reader import is_remote
 from trainer.config import TrainConfig
 from trainer.data import TrainingData
 from trainer.judge import validation_lanes
 from trainer.machine import Machine
+from trainer.reading_threads import is_remote
 from trainer.recipes import RECIPES
 from trainer.run_files import METRICS_KEY, RunFiles
 from trainer.stream import stream_memory_nbytes

@@ -10,10 +10,10 @@ import torch
 from infra.console import human_bytes
 from infra.machine import n_cores
 from storage_schemas import Store
-from trainer.chunk_reader import is_remote
 from trainer.config import TrainConfig
 from trainer.judge import validation_lanes
 from trainer.machine import torch_threads
+from trainer.reading_threads import is_remote
 from trainer.stream import stream_memory_nbytes
 from trainer.train import make_model
 

@@ -1,26 +1,29 @@
 """Stream the states of a span from a store: every valid sample once per pass, in an order that is arithmetic.
 
 Threads read whole chunks and check them; each sample goes from the object straight to its place in its future batch, so
-a batch is contiguous without any gathering. See docs/decisions for what this beat.
+a batch is contiguous without any gathering. Passes that follow each other share buffers: while one ends, the first
+chunks of the next are read. See docs/decisions for what this beat.
 """
 
 import hashlib
 import math
-import os
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import finalize
 
 import numpy as np
 
 from infra.console import say
-from storage_schemas.errors import NotCommittedError, SchemaError
 from storage_schemas.reader import Store
 from storage_schemas.spec import Span, StoreSpec
 from trainer.batch import Copier, DeviceBatch, HostBatch
-from trainer.chunk_reader import ChunkReader, default_threads, is_remote, thread_nbytes
-from trainer.order import PassOrder, make_pass_order, make_read_plan
-from trainer.ring import Ring, ring_nbytes, stream_kinds
+from trainer.chunk_reader import ChunkReader
+from trainer.order import PassOrder, make_pass_order
+from trainer.rank_pass import RankPass, make_rank_pass
+from trainer.reading_threads import default_threads, is_remote, thread_nbytes
+from trainer.ring import Ring, ring_nbytes
+from trainer.stream_checks import check_kinds, check_numbers, check_span, check_state, frozen_shards, valid_in
 
 __all__ = ["DeviceBatch", "HostBatch", "LayerSliceStream", "Span", "stream_memory_nbytes"]
 
@@ -55,6 +58,7 @@ class LayerSliceStream:
         readahead: float = 1.0,
         partial: bool = False,
         shards: Sequence[int] | None = None,
+        n_steps: int | None = None,
     ) -> None:
         """Check everything and take the memory; threads start with the first batch.
 
@@ -73,6 +77,9 @@ class LayerSliceStream:
                 memory and stalls at each.
             partial: Accept a store that is not finished, with the shards committed now.
             shards: With `partial`, exactly these shards: all ranks must agree while the store still grows.
+            n_steps: Batches that will be asked for in all, counted from the first of pass 0, by a caller that goes from
+                each pass to the next with `set_epoch`. The first chunks of the next pass are then read while one ends,
+                into buffers that are free, and what only later batches hold is not read. None: each pass for itself.
 
         Raises:
             SchemaError: A layer of the span is not in the store.
@@ -80,36 +87,41 @@ class LayerSliceStream:
             ValueError: A number is out of range, or there are more ranks than lanes.
             TypeError: The store or the span is something else; says what, and what to give.
         """
-        _check_kinds(store, span)
+        check_kinds(store, span)
         self._is_remote = is_remote(store)
         threads = default_threads(remote=self._is_remote) if threads is None else threads
-        _check_numbers(1, batch_size=batch_size, threads=threads, world_size=world_size, lanes=lanes)
-        _check_numbers(0, seed=seed, epoch=epoch, rank=rank)
+        check_numbers(1, batch_size=batch_size, threads=threads, world_size=world_size, lanes=lanes)
+        check_numbers(0, seed=seed, epoch=epoch, rank=rank)
         if rank >= world_size:
             raise ValueError(f"rank is {rank}; expected 0 to {world_size - 1}")
         if not 0 <= readahead < math.inf:
             raise ValueError(f"readahead is {readahead}; expected a finite number, at least 0")
-        _check_span(store, span)
+        if n_steps is not None:
+            check_numbers(1, n_steps=n_steps)
+        check_span(store, span)
         self.store, self.span, self.batch_size, self.seed = store, span, batch_size, seed
         self.rank, self.world_size = rank, world_size
-        self.shards = _frozen_shards(store, partial, shards)
-        self._lanes, self._n_threads, self._readahead = lanes, threads, readahead
+        self.shards = frozen_shards(store, partial, shards)
+        self._lanes, self._n_threads, self._readahead, self._n_steps = lanes, threads, readahead, n_steps
         self._copier = Copier()
         self._ring: Ring | None = None
+        self._following: RankPass | None = None  # appended to the reader's
         self._reader: ChunkReader | None = None
         self._batch: HostBatch | None = None
         self._closed = False
         self._totals = _Totals()
-        self._set_pass(self._make_order(seed, epoch, self.shards), epoch, 0)
+        self._waited_s = 0.0
+        self._next = 0
+        self._set_pass(self._make_order(valid_in(store, self.shards), seed, epoch), epoch, 0)
 
     def __len__(self) -> int:
         """Batches of a whole pass."""
-        return self._order.n_batches(self.batch_size)
+        return self._pass.n_batches
 
     @property
     def n_samples(self) -> int:
         """Samples of a whole pass, over all ranks."""
-        return self._order.n_samples
+        return self._pass.order.n_samples
 
     @property
     def position(self) -> int:
@@ -118,10 +130,16 @@ class LayerSliceStream:
 
     @property
     def memory_nbytes(self) -> int:
-        """The most bytes that this rank takes: buffers of lanes x chunk x states x (1 + readahead), threads, order."""
-        n_rows = self._plan.n_buffers * self._n_buffer_rows
+        """The most bytes that this rank takes: buffers of lanes x chunk x states x (1 + readahead), threads, orders."""
         per_thread = thread_nbytes(self.store.spec, remote=self._is_remote)
-        return _memory_nbytes(self.store.spec, self.span, self._order, n_rows, self._n_threads * per_thread)
+        return _memory_nbytes(
+            self.store.spec,
+            self.span,
+            self._pass.order,
+            self.batch_size,
+            self._n_buffers * self._n_buffer_rows,
+            self._n_threads * per_thread,
+        )
 
     @property
     def bytes_fetched(self) -> int:
@@ -130,7 +148,7 @@ class LayerSliceStream:
 
     @property
     def bytes_needed(self) -> int:
-        """Stored bytes of the chunks that held what was asked for."""
+        """Stored bytes of the chunks that held what was asked for, but for those of a pass that was never begun."""
         return self._totals.bytes_needed + (self._reader.bytes_needed if self._reader else 0)
 
     @property
@@ -140,8 +158,8 @@ class LayerSliceStream:
 
     @property
     def waited_s(self) -> float:
-        """Seconds that the consumer waited for batches."""
-        return self._totals.waited_s + (self._reader.waited_s if self._reader else 0.0)
+        """Seconds that the consumer waited for batches, planning included."""
+        return self._waited_s
 
     @property
     def amplification(self) -> float:
@@ -156,29 +174,54 @@ class LayerSliceStream:
 
         Raises:
             ObjectError, ChecksumError, DecodeError: From a reading thread; names the object. It comes at the next batch
-                after it happened, and again at every further one.
+                after it happened, and again at every further one; with `n_steps` it may be of the next pass's reads.
+            ValueError: More than `n_steps` batches were asked for.
         """
+        begin = time.perf_counter()
+        try:
+            return self._next_batch()
+        finally:
+            self._waited_s += time.perf_counter() - begin
+
+    def _next_batch(self) -> HostBatch:
         self._check_open()
         self._release()
         if self._next >= len(self):
-            self._stop_reader()
+            if self._following is None:
+                self._stop_reader()
             raise StopIteration
+        if self._next >= self._n_wanted(self.epoch, len(self)):
+            raise ValueError(
+                f"batch {self._next} of pass {self.epoch} was asked for, but the stream was made for {self._n_steps} "
+                "batches in all: give as many n_steps as will be taken"
+            )
         if self._reader is None:
             self._start_reader()
         assert self._reader is not None
         assert self._ring is not None
-        self._reader.wait(self._next)
+        if self._reader.expects_more and self._following is None and self._next + self._n_buffers >= len(self):
+            self._append_pass()
+        place = self._first_place + self._next
+        self._reader.wait(place)
         n_batch = min(self.batch_size, self.n_samples - self._next * self.batch_size)
-        self._batch = HostBatch(self._reader, self._ring, self._next, n_batch, self._copier)
+        self._batch = HostBatch(self._reader, self._ring, place, self._next, n_batch, self._copier)
         self._next += 1
         return self._batch
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the beginning of another pass; buffers are kept."""
+        """Go to the beginning of another pass; buffers are kept, and with `n_steps` what was read ahead of the next."""
+        begin = time.perf_counter()
         self._check_open()
-        _check_numbers(0, epoch=epoch)
-        self._stop_reader()
-        self._set_pass(self._make_order(self.seed, epoch, self.shards), epoch, 0)
+        check_numbers(0, epoch=epoch)
+        following = self._following
+        if self._reader is not None and following is not None and epoch == following.epoch and self._next == len(self):
+            self._release()
+            self._first_place = self._reader.begin_next()
+            self._pass, self.epoch, self._next, self._following = following, epoch, 0, None
+        else:
+            self._stop_reader()
+            self._set_pass(self._make_order(self._pass.order.valid, self.seed, epoch), epoch, 0)
+        self._waited_s += time.perf_counter() - begin
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, as JSON values: after the batch handed out last.
@@ -190,7 +233,7 @@ class LayerSliceStream:
             "seed": self.seed,
             "epoch": self.epoch,
             "batch": self._next,
-            **self._identity(self._order),
+            **self._identity(self._pass.order),
             "shards": None if self.shards is None else list(self.shards),
         }
 
@@ -205,12 +248,12 @@ class LayerSliceStream:
         self._check_open()
         if state.get("version") != _STATE_VERSION:
             raise ValueError(f"stream state has version {state.get('version')!r}; expected {_STATE_VERSION}")
-        _check_state(state, self.state_dict())
+        check_state(state, self.state_dict())
         shards = self.shards
         if state["shards"] is not None:
-            shards = _frozen_shards(self.store, True, state["shards"])
+            shards = frozen_shards(self.store, True, state["shards"])
         seed, epoch, batch = int(state["seed"]), int(state["epoch"]), int(state["batch"])
-        order = self._make_order(seed, epoch, shards)
+        order = self._make_order(valid_in(self.store, shards), seed, epoch)
         problems = [
             f"{name} was {state[name]!r}, is {value!r} now"
             for name, value in self._identity(order).items()
@@ -256,50 +299,72 @@ class LayerSliceStream:
             "valid_digest": hashlib.sha256(np.packbits(order.valid).tobytes()).hexdigest()[:16],
         }
 
-    def _make_order(self, seed: int, epoch: int, shards: tuple[int, ...] | None) -> PassOrder:
-        valid = _valid_in(self.store, shards)
+    def _make_order(self, valid: np.ndarray, seed: int, epoch: int) -> PassOrder:
         return make_pass_order(valid, self.store.spec.samples_per_chunk, seed=seed, epoch=epoch, lanes=self._lanes)
+
+    def _n_wanted(self, epoch: int, n_batches: int) -> int:
+        """Batches that will be asked for of a pass of so many."""
+        return n_batches if self._n_steps is None else max(0, min(n_batches, self._n_steps - epoch * n_batches))
+
+    def _has_next(self, epoch: int) -> bool:
+        """Whether batches of the pass after this one will be asked for."""
+        return self._n_steps is not None and self._n_steps > (epoch + 1) * len(self)
 
     def _set_pass(self, order: PassOrder, epoch: int, next_batch: int) -> None:
         spec = self.store.spec
-        self._order, self.epoch, self._next, self.n_lanes = order, epoch, next_batch, order.n_lanes
-        if self.world_size > self.n_lanes:
+        if self.world_size > order.n_lanes:
             raise ValueError(
-                f"{self.world_size} ranks, but only {self.n_lanes} lanes (lanes={self._lanes}, "
-                f"{len(self._order.chunk)} chunks of {spec.samples_per_chunk} samples); use at most {self.n_lanes} "
+                f"{self.world_size} ranks, but only {order.n_lanes} lanes (lanes={self._lanes}, "
+                f"{len(order.chunk)} chunks of {spec.samples_per_chunk} samples); use at most {order.n_lanes} "
                 "ranks, or a store with smaller chunks"
             )
-        self._plan = make_read_plan(
-            self._order,
-            self.batch_size,
-            rank=self.rank,
-            world_size=self.world_size,
-            start_batch=next_batch,
-            readahead=self._readahead,
-        )
-        self._rank_starts = self._order.rank_starts(self.batch_size, self.rank, self.world_size)
-        self._n_buffer_rows = int(np.diff(self._rank_starts).max())
-        n_rows = self._plan.n_buffers * self._n_buffer_rows
+        self.epoch, self._next, self.n_lanes = epoch, next_batch, order.n_lanes
+        self._pass = self._plan(order, epoch, next_batch)
+        self._first_place, self._following = 0, None
+        self._n_buffers, self._n_buffer_rows = self._pass.plan.n_buffers, self._pass.most_rows
+        n_rows = self._n_buffers * self._n_buffer_rows
         if self._ring is None or self._ring.n_rows < n_rows:
             self._ring = None  # give the old one back before the new one is made
             self._ring = Ring(spec, self.span.n_states, n_rows)
+
+    def _plan(self, order: PassOrder, epoch: int, start_batch: int = 0, n_buffers: int | None = None) -> RankPass:
+        return make_rank_pass(
+            order,
+            epoch,
+            self.batch_size,
+            rank=self.rank,
+            world_size=self.world_size,
+            start_batch=start_batch,
+            stop_batch=self._n_wanted(epoch, order.n_batches(self.batch_size)),
+            readahead=self._readahead,
+            n_buffers=n_buffers,
+        )
 
     def _start_reader(self) -> None:
         assert self._ring is not None
         self._reader = ChunkReader(
             self.store,
             self.span,
-            self._order,
-            self._plan,
+            self._pass,
             self._ring,
-            batch_size=self.batch_size,
             start_batch=self._next,
-            rank_starts=self._rank_starts,
-            rank_lanes=self._order.rank_lanes(self.rank, self.world_size),
             n_buffer_rows=self._n_buffer_rows,
             n_threads=self._n_threads,
+            expects_more=self._has_next(self.epoch),
         )
         self._abandoned = finalize(self, self._reader.stop)  # the threads also end if nobody closes the stream
+
+    def _append_pass(self) -> None:
+        """Have the next pass read in the buffers that this one no longer needs, where its chunks fit into them."""
+        assert self._reader is not None
+        epoch = self.epoch + 1
+        order = self._make_order(self._pass.order.valid, self.seed, epoch)
+        following = self._plan(order, epoch, n_buffers=self._n_buffers)
+        if following.fits(self._n_buffers, self._n_buffer_rows):
+            self._following = following
+            self._reader.append(following, expects_more=self._has_next(epoch))
+        else:  # it begins with larger ones
+            self._reader.append(None)
 
     def _release(self) -> None:
         if self._batch is not None:
@@ -308,6 +373,7 @@ class LayerSliceStream:
 
     def _stop_reader(self) -> None:
         self._release()
+        self._following = None
         reader, self._reader = self._reader, None
         if reader is not None:
             self._abandoned.detach()
@@ -323,13 +389,11 @@ class _Totals:
 
     def __init__(self) -> None:
         self.bytes_fetched = self.bytes_needed = self.n_chunks_read = 0
-        self.waited_s = 0.0
 
     def add(self, reader: ChunkReader) -> None:
         self.bytes_fetched += reader.bytes_fetched
-        self.bytes_needed += reader.bytes_needed
+        self.bytes_needed += reader.bytes_needed - reader.bytes_ahead
         self.n_chunks_read += reader.n_chunks_read
-        self.waited_s += reader.waited_s
 
 
 def stream_memory_nbytes(
@@ -351,86 +415,14 @@ def stream_memory_nbytes(
     order = make_pass_order(np.ones(spec.n_samples, bool), spec.samples_per_chunk, lanes=lanes)
     most_rows = 0
     for rank in range(min(world_size, order.n_lanes)):
-        plan = make_read_plan(order, batch_size, rank=rank, world_size=world_size, readahead=readahead)
-        n_rows = int(np.diff(order.rank_starts(batch_size, rank, world_size)).max())
-        most_rows = max(most_rows, plan.n_buffers * n_rows)
+        one = make_rank_pass(order, 0, batch_size, rank=rank, world_size=world_size, readahead=readahead)
+        most_rows = max(most_rows, one.plan.n_buffers * one.most_rows)
     n_threads = default_threads(remote=remote) if threads is None else threads
-    return _memory_nbytes(spec, span, order, most_rows, n_threads * thread_nbytes(spec, remote=remote))
+    return _memory_nbytes(spec, span, order, batch_size, most_rows, n_threads * thread_nbytes(spec, remote=remote))
 
 
-def _memory_nbytes(spec: StoreSpec, span: Span, order: PassOrder, n_rows: int, threads_nbytes: int) -> int:
-    return ring_nbytes(spec, span.n_states, n_rows) + order.planning_nbytes + threads_nbytes + _FIXED_NBYTES
-
-
-def _check_numbers(least: int, **numbers: object) -> None:
-    for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < least:
-            raise ValueError(f"{name} is {value!r}; expected a whole number, at least {least}")
-
-
-def _check_state(state: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raise ValueError for what `state_dict` would have written and is not there, or is no number."""
-    missing = [name for name in names if name not in state]
-    if missing:
-        raise ValueError(f"the stream state lacks {', '.join(missing)}; give what state_dict() returned, whole")
-    _check_numbers(0, **{name: state[name] for name in ("seed", "epoch", "batch")})
-    shards = state["shards"]
-    if shards is not None and not (isinstance(shards, Sequence) and all(isinstance(s, int) for s in shards)):
-        raise ValueError(f"shards of the stream state are {shards!r}; expected a list of whole numbers, or None")
-
-
-def _check_kinds(store: object, span: object) -> None:
-    if not isinstance(store, Store):
-        raise TypeError(f"store is {type(store).__name__}, expected a Store: give open_store({_shown(store)})")
-    if not isinstance(span, Span):
-        raise TypeError(f"span is {type(span).__name__}, expected a Span: give Span(0, 7) or Span.parse('0-7')")
-
-
-def _shown(store: object) -> str:
-    return repr(os.fspath(store)) if isinstance(store, str | os.PathLike) else "path"
-
-
-def _check_span(store: Store, span: Span) -> None:
-    missing = [layer for layer in span.states if layer not in store.layers]
-    if missing:
-        raise SchemaError(
-            f"BLOCK={span}",
-            [
-                f"{store.location} has no layer {', '.join(map(str, missing))}; it has "
-                f"{', '.join(map(str, store.layers))}. Choose a span within them"
-            ],
-        )
-    assert stream_kinds(store.spec)
-
-
-def _frozen_shards(store: Store, partial: bool, shards: Sequence[int] | None) -> tuple[int, ...] | None:
-    """The shards that take part; None where that is all of them by right."""
-    committed = store.committed
-    if shards is not None:
-        if not partial:
-            raise ValueError("shards were given for a whole pass; give partial=True with them")
-        missing = [s for s in shards if not (0 <= s < len(committed) and committed[s])]
-        if missing:
-            raise NotCommittedError(
-                f"{store.location}: shards {', '.join(map(str, missing[:10]))} are not committed, but the pass was "
-                "begun with them. Mend the store (make verify REPAIR=1) or begin another run"
-            )
-        return tuple(sorted(shards))
-    if committed.all():
-        return None
-    if not partial:
-        raise NotCommittedError(
-            f"{store.location} is not finished: {int(committed.sum())} of {len(committed)} shards are committed. Run "
-            "the same make extract again, or use what is there: PARTIAL=1"
-        )
-    return tuple(np.flatnonzero(committed).tolist())
-
-
-def _valid_in(store: Store, shards: Sequence[int] | None) -> np.ndarray:
-    if shards is None:
-        return store.valid
-    valid = np.zeros(store.n_samples, bool)
-    for shard in shards:
-        rows = store.spec.shard_samples(shard)
-        valid[rows.start : rows.stop] = store.valid[rows.start : rows.stop]
-    return valid
+def _memory_nbytes(
+    spec: StoreSpec, span: Span, order: PassOrder, batch_size: int, n_rows: int, threads_nbytes: int
+) -> int:
+    orders = order.kept_nbytes(batch_size) + order.planning_nbytes  # of one pass, while the next is planned
+    return ring_nbytes(spec, span.n_states, n_rows) + orders + threads_nbytes + _FIXED_NBYTES

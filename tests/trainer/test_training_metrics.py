@@ -310,7 +310,7 @@ def test_the_verdict_names_what_is_half_as_slow_again(
     slow = {"loader": 1.0, "step": 1.0} | {limit: 1.5}
     clock = Pretended(batch_s=slow["loader"], step_s=slow["step"])
     around = clock.around_a_wait
-    monkeypatch.setattr("trainer.chunk_reader.time", SimpleNamespace(perf_counter=around, monotonic=time.monotonic))
+    monkeypatch.setattr("trainer.stream.time", SimpleNamespace(perf_counter=around))
     monkeypatch.setattr("trainer.meter.time", SimpleNamespace(monotonic=clock))
     monkeypatch.setattr(loop, "Telemetry", partial(Telemetry, clock=clock))
     monkeypatch.setattr(loop, "take_step", clock.step)
