@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 from analysis.__main__ import main
 from analysis.page import PAGE
@@ -41,12 +40,6 @@ def contents(folder: Path) -> dict[Path, bytes]:
 def report(store, out, *more: str) -> str:
     assert main(["report", "--store", str(store), "--out", str(out), "--k", "2", *more]) == 0
     return (out / PAGE).read_text()
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Figures are composed and not drawn, which takes most of the time of a report."""
-    monkeypatch.setattr(Figure, "savefig", lambda self, file, **how: file.write(b"<svg/>"))
 
 
 def test_a_store_without_teacher_has_its_page_and_tables(tmp_path, capsys):

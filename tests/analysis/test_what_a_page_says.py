@@ -25,7 +25,7 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_unfinished_store_is_reported_as_such_with_all_that_was_typed(
-    half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], undrawn: None
 ) -> None:
     typed = ["--k", "2", "--seed", "3", "--wide-limit", "9", "--model-limit", "8"]
     assert main(["report", "--store", str(half), "--out", str(tmp_path), *typed]) == 0
@@ -37,7 +37,7 @@ def test_an_unfinished_store_is_reported_as_such_with_all_that_was_typed(
 
 
 def test_a_gallery_says_which_stores_are_not_finished(
-    half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    half: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], undrawn: None
 ) -> None:
     assert main(["gallery", "--stores", str(half), "--out", str(tmp_path), "--k", "2", "--wide-limit", "9"]) == 0
     page = (tmp_path / "report.html").read_text()

@@ -50,14 +50,14 @@ def test_encoders_of_any_build_share_a_page(tmp_path, capsys):
     np.testing.assert_allclose(found, np.einsum("rltd,rmtd->lm", units, units) / (21 * 2), rtol=1e-6)
 
 
-def test_one_encoder_is_a_gallery_without_others(tmp_path):
+def test_one_encoder_is_a_gallery_without_others(tmp_path, undrawn):
     write(tmp_path / "a")
     page = gallery(tmp_path / "out", tmp_path / "a")
     assert "Encoders against each other" not in page
     assert f"make gallery STORES={tmp_path / 'a'} OUT={tmp_path / 'out'} K=2" in page
 
 
-def test_what_cannot_be_compared_is_said(tmp_path):
+def test_what_cannot_be_compared_is_said(tmp_path, undrawn):
     write(tmp_path / "a")
     from tests import stores
 
