@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -69,10 +70,16 @@ def location_on(server: S3Server, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture(scope="module")
-def digest(images: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+def finished(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store that one job has made; copy it before you change it."""
     store = tmp_path_factory.mktemp("alone") / "store"
     run_job(fake_config(images, store, samples_per_shard=4))
-    return digest_of(store)
+    return store
+
+
+@pytest.fixture(scope="module")
+def digest(finished: Path) -> str:
+    return digest_of(finished)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,10 +300,11 @@ def test_a_claim_is_of_whoever_was_first_and_a_torn_one_is_nobodys() -> None:
         assert mine.take(4) == ("mine", True)
 
 
-def test_a_shard_that_was_committed_meanwhile_is_not_done_again(images: Path, digest: str, tmp_path: Path) -> None:
+def test_a_shard_that_was_committed_meanwhile_is_not_done_again(
+    images: Path, finished: Path, digest: str, tmp_path: Path
+) -> None:
     """Here the claims have gone already, as after a job that found the store complete."""
-    config = fake_config(images, tmp_path / "store", samples_per_shard=4)
-    planned = run_job(config).planned
+    config = fake_config(images, shutil.copytree(finished, tmp_path / "store"), samples_per_shard=4)
     (tmp_path / "store/commits/000007.json").rename(tmp_path / "kept.json")
     (tmp_path / "store/index.parquet").unlink()
 
@@ -314,7 +322,7 @@ def test_a_shard_that_was_committed_meanwhile_is_not_done_again(images: Path, di
     assert (result.n_done, result.n_by_others, result.n_shards_by_others) == (0, 4, 1)
     assert result.complete
     assert exit_code([result]) == ExitCode.OK
-    assert digest_of(planned.location) == digest
+    assert digest_of(tmp_path / "store") == digest
 
 
 def test_two_jobs_do_not_wait_for_each_others_bad_shards(
@@ -333,7 +341,8 @@ def test_two_jobs_do_not_wait_for_each_others_bad_shards(
         time.sleep(0.01)
         return read(self, sample)
 
-    samples = run_job(replace(config, store=str(tmp_path / "other"))).planned.samples
+    (planned,) = plan_stores(config, make_teacher(config))
+    samples = planned.samples
     bad |= {samples[index].sample_id for shard in (1, 6) for index in range(4 * shard, 4 * shard + 4)}
     monkeypatch.setattr(ImageFolderSource, "read", failing)
     monkeypatch.setattr("pipeline.rounds.LOOK_EVERY_S", 0.05)
@@ -358,10 +367,9 @@ def test_two_jobs_do_not_wait_for_each_others_bad_shards(
 
 
 @pytest.fixture
-def one_missing(images: Path, tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+def one_missing(finished: Path, tmp_path: Path) -> Iterator[tuple[Path, Path]]:
     """A store without the commit of shard 7 but with its data, and that commit; a job "x" which had joined lives."""
-    store, kept = tmp_path / "store", tmp_path / "kept.json"
-    run_job(fake_config(images, store, samples_per_shard=4))
+    store, kept = shutil.copytree(finished, tmp_path / "store"), tmp_path / "kept.json"
     (store / "commits/000007.json").rename(kept)
     (store / "index.parquet").unlink()
     FolderObjects(store).put(f"{HEARTBEATS_PREFIX}x.json", my_heartbeat("x", time.time()).to_bytes())
@@ -440,7 +448,9 @@ def test_a_leader_that_was_superseded_stops_and_leaves_the_heartbeat_to_the_othe
     assert joined.others() == {"theirs"}
 
 
-@pytest.mark.parametrize("precision", ["float16", "bfloat16", "int8"])
+@pytest.mark.parametrize(
+    "precision", [*(pytest.param(p, marks=pytest.mark.slow) for p in ("float16", "bfloat16")), "int8"]
+)
 def test_a_precision_that_does_not_hold_the_bound_is_refused_on_the_first_shard(
     precision: str, images: Path, tmp_path: Path
 ) -> None:
