@@ -9,7 +9,6 @@ from infra.console import UserError, say
 from infra.objects import ObjectError, open_objects
 from pipeline.checkpoints import read_linear_head
 from pipeline.teacher import Teacher, load_teacher, teacher_from_files
-from pipeline.teacher_kinds import kind_of
 from storage_schemas import open_store
 from storage_schemas.errors import StoreError
 from storage_schemas.find import find_stores
@@ -70,7 +69,7 @@ def open_backbone(places: Places, kind: TaskKind, device: torch.device, problems
 
 def _fetches(places: Places) -> bool:
     """Whether the teacher's weights come from elsewhere."""
-    if places.teacher is None or kind_of(places.teacher) is not None:
+    if places.teacher is None or ":" in places.teacher:  # a kind and a place, such as run:<RUN>
         return False
     return places.weights is None or "://" in places.weights
 
