@@ -22,7 +22,7 @@ from tests.pipeline_jobs import ALONE, run_job
 
 DIED = 137  # what a shell says of a process that was killed with signal 9
 FINISHED = 0
-CHILD_TIMEOUT_S = 120
+CHILD_TIMEOUT_S = 500
 
 
 @dataclass(frozen=True, kw_only=True)

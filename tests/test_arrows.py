@@ -155,7 +155,7 @@ def import_all(names: list[str], *, guarded: bool = False) -> tuple[list[str], b
         text=True,
         cwd=REPOSITORY,
         check=False,
-        timeout=280,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr
     loaded, same = json.loads(done.stdout.splitlines()[-1])

@@ -18,7 +18,7 @@ def test_nothing_is_left_to_be_filled_in() -> None:
 @pytest.mark.parametrize("target", sorted({*re.findall(r"(?:^|`)make ([a-z0-9-]+)", README, re.MULTILINE)}))
 def test_every_target_named_exists(target: str) -> None:
     done = subprocess.run(
-        ["make", "-n", target, "BLOCK=0-7"], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
+        ["make", "-n", target, "BLOCK=0-7"], cwd=ROOT, capture_output=True, text=True, timeout=500, check=False
     )
     assert done.returncode == 0, done.stderr
 
@@ -35,7 +35,7 @@ def test_every_variable_named_is_passed_on(variable: str) -> None:
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=500,
             check=True,
         ).stdout
         for target in (

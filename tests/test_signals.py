@@ -17,7 +17,7 @@ from tests.marked import end_marked, left_after, marked, new_mark
 from tests.pipeline_jobs import THREADS, digest_of, fake_arguments, fake_config, leftovers, make_tree, run_job
 
 N_IMAGES = 400
-ENDED_S = 120.0
+ENDED_S = 400.0
 
 
 class Command:
@@ -146,7 +146,7 @@ from infra.console import run_door
 def main():
     try:
         print("at work", flush=True)
-        time.sleep(60)
+        time.sleep(600)
     finally:
         print("cleared away", flush=True)
 

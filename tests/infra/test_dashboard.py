@@ -250,7 +250,7 @@ def test_without_prometheus_one_is_told_what_to_install(tmp_path):
         env=os.environ | {"PROMETHEUS": str(tmp_path / "none")},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=500,
     )
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1

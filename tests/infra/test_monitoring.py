@@ -239,7 +239,7 @@ def test_the_documented_pictures_exist_and_are_small():
     ids=" ".join,
 )
 def test_promtool_agrees(command):
-    done = subprocess.run(["promtool", *command], cwd=MONITORING, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(["promtool", *command], cwd=MONITORING, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -250,7 +250,7 @@ def test_promtool_takes_local_settings_and_every_query_of_the_board(tmp_path):
     rules = [{"record": f"query:{i}", "expr": query} for i, (_, query) in enumerate(board.queries(RATE_INTERVAL))]
     (tmp_path / "queries.yml").write_text(yaml.safe_dump({"groups": [{"name": "board", "rules": rules}]}))
     for command in (["check", "config", "local.yml"], ["check", "rules", "queries.yml"]):
-        done = subprocess.run(["promtool", *command], cwd=tmp_path, capture_output=True, text=True, timeout=240)
+        done = subprocess.run(["promtool", *command], cwd=tmp_path, capture_output=True, text=True, timeout=500)
         assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -518,7 +518,7 @@ def test_a_cluster_is_watched_by_its_dashboard_with_a_token_that_is_never_shown(
             | {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")},
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=500,
         )
     finally:
         server.shutdown()
@@ -577,7 +577,7 @@ def test_one_picture_of_what_cannot_be_read_or_is_not_there_is_an_error(tmp_path
         forbidden = ("--store", "s3://bucket/digits", "--endpoint-url", endpoint)
         for arguments, words in ((forbidden, "403"), (("--store", str(tmp_path / "none")), "nothing to be seen in")):
             process = watch(*arguments, "--once", tmp_path=tmp_path, stdout=subprocess.PIPE, text=True)
-            said, _ = process.communicate(timeout=240)
+            said, _ = process.communicate(timeout=500)
             assert words in said
             assert process.returncode == 2
 

@@ -95,7 +95,7 @@ class SlowJob:
 
     def ends(self) -> str:
         """What it said, once it has ended well."""
-        self.process.join(280)
+        self.process.join(500)
         assert self.process.exitcode == 0, self.said.read_text()
         return self.said.read_text()
 
@@ -140,7 +140,7 @@ def _slow_job(
     def slow(self: ImageFolderSource, sample: Sample) -> bytes:
         nth = next(n_read)
         if nth == alone:
-            both.wait(280)
+            both.wait(500)
         if nth == stuck:
             said.with_suffix(".stuck").touch()
             time.sleep(600)

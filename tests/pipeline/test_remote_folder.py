@@ -215,7 +215,7 @@ def test_a_million_keys_are_listed_in_bounded_memory_with_progress(n: int) -> No
         text=True,
         cwd=REPOSITORY,
         check=False,
-        timeout=280,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr
     listed, planned, bytes_each, largest_step, seen = map(float, done.stdout.split())

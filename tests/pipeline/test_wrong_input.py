@@ -318,7 +318,7 @@ def test_through_make(target: str, variables: dict[str, str], expected: str, tmp
         env={name: value for name, value in os.environ.items() if name not in ("IMAGES", "STORE", "MAKEFLAGS")},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
     )
     said = done.stdout + done.stderr
     assert done.returncode != 0, said
