@@ -269,7 +269,7 @@ def try_queries(folder: Path, series: dict[str, str], expected: dict[str, list[d
     kept = {"rule_files": ["queries.yml"], "evaluation_interval": "10s", "tests": [test]}
     (folder / "test.yml").write_text(yaml.safe_dump(kept))
     done = subprocess.run(
-        ["promtool", "test", "rules", "test.yml"], cwd=folder, capture_output=True, text=True, timeout=240
+        ["promtool", "test", "rules", "test.yml"], cwd=folder, capture_output=True, text=True, timeout=500
     )
     return "" if done.returncode == 0 else done.stdout + done.stderr
 
@@ -333,7 +333,7 @@ def test_promtool_sees_a_rule_that_does_not_fire(tmp_path):
     (tmp_path / "alerts.yml").write_text(text.replace("> 90", "> 99"))
     shutil.copy(MONITORING / "alerts.test.yml", tmp_path)
     done = subprocess.run(
-        ["promtool", "test", "rules", "alerts.test.yml"], cwd=tmp_path, capture_output=True, text=True, timeout=240
+        ["promtool", "test", "rules", "alerts.test.yml"], cwd=tmp_path, capture_output=True, text=True, timeout=500
     )
     assert done.returncode != 0
     assert "DiskNearlyFull" in done.stdout + done.stderr

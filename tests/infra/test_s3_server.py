@@ -55,7 +55,7 @@ def test_what_it_prints_is_what_a_second_terminal_needs(number, running, monkeyp
     objects.read_into("a/b", 2, memoryview(part))
     assert part == b"234"
     process.send_signal(number)
-    rest, _ = process.communicate(timeout=200)
+    rest, _ = process.communicate(timeout=500)
     assert rest.strip() == "stopped; what was in the server is gone"
     assert process.returncode == ExitCode.OK
 

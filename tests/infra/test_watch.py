@@ -447,12 +447,12 @@ def test_without_a_terminal_lines_are_printed_until_it_is_over(tmp_path):
     with watch("--store", str(tmp_path / "store"), tmp_path=tmp_path, stdout=subprocess.PIPE, text=True) as process:
         first = process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        assert process.wait(120) == 0
+        assert process.wait(500) == 0
     assert "45 %, 640/1,438 images" in first
     assert "busy: device 91 %" in first
     put(objects, key, {**EXTRACTION, "state": "complete"}, at=time.time())
     again = watch("--store", str(tmp_path / "store"), tmp_path=tmp_path, stdout=subprocess.PIPE, text=True)
-    said, _ = again.communicate(timeout=120)
+    said, _ = again.communicate(timeout=500)
     assert "over: complete after 25 s" in said
     assert again.returncode == 0
 
@@ -473,7 +473,7 @@ def test_on_a_terminal_one_picture_is_drawn(tmp_path):
         if not part:
             break
         shown += part
-    assert process.wait(120) == 0
+    assert process.wait(500) == 0
     text = shown.decode()
     assert "limited by device" in text
     assert "\x1b[" in text  # coloured
@@ -589,7 +589,7 @@ def test_ctrl_c_does_not_wait_for_a_server_that_is_down(tmp_path, handler):
         process = watch(
             *("--store", "s3://bucket/digits", "--endpoint-url", endpoint), tmp_path=tmp_path, stderr=subprocess.DEVNULL
         )
-        assert asked.wait(120)
+        assert asked.wait(300)
         time.sleep(0.5)  # it is about to try again
         process.send_signal(signal.SIGINT)
         assert process.wait(200) == 0
