@@ -131,6 +131,7 @@ def _open(kind: TaskKind, asked: Asked, places: Places, label: str, known: Seque
     """Backbone and task, or one error with all that is wrong with them, and with what is known to be wrong already."""
     problems, opened = [*known, *kind.check(asked)], None
     backbone = open_backbone(places, kind, asked.device, problems)
+    problems = list(dict.fromkeys(problems))  # a STORE that is none is missed by the task and by the backbone
     if backbone is not None:
         try:
             opened = kind.open(asked, backbone)

@@ -259,7 +259,8 @@ def test_no_run_no_teacher_and_more_are_listed_at_once(door: Door, store: str, t
     code, _, err = door(task="digits", store=tmp_path / "none", run=tmp_path / "no-run", out=tmp_path / "p")
     assert code == ExitCode.BAD_INPUT
     assert f"RUN={tmp_path}/no-run: " in err
-    assert f"{tmp_path}/none is not a store" in err
+    assert err.count(f"STORE={tmp_path}/none: {tmp_path}/none is not a store") == 1
+    assert err.count("is not a store") == 1
     assert not (tmp_path / "p").exists()
 
 
