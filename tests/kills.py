@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 REPO = Path(__file__).parents[1]
-START_TIMEOUT_S = 240.0
+START_TIMEOUT_S = 450.0
 
 
 class Driver:
