@@ -47,6 +47,10 @@ class Driver:
     def told(self) -> str:
         return self._told.read_text()
 
+    def workers(self) -> list[psutil.Process]:
+        """Of a private Ray."""
+        return shard_workers(self._process.pid)
+
     def children(self) -> list[psutil.Process]:
         return psutil.Process(self._process.pid).children(recursive=True)
 
@@ -67,10 +71,10 @@ def driving(driver: Driver) -> Iterator[Driver]:
         driver.kill()
 
 
-def shard_workers() -> list[psutil.Process]:
-    """Processes of the dispatcher's actors below this test, whichever Ray they belong to."""
+def shard_workers(below: int | None = None) -> list[psutil.Process]:
+    """Processes of the dispatcher's actors below this test, or below another process, whichever Ray they belong to."""
     found = []
-    for process in psutil.Process().children(recursive=True):
+    for process in psutil.Process(below).children(recursive=True):
         try:
             if re.match("ray::(ShardActor|extract)", " ".join(process.cmdline())):
                 found.append(process)
