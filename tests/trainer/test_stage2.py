@@ -254,6 +254,9 @@ class Here(Process):
     def poll(self) -> int | None:
         return self._code
 
+    def words(self) -> str:
+        return "see above"
+
 
 @pytest.mark.parametrize("s3_server", ["moto"], indirect=True)
 def test_both_stages_on_s3(door: Door, s3_location: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
