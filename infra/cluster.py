@@ -223,4 +223,5 @@ def _join(address: str, settings: dict[str, Any]) -> Any:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    """Of the message, or its kind where that has none: Ray's own may begin with an empty line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

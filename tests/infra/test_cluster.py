@@ -46,14 +46,17 @@ def test_a_dead_address_is_refused_quickly_with_a_next_step(no_connection: None,
     assert time.monotonic() - began < 60
 
 
-def test_the_start_is_tried_twice_and_then_explained(no_connection: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("before", ["", "\n \n"])  # Ray's words about its dashboard begin with empty lines
+def test_the_start_is_tried_twice_and_then_explained(
+    no_connection: None, monkeypatch: pytest.MonkeyPatch, before: str
+) -> None:
     import ray
 
     tried, said = [], []
 
     def fail(**settings: object) -> None:
         tried.append(settings)
-        raise Exception("The current node timed out during startup\nand more")  # noqa: TRY002 - what Ray 2.60 raises
+        raise Exception(f"{before}The current node timed out during startup\nand more")  # noqa: TRY002 - what Ray 2.60 raises
 
     monkeypatch.setattr(ray, "init", fail)
     with pytest.raises(UserError, match=r"timed out during startup\. It needs .* --no-ray"):
