@@ -75,7 +75,7 @@ def write_planted(
         for key, data in _planted(_Hashed(spec), bad, seed, files, (make_samples, planted_states, planted_head_inputs)):
             objects.put(key, data)
     else:
-        _write(objects, spec, bad, seed, files)
+        write_planted_anew(objects, spec, bad_images, seed, teacher_files)
 
 
 class _Hashed:
@@ -100,23 +100,24 @@ def _planted(
     made_by: tuple[object, ...],  # the functions below, or what a test has put in their places
 ) -> list[tuple[str, bytes]]:
     made = MemoryObjects()
-    _write(made, hashed.spec, bad_images, seed, teacher_files)
+    write_planted_anew(made, hashed.spec, dict(bad_images), seed, dict(teacher_files))
     return [(info.key, made.get(info.key)) for info in made.list()]
 
 
-def _write(
+def write_planted_anew(
     objects: Objects,
     spec: StoreSpec,
-    bad_images: tuple[tuple[int, str], ...],
-    seed: int,
-    teacher_files: tuple[tuple[str, bytes], ...],
+    bad_images: dict[int, str] | None = None,
+    seed: int = 0,
+    teacher_files: dict[str, bytes] | None = None,
 ) -> None:
+    """`write_planted` without copies, piece by piece into these objects: for tests of how that is done."""
     write_store(
         objects,
         spec,
         make_samples(spec.n_samples),
         lambda rows: planted_states(spec, rows, seed),
         head_inputs_of=lambda rows: planted_head_inputs(spec, rows, seed),
-        bad_images=dict(bad_images),
-        teacher_files=dict(teacher_files),
+        bad_images=bad_images or {},
+        teacher_files=teacher_files or {},
     )

@@ -12,7 +12,7 @@ from storage_schemas.digest import content_digest
 from storage_schemas.keys import shard_object_key
 from storage_schemas.spec import StoreSpec
 from tests.contract.backends import BACKENDS
-from tests.stores import as_stored, make_spec, planted_head_inputs, planted_states, write_planted
+from tests.stores import as_stored, make_spec, planted_head_inputs, planted_states, write_planted_anew
 
 FORMS = {
     "zarr": {"precision": "bfloat16", "codec": "zstd-1", "shuffle": "byte"},
@@ -31,7 +31,7 @@ def spec_of(form: str) -> StoreSpec:
 @cache
 def digest_in_memory(form: str) -> str:
     objects = MemoryObjects()
-    write_planted(objects, spec_of(form), BAD)
+    write_planted_anew(objects, spec_of(form), BAD)
     return content_digest(objects)
 
 
@@ -43,7 +43,7 @@ def objects(request: pytest.FixtureRequest, tmp_path: Path) -> Objects:
 @pytest.mark.parametrize("form", FORMS)
 def test_a_store_is_the_same_everywhere(objects, form):
     spec = spec_of(form)
-    write_planted(objects, spec, BAD)
+    write_planted_anew(objects, spec, BAD)
     store, states = open_store(objects), as_stored(spec, planted_states(spec, range(13)))
     assert store.verify() == []
     np.testing.assert_array_equal(store.read(), states[VALID])

@@ -16,7 +16,15 @@ from storage_schemas.errors import SchemaError
 from storage_schemas.from_arrays import split_kinds, write_store
 from storage_schemas.keys import LOG_PREFIX
 from tests import examples
-from tests.stores import as_stored, make_samples, make_spec, planted_head_inputs, planted_states, write_planted
+from tests.stores import (
+    as_stored,
+    make_samples,
+    make_spec,
+    planted_head_inputs,
+    planted_states,
+    write_planted,
+    write_planted_anew,
+)
 from tests.strategies import bad_images, specs
 
 
@@ -46,7 +54,7 @@ def test_any_store_reads_back_as_it_was_written(spec, data):
 def test_folder_and_memory_hold_the_same_bytes(tmp_path):
     folder, memory = FolderObjects(tmp_path), MemoryObjects()
     for objects in (folder, memory):
-        write_planted(objects, make_spec(codec="zstd-3", shuffle="bit"), {3: "empty"})
+        write_planted_anew(objects, make_spec(codec="zstd-3", shuffle="bit"), {3: "empty"})
     assert content_digest(folder) == content_digest(memory)
 
 
