@@ -143,7 +143,8 @@ class ChunkReader:
     def begin_next(self) -> int:
         """Have the appended pass in use, all batches before it being released; returns the place of its first batch."""
         with self._lock:
-            self._begun, self.bytes_ahead = self._passes[-1].first, 0
+            self._passes = self._passes[-1:]  # the pass that ended has had its memory
+            self._begun, self.bytes_ahead = self._passes[0].first, 0
             assert self._oldest == self._begun
             return self._begun
 
@@ -180,15 +181,18 @@ class ChunkReader:
             self._filled.notify_all()
 
     def join(self) -> bool:
-        """Wait until the stopped threads are gone: each ends after the chunk it is reading.
+        """Wait until the stopped threads are gone, each after the chunk it is reading, and the device has its copies.
 
         Returns:
-            Whether all are. A read that does not come back soon, as from a server that hangs, keeps its thread; the
-            buffers must then not be used again, as it may still write to them.
+            Whether all threads are gone. A read that does not come back soon, as from a server that hangs, keeps its
+            thread; the buffers must then not be used again, as it may still write to them.
         """
         deadline = time.monotonic() + _JOIN_S
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+        for copied in self._copies:
+            if copied is not None:  # another reader may be given the same buffers
+                copied.synchronize()
         return not any(thread.is_alive() for thread in self._threads)
 
     def _n_rows(self, place: int) -> int:
@@ -272,7 +276,7 @@ class ChunkReader:
 
     def _read(self, placement: _Placement, state: int, scratch: _Scratch) -> None:
         self._await_copies(placement)
-        needed = fetched = 0
+        needed = fetched = n_read = 0
         for kind, target in zip(self._kinds, self._targets[state]):
             location = self._store.chunk(self._span.start + state, kind, placement.chunk)
             needed += location.nbytes
@@ -280,8 +284,9 @@ class ChunkReader:
                 fetched += self._read_plain(location, target, placement)
             else:
                 fetched += self._read_encoded(kind, location, target, placement, scratch)
+            n_read += 1
             if self._stopped:
-                return
+                break  # no batch is handed out any more, but what was read is counted
         if state == 0:
             self._ring.sample_index[placement.wanted_rows] = self._sample_index(placement)
         with self._lock:
@@ -289,7 +294,7 @@ class ChunkReader:
             self.bytes_fetched += fetched
             if placement.first > self._begun:
                 self.bytes_ahead += needed
-            self.n_chunks_read += len(self._kinds)
+            self.n_chunks_read += n_read
             np.subtract.at(self._missing, placement.buffers, 1)
             if not self._missing[self._oldest % self._n_buffers]:
                 self._filled.notify_all()

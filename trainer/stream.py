@@ -130,7 +130,10 @@ class LayerSliceStream:
 
     @property
     def memory_nbytes(self) -> int:
-        """The most bytes that this rank takes: buffers of lanes x chunk x states x (1 + readahead), threads, orders."""
+        """The most bytes that this rank takes: buffers of lanes x chunk x states x (1 + readahead), threads, orders.
+
+        Of this pass: another one may want a few rows more where images are bad or ranks have unequal shares.
+        """
         per_thread = thread_nbytes(self.store.spec, remote=self._is_remote)
         return _memory_nbytes(
             self.store.spec,
@@ -195,16 +198,13 @@ class LayerSliceStream:
                 f"batch {self._next} of pass {self.epoch} was asked for, but the stream was made for {self._n_steps} "
                 "batches in all: give as many n_steps as will be taken"
             )
-        if self._reader is None:
-            self._start_reader()
-        assert self._reader is not None
-        assert self._ring is not None
-        if self._reader.expects_more and self._following is None and self._next + self._n_buffers >= len(self):
-            self._append_pass()
+        reader, ring = self._started()
+        if reader.expects_more and self._following is None and self._next + self._n_buffers >= len(self):
+            self._append_pass(reader)
         place = self._first_place + self._next
-        self._reader.wait(place)
+        reader.wait(place)
         n_batch = min(self.batch_size, self.n_samples - self._next * self.batch_size)
-        self._batch = HostBatch(self._reader, self._ring, place, self._next, n_batch, self._copier)
+        self._batch = HostBatch(reader, ring, place, self._next, n_batch, self._copier)
         self._next += 1
         return self._batch
 
@@ -219,7 +219,6 @@ class LayerSliceStream:
             self._first_place = self._reader.begin_next()
             self._pass, self.epoch, self._next, self._following = following, epoch, 0, None
         else:
-            self._stop_reader()
             self._set_pass(self._make_order(self._pass.order.valid, self.seed, epoch), epoch, 0)
         self._waited_s += time.perf_counter() - begin
 
@@ -266,12 +265,11 @@ class LayerSliceStream:
                 "the stream cannot continue from this state: " + "; ".join(problems) + ". Use the settings of the "
                 "interrupted run, or start another one"
             )
-        self._stop_reader()
-        self.seed, self.shards = seed, shards
         self._set_pass(order, epoch, batch)
+        self.seed, self.shards = seed, shards
 
     def close(self) -> None:
-        """End all threads and give the memory back. More than once is no error.
+        """End all threads and give the memory back. More than once is no error, nor is it from another thread.
 
         A thread whose read does not return within two seconds is left behind, and ends when it does.
         """
@@ -311,6 +309,7 @@ class LayerSliceStream:
         return self._n_steps is not None and self._n_steps > (epoch + 1) * len(self)
 
     def _set_pass(self, order: PassOrder, epoch: int, next_batch: int) -> None:
+        """Begin a pass anew; what is refused leaves the one in use as it is."""
         spec = self.store.spec
         if self.world_size > order.n_lanes:
             raise ValueError(
@@ -318,6 +317,7 @@ class LayerSliceStream:
                 f"{len(order.chunk)} chunks of {spec.samples_per_chunk} samples); use at most {order.n_lanes} "
                 "ranks, or a store with smaller chunks"
             )
+        self._stop_reader()
         self.epoch, self._next, self.n_lanes = epoch, next_batch, order.n_lanes
         self._pass = self._plan(order, epoch, next_batch)
         self._first_place, self._following = 0, None
@@ -340,31 +340,43 @@ class LayerSliceStream:
             n_buffers=n_buffers,
         )
 
-    def _start_reader(self) -> None:
-        assert self._ring is not None
-        self._reader = ChunkReader(
+    def _started(self) -> tuple[ChunkReader, Ring]:
+        """The reader at work and its buffers, which another thread may close at any moment."""
+        reader, ring = self._reader, self._ring
+        if reader is None and ring is not None:
+            reader = self._start_reader(ring)
+        if self._closed:
+            self._stop_reader()  # close() may have come too early to see it
+        self._check_open()
+        assert reader is not None
+        assert ring is not None
+        return reader, ring
+
+    def _start_reader(self, ring: Ring) -> ChunkReader:
+        reader = ChunkReader(
             self.store,
             self.span,
             self._pass,
-            self._ring,
+            ring,
             start_batch=self._next,
             n_buffer_rows=self._n_buffer_rows,
             n_threads=self._n_threads,
             expects_more=self._has_next(self.epoch),
         )
-        self._abandoned = finalize(self, self._reader.stop)  # the threads also end if nobody closes the stream
+        self._abandoned = finalize(self, reader.stop)  # the threads also end if nobody closes the stream
+        self._reader = reader
+        return reader
 
-    def _append_pass(self) -> None:
+    def _append_pass(self, reader: ChunkReader) -> None:
         """Have the next pass read in the buffers that this one no longer needs, where its chunks fit into them."""
-        assert self._reader is not None
         epoch = self.epoch + 1
         order = self._make_order(self._pass.order.valid, self.seed, epoch)
         following = self._plan(order, epoch, n_buffers=self._n_buffers)
         if following.fits(self._n_buffers, self._n_buffer_rows):
             self._following = following
-            self._reader.append(following, expects_more=self._has_next(epoch))
+            reader.append(following, expects_more=self._has_next(epoch))
         else:  # it begins with larger ones
-            self._reader.append(None)
+            reader.append(None)
 
     def _release(self) -> None:
         if self._batch is not None:

@@ -25,6 +25,7 @@ from tests.fault_proxy import Entry
 from tests.s3_servers import S3Server, anonymous_environment, read_only_environment, settings_of
 from tests.stores import as_stored, make_samples, make_spec, planted_states, write_planted
 from tests.trainer.ranks import start_process
+from tests.trainer.streaming import wait_until
 from tests.trainer.test_resume import assert_same_run, train_slowly, wait_for
 from tests.trainer.test_stream import PEAK
 from tests.trainer.tiny import CPU, tiny_config, tiny_teacher, write_tiny_pair
@@ -163,8 +164,7 @@ def test_close_does_not_wait_for_a_server_that_hangs(
         stream = LayerSliceStream(open_store(objects), Span(0, 1), batch_size=8, threads=2)
 
         def close() -> None:
-            while not stalled.n_hit:
-                time.sleep(0.01)
+            wait_until(lambda: stalled.n_hit > 0, "a read hangs")
             stream.close()
 
         closing = threading.Thread(target=close)

@@ -1,16 +1,20 @@
 """Passes one after another: the next one's first chunks are read while one ends, and nothing else is different."""
 
 import dataclasses
+import gc
 import inspect
 import math
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import create_autospec
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -236,6 +240,7 @@ def test_whole_passes_read_every_stored_byte_once_each(folder: Path, n_passes: i
                 pass
             wait_until(lambda: not reading_threads(), "the threads end with the last pass")
             assert stream.amplification == 1.0
+        assert stream.amplification == 1.0, "nor does the end drop anything"
     needed = Counter()
     for layer in SPAN.states:
         for kind in ("cls", "registers", "patches"):
@@ -325,19 +330,23 @@ def test_a_thread_that_comes_late_leaves_no_pass_out(store: Store, monkeypatch: 
 # what the consumer does instead
 
 
-def test_another_pass_than_the_next_drops_what_was_read_ahead(store: Store) -> None:
+@pytest.mark.parametrize("n_before", [0, 1])
+def test_another_pass_than_the_next_drops_what_was_read_ahead(store: Store, n_before: int) -> None:
     with LayerSliceStream(store, SPAN, batch_size=8, lanes=8, n_steps=200) as stream:
+        for epoch in range(n_before):
+            assert len(list(stream)) == len(stream)
+            stream.set_epoch(epoch + 1)
         following = following_pass(stream, n_buffers=stream._n_buffers)
         for _ in range(len(stream)):
             next(stream)
-        early = read_early(stream, following)
+        early, whole = read_early(stream, following), (n_before + 1) * whole_pass(stream)
         assert early
-        wait_until(lambda: stream.n_chunks_read == whole_pass(stream) + early, "the next pass's first chunks are read")
+        wait_until(lambda: stream.n_chunks_read == whole + early, "the next pass's first chunks are read")
         assert stream.bytes_needed == stream.bytes_fetched
         stream.set_epoch(5)
         dropped = stream.bytes_fetched - stream.bytes_needed
         assert stream.amplification == stream.bytes_fetched / stream.bytes_needed > 1
-        assert dropped * whole_pass(stream) == stream.bytes_needed * early, "chunks are of one size"
+        assert dropped * whole == stream.bytes_needed * early, "chunks are of one size"
         made = [content(batch) for batch in stream]
         assert stream.bytes_fetched - stream.bytes_needed == dropped
     with LayerSliceStream(store, SPAN, batch_size=8, lanes=8, epoch=5) as alone:
@@ -354,6 +363,60 @@ def test_any_pass_may_be_begun_at_any_time(store: Store, leave_after: int, epoch
         made = [content(batch) for batch in stream]
     with LayerSliceStream(store, SPAN, batch_size=8, lanes=8, epoch=epoch) as alone:
         assert made == [content(batch) for batch in alone]
+
+
+def test_a_refused_pass_leaves_the_one_in_use_as_it_is(store: Store) -> None:
+    with LayerSliceStream(store, SPAN, batch_size=8, lanes=8, n_steps=100) as stream:
+        whole = len(list(stream))
+        stream.set_epoch(1)
+        made = [content(next(stream))]
+        with pytest.raises(ValueError, match="epoch"):
+            stream.set_epoch(2**63)
+        assert stream.state_dict() | {"epoch": 1, "batch": 1} == stream.state_dict()
+        made += [content(batch) for batch in stream]
+    assert len(made) == whole
+    with LayerSliceStream(store, SPAN, batch_size=8, lanes=8, epoch=1) as alone:
+        assert made == [content(batch) for batch in alone]
+
+
+@pytest.mark.parametrize("moment", ["the reader is made", "the next pass is planned"])
+def test_close_from_another_thread_at_any_moment_is_told(
+    store: Store, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    stream = LayerSliceStream(store, SPAN, batch_size=8, lanes=8, n_steps=100)
+    where, name = (ChunkReader, "__init__") if moment == "the reader is made" else (LayerSliceStream, "_make_order")
+    former = getattr(where, name)
+
+    def closed_by_another(*args: Any, **kwargs: Any) -> Any:
+        done = former(*args, **kwargs)
+        closing = threading.Thread(target=stream.close)
+        closing.start()
+        closing.join()
+        return done
+
+    monkeypatch.setattr(where, name, closed_by_another)
+    with pytest.raises(RuntimeError, match="closed"):
+        for _ in stream:
+            pass
+    assert not reading_threads()
+
+
+def test_buffers_change_hands_after_the_device_has_copied_them(store: Store) -> None:
+    """The last batch of a reader may still be on its way to the device when another reader gets its buffers."""
+    copied = create_autospec(torch.cuda.Event, instance=True)
+    with LayerSliceStream(store, SPAN, batch_size=8, lanes=8) as stream:
+        next(stream)._copied = copied
+        stream.set_epoch(1)
+        copied.synchronize.assert_called_once_with()
+
+
+def test_passes_that_have_ended_are_let_go(store: Store) -> None:
+    with LayerSliceStream(store, SPAN, batch_size=8, lanes=8, n_steps=100) as stream:
+        ended = weakref.ref(stream._pass)
+        list(stream)
+        stream.set_epoch(1)
+        gc.collect()
+        assert ended() is None
 
 
 def test_the_end_of_a_pass_may_be_asked_for_again(store: Store) -> None:
