@@ -66,12 +66,15 @@ def test_a_killed_driver_takes_its_ray_along(images: Path, undisturbed: str, tmp
     """The Ray inside a job has nobody to end it when the job is killed: its processes must notice by themselves."""
     store = tmp_path / "store"
     with driving(begin(images, store, "local", workers=1)) as driver:
-        assert wait_for(lambda: n_commits(store) >= N_HELD or driver.exit_code() is not None)
+        assert wait_for(
+            lambda: (n_commits(store) >= N_HELD and has_half_a_shard(store)) or driver.exit_code() is not None
+        )
         assert driver.exit_code() is None, driver.told
         workers = driver.workers()
         assert workers
         driver.kill()
     assert not open_store(store).is_complete
+    assert has_half_a_shard(store)
     result = run_job(fake_config(images, store), THREADS)  # at once: the dead job's heartbeat is known to be dead
     assert result.complete
     assert wait_for(lambda: not any(is_alive(worker) for worker in workers))
