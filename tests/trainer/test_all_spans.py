@@ -288,6 +288,34 @@ def test_two_jobs_share_nothing_and_a_killed_one_goes_on_by_itself(
         assert all(torch.equal(found[name], value) for name, value in alone[job.name].items())
 
 
+@pytest.mark.parametrize("ray", [False, True])
+def test_a_process_gets_the_keys_of_s3_and_of_ray_only_where_it_shall(
+    ray: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it really finds in its environment, told by a program in the place of Python."""
+    given = {
+        "AWS_ACCESS_KEY_ID": "an id",
+        "AWS_SECRET_ACCESS_KEY": "a secret",
+        "AWS_SESSION_TOKEN": "a token",
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+        "AWS_REGION": "here",
+        "RAY_ADDRESS": "127.0.0.1:1",
+    }
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    tells = tmp_path / "tells"
+    tells.write_text("#!/bin/sh\nenv\n")
+    tells.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tells))
+    process = Process([], tmp_path / "words.log", process_environment(ray=ray))
+    while (code := process.poll()) is None:
+        time.sleep(0.01)
+    assert code == 0
+    told = dict(line.split("=", 1) for line in (tmp_path / "words.log").read_text().splitlines() if "=" in line)
+    expected = {name: value for name, value in given.items() if ray or name != "RAY_ADDRESS"}
+    assert {name: told[name] for name in given if name in told} == expected
+
+
 def test_a_process_saves_and_ends_when_its_standard_input_does(tmp_path: Path) -> None:
     """As it does when the program that started it is killed; nothing goes on unseen, nothing is lost."""
     from infra.objects import FolderObjects

@@ -1,7 +1,8 @@
 """Stage 2: what it begins with, what it refuses, what its run is; and BLOCK=all, whose runs it takes."""
 
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -242,10 +243,15 @@ def test_all_blocks_are_checked_and_claimed_before_one_begins(
         assert handed_on["--seed"] == str(config["train"]["seed"]) == "3"
 
 
+def s3_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name.startswith("AWS_")}
+
+
 class Here(Process):
     """A process that is this one: importing torch anew takes longer than the training."""
 
     def __init__(self, arguments: Sequence[str], log: Path, environment: dict[str, str]) -> None:
+        assert s3_variables(environment) == s3_variables(os.environ) != {}, "a real one could not reach the store"
         self._log, self._code = log, run_door(lambda: main(arguments))
 
     def __str__(self) -> str:
