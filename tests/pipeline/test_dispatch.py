@@ -1,9 +1,11 @@
 """The blame rule by property, and the plain loop by behaviour."""
 
+import queue
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.dispatch import (
+    Attempt,
     Event,
     FatalError,
     FinalError,
@@ -277,6 +280,32 @@ def test_plain_ends_at_once_when_no_shard_can_pass() -> None:
     with pytest.raises(FatalError, match="no space left for layer_00/cls/c/1"):
         list(run_plain(range(100), lambda: runner, depth=1))
     assert runner.runs == {0: 1, 1: 1}
+
+
+def test_plain_finishes_what_is_beside_the_fatal_one_and_begins_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: queue.SimpleQueue[Future[Attempt]] = queue.SimpleQueue()
+
+    class Told(ThreadPoolExecutor):
+        def submit(self, work: Callable[..., Attempt], /, *args: object, **named: object) -> Future[Attempt]:
+            future = super().submit(work, *args, **named)
+            given.put(future)
+            return future
+
+    monkeypatch.setattr("pipeline.dispatch.ThreadPoolExecutor", Told)
+    finished = []
+
+    def work(shard: int) -> None:
+        if shard == 1:
+            raise DiskFullError("no space left for layer_00/cls/c/1")
+        _, of_1 = given.get(timeout=200), given.get(timeout=200)
+        assert of_1.result(timeout=200).fatal  # this one ends after it, wherever the threads stand still
+        finished.append(shard)
+
+    runner = Runner(work)
+    with pytest.raises(FatalError, match="no space left for layer_00/cls/c/1"):
+        list(run_plain(range(100), lambda: runner, depth=2))
+    assert runner.runs == {0: 1, 1: 1}
+    assert finished == [0]
 
 
 def test_plain_closed_early_leaves_no_thread_running() -> None:
